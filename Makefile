@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.installed  ## draw pictures from words, then describe one of them
+	$(BIN)/python examples/demo.py
+
+test: .venv/.installed  ## every test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed  ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.installed  ## speed, as a ratio against transformers on the same weights
+	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+
+# The stamp is written last, so an interrupted installation starts again and a finished one is left alone.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out build dist

@@ -1,0 +1,273 @@
+"""The command line: `emu3 image | chat | eval | info | train`.
+
+Commands import what they need when they run, so that `emu3 --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from emu3.generation.events import Event
+    from emu3.pipeline import Emu3Pipeline
+
+app = typer.Typer(
+    help="Pictures from words, and words from pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[str, typer.Option(help="Checkpoint: nano (shipped), a folder, or a hub id owner/name.")]
+DownloadOption = Annotated[bool, typer.Option("--download", help="Allow a hub id to be downloaded.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. A user's mistake is one line on stderr and exit code 2."""
+    try:
+        app(args=arguments)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+@app.command()
+def image(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw, one picture for each.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A .png file (numbered for several prompts), or a folder.")
+    ] = Path("out.png"),
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Same seed, same picture; prompt i has seed + i. Default: a new one.")
+    ] = None,
+    ratio: Annotated[str, typer.Option(help="Width to height.")] = "1:1",
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width, in place of --ratio.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height, in place of --ratio.")] = None,
+    guidance: Annotated[float, typer.Option(min=0.0, help="How closely to follow the words.")] = 3.0,
+    negative: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = 2048,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest, up to this mass.")] = 1.0,
+    model: ModelOption = "nano",
+    download: DownloadOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
+    paths = _output_paths(output, len(prompts))
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    settings: dict[str, Any] = {
+        "negative_prompt": negative,
+        "ratio": ratio,
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    pipeline = _load_pipeline(model, download)
+    with _progress("drawing") as progress:
+        pictures = pipeline.image(prompts, **settings, on_event=progress)
+    records = []
+    for number, (path, prompt, picture) in enumerate(zip(paths, prompts, pictures, strict=True)):
+        record = {"prompt": prompt, "model": model, "version": _version(), **settings}
+        # What draws this picture again on its own: its own seed, and the size that ratio and model came to.
+        record |= {"seed": seed + number, "height": picture.height, "width": picture.width}
+        write_picture(picture, path, record)
+        records.append({"path": str(path), **record})
+    for record in records if not as_json else ():
+        typer.echo(f"{record['path']}  seed {record['seed']}  {record['width']}x{record['height']}  {record['prompt']}")
+    if as_json:
+        _print_json(records)
+
+
+@app.command()
+def chat(
+    picture: Annotated[Path, typer.Argument(help="The picture to look at.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    model: ModelOption = "nano",
+    download: DownloadOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask about a picture."""
+    opened = _read_picture(picture)
+    pipeline = _load_pipeline(model, download)
+    answer = pipeline.chat((question, [opened]), max_new_tokens=max_new_tokens, temperature=temperature)
+    if as_json:
+        _print_json({"picture": str(picture), "question": question, "answer": answer, "model": model})
+    else:
+        typer.echo(answer)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped) or a folder.")] = "nano",
+    count: Annotated[int, typer.Option(min=1, help="Held-out prompts for each task.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and pictures.")] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for pictures and report.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
+    from emu3.checkpoints import resolve
+
+    folder = resolve(model)
+    from emu3.evaluation.report import evaluate
+
+    report = evaluate(folder, count=count, seed=seed, output=output)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        typer.echo(report.to_table())
+
+
+@app.command()
+def info(
+    path: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id in the local cache.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint holds, from its headers, without loading it."""
+    from emu3.checkpoints import resolve
+    from emu3.checkpoints.inspect import inspect
+
+    found = inspect(resolve(path))
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:,.1f} MB"
+
+    memory = f"{megabytes(found.memory_float32)} float32, {megabytes(found.memory_bfloat16)} bfloat16"
+
+    table = Table(show_header=False, box=None, title=found.path, title_justify="left")
+    table.add_row("layout", found.layout)
+    table.add_row("parameters", f"{found.parameters:,} in {found.tensors} tensors")
+    for part, count in found.parameters_by_part.items():
+        table.add_row(f"  {part}", f"{count:,}")
+    table.add_row("stored as", ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()))
+    table.add_row("on disk", megabytes(found.bytes_on_disk))
+    table.add_row("in memory", memory)
+    table.add_row("context", f"{found.context:,} tokens")
+    table.add_row("vocabulary", f"{found.vocabulary_size:,} tokens, {found.codebook_size:,} of them visual")
+    table.add_row("visual token", f"{found.pixels_per_token_side}x{found.pixels_per_token_side} pixels")
+    if found.min_pixels is not None and found.max_pixels is not None:
+        table.add_row("pictures", f"{found.min_pixels:,} to {found.max_pixels:,} pixels")
+    table.add_row("tokenizer", ", ".join(found.tokenizer_files) or "none")
+    Console().print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (TOML); recipes/nano has examples.", show_default=False)],
+) -> None:
+    """Train by a recipe. A run that was cut off goes on from its last checkpoint."""
+    from emu3.training import run_recipe
+
+    typer.echo(str(run_recipe(recipe)))
+
+
+def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG with `record` as JSON in its text chunk "emu3": wholly, or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("emu3", json.dumps(record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        picture.save(unfinished, format="PNG", pnginfo=text)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _output_paths(output: Path, count: int) -> list[Path]:
+    """out.png -> out.png, or out-1.png, out-2.png, ...; a folder -> folder/1.png, folder/2.png, ..."""
+    if output.is_dir() or not output.suffix:
+        return [output / f"{number}.png" for number in range(1, count + 1)]
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"cannot write {str(output)!r}: pictures are PNG files; end the name in .png or name a folder")
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+
+
+def _read_picture(path: Path) -> Image.Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError:
+        raise ValueError(f"no picture at {str(path)!r}") from None
+    # What Pillow raises depends on the format and on where the file breaks.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error
+
+
+def _load_pipeline(model: str, download: bool) -> Emu3Pipeline:
+    from emu3.checkpoints import resolve
+
+    folder = resolve(model, download=download)
+    from emu3.pipeline import Emu3Pipeline
+
+    return Emu3Pipeline.from_pretrained(folder)
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Callable[[Event], None]]:
+    """A bar on stderr, in tokens, fed with the engine's events; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from emu3.generation.events import Started, Tokens
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        length = 0
+
+        def follow(event: Event) -> None:
+            nonlocal length
+            if isinstance(event, Started):
+                length += event.length
+                bar.update(task, total=length)
+            elif isinstance(event, Tokens):
+                bar.advance(task, len(event.ids))
+
+        yield follow
+
+
+def _version() -> str:
+    from emu3 import __version__
+
+    return __version__
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

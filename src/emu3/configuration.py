@@ -1,0 +1,120 @@
+"""Configurations, with the documented names and defaults. The defaults describe the released 8.49 B-parameter model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class Emu3VQVAEConfig(PreTrainedConfig):
+    """Vision tokenizer. The spatial factor is `2 ** (len(channel_multiplier) - 1)`: 8 by default.
+
+    Args:
+        codebook_size: number of visual codes.
+        embed_dim: channels of a code vector.
+        latent_channels: channels between encoder and quantizer, and between quantizer and decoder.
+        double_latent: whether the encoder puts out twice `latent_channels`.
+        in_channels, out_channels: channels of the pictures.
+        temporal_downsample_factor: frames of a clip that share one latent frame; a power of two.
+        base_channels, channel_multiplier: width of stage i is `base_channels * channel_multiplier[i]`; multiples of 32.
+        num_res_blocks: residual blocks of a stage (the decoder has one more).
+        attn_resolutions: indices of the stages that attend; their width must be `hidden_size`.
+        hidden_size, num_attention_heads, attention_dropout: attention; `hidden_size` is the width of the last stage.
+    """
+
+    model_type = "emu3_vqgan"
+    base_config_key = "vq_config"
+
+    codebook_size: int = 32768
+    embed_dim: int = 4
+    latent_channels: int = 4
+    double_latent: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    temporal_downsample_factor: int = 4
+    base_channels: int = 256
+    channel_multiplier: list[int] | tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: list[int] | tuple[int, ...] = (3,)
+    hidden_size: int = 1024
+    num_attention_heads: int = 1
+    attention_dropout: float | int = 0.0
+
+
+class Emu3TextConfig(PreTrainedConfig):
+    """Language model: a Llama-style decoder over text, structure and visual tokens.
+
+    Args:
+        vocab_size: text + structure + visual tokens.
+        hidden_size, intermediate_size, num_hidden_layers: width, feed-forward width, depth.
+        num_attention_heads, num_key_value_heads: query heads, and heads of keys and values (None: as many).
+        hidden_act: activation of the feed-forward gate.
+        max_position_embeddings: the longest sequence.
+        rms_norm_eps: epsilon of the normalisation.
+        use_cache: whether `forward` returns keys and values by default.
+        pad_token_id, bos_token_id, eos_token_id: structure tokens.
+        tie_word_embeddings: whether the head is the embedding.
+        rope_theta: base of the rotary embedding; lands in `rope_parameters`.
+        rope_scaling (also `rope_parameters`): dict with `rope_type` and its factors; see transformers' RoPE utilities.
+        mlp_bias, attention_bias: biases of the linear layers.
+        attention_dropout: dropout of attention weights and, peculiar to Emu3, of both residual branches.
+        initializer_range: standard deviation of the initial weights.
+    """
+
+    model_type = "emu3_text_model"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    default_theta = 1000000.0
+
+    vocab_size: int = 184622
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 9216
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 151643
+    bos_token_id: int | None = 151849
+    eos_token_id: int | list[int] | None = 151850
+    rope_parameters: dict[str, Any] | None = None
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+
+class Emu3Config(PreTrainedConfig):
+    """Vision tokenizer, language model, and the map between their vocabularies.
+
+    Args:
+        vq_config: `Emu3VQVAEConfig` or its dict.
+        text_config: `Emu3TextConfig` or its dict.
+        vocabulary_map: token surface -> id, at least of structure tokens, `<image>` and `<|visual token 000000|>`...
+    """
+
+    model_type = "emu3"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    sub_configs: ClassVar[dict[str, Any]] = {"vq_config": Emu3VQVAEConfig, "text_config": Emu3TextConfig}
+
+    vq_config: dict[str, Any] | Emu3VQVAEConfig | None = None
+    text_config: dict[str, Any] | Emu3TextConfig | None = None
+    vocabulary_map: dict[str, int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.image_token_id = (self.vocabulary_map or {}).get("<image>")
+        for name, kind in self.sub_configs.items():
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                setattr(self, name, kind(**(given or {})))
+        super().__post_init__(**kwargs)

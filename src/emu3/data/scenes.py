@@ -1,0 +1,210 @@
+"""Scenes of coloured icons on a plain background: what they are, how they are drawn, how they are sampled.
+
+Scenes follow the six tasks of the GenEval benchmark (Ghosh et al., 2023). Objects lie on a lattice of 4 pixels, the
+stride of a vision tokenizer with two downsamplings, so that a glyph looks the same to it wherever it stands.
+
+    0       8       16      24      32        corners that sampling uses in a picture of 48 pixels: multiples of 8
+    ├───────┴───────┼───────┴───────┼──        (LATTICE = 4 is what `Scene` accepts)
+    │   ICON = 16   │
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu3.data.splits import is_held_out, is_held_out_pair
+from emu3.data.sprites import ICON, NOUNS, mask, noun_index
+
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
+Split = Literal["train", "test"]
+Relation = Literal["left", "right", "above", "below"]
+RGB = tuple[int, int, int]
+Choice = TypeVar("Choice")
+
+TASKS: tuple[Task, ...] = get_args(Task)
+MAX_COUNT = 4
+LATTICE = 4
+SMALLEST_SIDE = 32
+
+# Any two of these, background or colour, are at least 90 apart in RGB (Euclidean); a test holds it.
+COLORS: dict[str, RGB] = {
+    "red": (215, 25, 40),
+    "orange": (255, 125, 0),
+    "yellow": (250, 220, 0),
+    "green": (25, 155, 60),
+    "blue": (30, 90, 235),
+    "purple": (135, 40, 180),
+    "pink": (250, 120, 190),
+    "black": (20, 20, 20),
+}
+BACKGROUNDS: dict[str, RGB] = {"white": (250, 250, 250), "cream": (253, 242, 214), "sky": (216, 234, 250)}
+
+_COLOR_NAMES = tuple(COLORS)
+_BACKGROUND_NAMES = tuple(BACKGROUNDS)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One glyph; `x`, `y` are the pixels of its top-left corner."""
+
+    noun: str
+    color: str
+    x: int
+    y: int
+
+    def __post_init__(self) -> None:
+        noun_index(self.noun)
+        if self.color not in COLORS:
+            raise ValueError(f"no color {self.color!r}; the colors are {', '.join(COLORS)}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects on a background (a name of `BACKGROUNDS`), in a picture of `height` x `width` pixels.
+
+    `ValueError` where an object leaves the picture or the lattice, or overlaps another.
+    """
+
+    objects: tuple[SceneObject, ...]
+    background: str
+    height: int = 48
+    width: int = 48
+
+    def __post_init__(self) -> None:
+        check_size(self.height, self.width)
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"no background {self.background!r}; the backgrounds are {', '.join(BACKGROUNDS)}")
+        for thing in self.objects:
+            if thing.x % LATTICE or thing.y % LATTICE:
+                raise ValueError(f"{thing} lies off the lattice; x and y are multiples of {LATTICE}")
+            if not (0 <= thing.x <= self.width - ICON and 0 <= thing.y <= self.height - ICON):
+                raise ValueError(f"{thing} does not fit into {self.width}x{self.height} pixels; it is {ICON} a side")
+        for a, b in combinations(self.objects, 2):
+            if max(abs(a.x - b.x), abs(a.y - b.y)) < ICON:
+                raise ValueError(f"{a} and {b} overlap; move them {ICON} pixels apart along x or y")
+
+
+def check_size(height: int, width: int) -> None:
+    """`ValueError` unless both sides are multiples of 4 pixels and at least 32."""
+    for name, side in (("height", height), ("width", width)):
+        if side % LATTICE or side < SMALLEST_SIDE:
+            raise ValueError(f"{name} is {side}; choose a multiple of {LATTICE} from {SMALLEST_SIDE} up")
+
+
+def render(scene: Scene) -> NDArray[np.uint8]:
+    """The picture, (height, width, 3) uint8 RGB."""
+    picture = np.empty((scene.height, scene.width, 3), np.float32)
+    picture[:] = BACKGROUNDS[scene.background]
+    for thing in scene.objects:
+        tile = picture[thing.y : thing.y + ICON, thing.x : thing.x + ICON]
+        tile += mask(thing.noun)[..., None] * (np.array(COLORS[thing.color], np.float32) - tile)
+    return np.rint(picture).astype(np.uint8)
+
+
+def relation(a: SceneObject, b: SceneObject) -> Relation | None:
+    """Where `a` stands seen from `b`; None where neither axis clearly dominates.
+
+    One axis dominates where the icons do not overlap along it and the offset along the other is at most half as large.
+    """
+    return _direction(a.x - b.x, a.y - b.y)
+
+
+def _direction(dx: int, dy: int) -> Relation | None:
+    if abs(dx) >= max(ICON, 2 * abs(dy)):
+        return "left" if dx < 0 else "right"
+    if abs(dy) >= max(ICON, 2 * abs(dx)):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def contains_held_out(scene: Scene) -> bool:
+    """Whether any noun and its colour, or any two nouns of the scene, are held out from training."""
+    return any(is_held_out(thing.noun, thing.color) for thing in scene.objects) or any(
+        is_held_out_pair(a.noun, b.noun) for a, b in combinations(scene.objects, 2) if a.noun != b.noun
+    )
+
+
+def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int = 48, width: int = 48) -> Scene:
+    """A scene of the task, determined by the state of `rng`. `ValueError` for an unknown task or a wrong size.
+
+    "train" never shows a held-out pair. "test" always does so in the four tasks that name a pair: in "colors" the noun
+    and its colour, in "two_object" and "position" the two nouns, in "color_attribution" any of the three; the other two
+    tasks take every noun in every colour there.
+    """
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")
+    check_size(height, width)
+    while True:
+        names = _sample_names(task, rng)
+        if _belongs(task, names, split):
+            break
+    corners = _sample_corners(len(names), height, width, rng, directed=task == "position")
+    objects = tuple(SceneObject(noun, color, x, y) for (noun, color), (x, y) in zip(names, corners, strict=True))
+    return Scene(objects, _choose(_BACKGROUND_NAMES, rng), height, width)
+
+
+def _choose(options: Sequence[Choice], rng: np.random.Generator) -> Choice:
+    return options[int(rng.integers(len(options)))]
+
+
+def _sample_names(task: Task, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """(noun, colour) of every object, before any regard to the split."""
+    noun, color = _choose(NOUNS, rng), _choose(_COLOR_NAMES, rng)
+    if task in ("single_object", "colors"):
+        return [(noun, color)]
+    if task == "counting":
+        return [(noun, color)] * int(rng.integers(1, MAX_COUNT + 1))
+    other_noun = _choose([name for name in NOUNS if name != noun], rng)
+    if task == "color_attribution":
+        return [(noun, color), (other_noun, _choose([name for name in _COLOR_NAMES if name != color], rng))]
+    return [(noun, color), (other_noun, _choose(_COLOR_NAMES, rng))]
+
+
+def _belongs(task: Task, names: list[tuple[str, str]], split: Split) -> bool:
+    held_out_colors = any(is_held_out(noun, color) for noun, color in names)
+    held_out_nouns = len(names) == 2 and names[0][0] != names[1][0] and is_held_out_pair(names[0][0], names[1][0])
+    if split == "train":
+        return not held_out_colors and not held_out_nouns
+    if task == "colors":
+        return held_out_colors
+    if task == "color_attribution":
+        return held_out_colors or held_out_nouns
+    # One thing is new at a time: where the prompt names no colour, the colours are known ones.
+    return task in ("single_object", "counting") or (held_out_nouns and not held_out_colors)
+
+
+def _sample_corners(
+    count: int, height: int, width: int, rng: np.random.Generator, directed: bool
+) -> list[tuple[int, int]]:
+    """Top-left corners (x, y), spread out where room allows; `directed` asks for two icons with a clear relation."""
+    # From roomy to tight; the last always fits four icons into 32x32.
+    for stride, gap, attempts in ((8, LATTICE, 20), (8, 0, 20), (ICON, 0, 1000)):
+        lattice = [(x, y) for y in range(0, height - ICON + 1, stride) for x in range(0, width - ICON + 1, stride)]
+        for _ in range(attempts):
+            corners = _place(count, lattice, ICON + gap, rng, directed)
+            if corners is not None:
+                return corners
+    raise AssertionError((count, height, width, directed))
+
+
+def _place(
+    count: int, free: list[tuple[int, int]], apart: int, rng: np.random.Generator, directed: bool
+) -> list[tuple[int, int]] | None:
+    """`count` corners drawn one after the other from those still free, or None at a dead end."""
+    corners: list[tuple[int, int]] = []
+    for _ in range(count):
+        if not free:
+            return None
+        corner = _choose(free, rng)
+        corners.append(corner)
+        free = [place for place in free if _is_compatible(place, corner, apart, directed)]
+    return corners
+
+
+def _is_compatible(place: tuple[int, int], corner: tuple[int, int], apart: int, directed: bool) -> bool:
+    dx, dy = place[0] - corner[0], place[1] - corner[1]
+    return max(abs(dx), abs(dy)) >= apart and (not directed or _direction(dx, dy) is not None)

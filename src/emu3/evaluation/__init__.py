@@ -1,0 +1,1 @@
+"""How well a checkpoint draws, answers and reconstructs."""

@@ -1,0 +1,191 @@
+"""What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
+
+Drawing is judged from the pixels by `emu3.evaluation.judge`. The ceiling is what the judge says of the true scenes after
+encoding and decoding: no drawing could score better. Answers and captions count when they are right to the letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+
+from emu3.data.captions import full_caption, questions
+from emu3.data.prompts import EvaluationPrompt, evaluation_prompts
+from emu3.data.scenes import TASKS, render
+from emu3.evaluation.judge import read_picture, satisfies
+from emu3.evaluation.sheet import contact_sheet
+from emu3.pipeline import Emu3Pipeline
+
+DESCRIBE = "Describe the picture."
+QUESTION_KINDS = ("what", "color", "count", "where")
+ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many were right, among prompts whose pairs training had seen and among those with a held-out pair."""
+
+    known_right: int = 0
+    known: int = 0
+    held_out_right: int = 0
+    held_out: int = 0
+
+    @property
+    def share(self) -> float:
+        """Right ones of all, 0 to 1."""
+        return (self.known_right + self.held_out_right) / max(1, self.known + self.held_out)
+
+    def __add__(self, other: Score) -> Score:
+        return Score(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+    @classmethod
+    def of(cls, outcomes: Iterable[tuple[bool, bool]]) -> Score:
+        """Counts (held out, right) pairs."""
+        return sum((cls(right, 1) if not held_out else cls(0, 0, right, 1) for held_out, right in outcomes), cls())
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores of one checkpoint.
+
+    Attributes:
+        drawing, ceiling: by task, of pictures drawn and of true pictures encoded and decoded.
+        answers: by kind of question.
+        captions: full captions.
+        reconstruction_psnr: mean over pictures, dB.
+    """
+
+    model: str
+    count: int
+    seed: int
+    drawing: dict[str, Score]
+    ceiling: dict[str, Score]
+    answers: dict[str, Score]
+    captions: Score
+    reconstruction_psnr: float
+
+    def rows(self) -> Iterator[tuple[str, Score, Score | None]]:
+        """Name, score and ceiling of each line of the table."""
+        for task in TASKS:
+            yield f"draw {task.replace('_', ' ')}", self.drawing[task], self.ceiling[task]
+        yield "drawing", sum(self.drawing.values(), Score()), sum(self.ceiling.values(), Score())
+        for kind in QUESTION_KINDS:
+            yield f"answer {kind}", self.answers[kind], None
+        yield "answers", sum(self.answers.values(), Score()), None
+        yield "captions", self.captions, None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON; shares beside the counts."""
+        scores = {name: {"share": score.share, **asdict(score)} for name, score, _ in self.rows()}
+        ceilings = {name: ceiling.share for name, _, ceiling in self.rows() if ceiling is not None}
+        return {
+            "model": self.model,
+            "count": self.count,
+            "seed": self.seed,
+            "scores": scores,
+            "ceilings": ceilings,
+            "reconstruction_psnr": self.reconstruction_psnr,
+        }
+
+    def to_table(self) -> str:
+        """The table for people, as Markdown."""
+
+        def share(right: int, of: int) -> str:
+            return f"{right / of:.2f} ({right}/{of})" if of else "-"
+
+        lines = ["| | all | seen pairs | held-out pairs | ceiling |", "|---|---|---|---|---|"]
+        for name, score, ceiling in self.rows():
+            lines.append(
+                f"| {name} | {score.share:.2f} | {share(score.known_right, score.known)} "
+                f"| {share(score.held_out_right, score.held_out)} | {f'{ceiling.share:.2f}' if ceiling else '-'} |"
+            )
+        lines.append(f"| reconstruction | {self.reconstruction_psnr:.1f} dB | | | |")
+        return "\n".join(lines)
+
+
+@torch.inference_mode()
+def reconstruct(pipeline: Emu3Pipeline, pictures: list[Image.Image]) -> list[Image.Image]:
+    """Pictures of one size, encoded and decoded."""
+    inputs = pipeline.processor.image_processor(pictures, return_tensors="pt")
+    vqmodel = pipeline.model.model.vqmodel
+    codes = torch.stack(vqmodel.encode(inputs["pixel_values"], inputs["image_sizes"]).image_tokens)
+    decoded: list[Image.Image] = pipeline.processor.postprocess(vqmodel.decode(codes))["pixel_values"]
+    return decoded
+
+
+def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures with values 0 to 255."""
+    error = np.square(picture.astype(np.float64) - target).mean()
+    return float(10 * np.log10(255.0**2 / max(error, 1e-6)))
+
+
+def judged(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:
+    """Whether each picture shows what its prompt asks for."""
+    return [
+        satisfies(read_picture(np.asarray(picture.convert("RGB"))), prompt.requirement)
+        for prompt, picture in zip(prompts, pictures, strict=True)
+    ]
+
+
+def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | None = None) -> Report:
+    """Measures a checkpoint.
+
+    Args:
+        folder: a checkpoint's folder or name.
+        count: prompts for each drawing task, questions of each kind, and captions.
+        seed: of the prompts and of the pictures.
+        output: folder for a contact sheet of each task, and the report as JSON and Markdown.
+    """
+    pipeline = Emu3Pipeline.from_pretrained(folder)
+    prompts = {task: evaluation_prompts(task, count, seed) for task in TASKS}
+    drawing, ceiling, errors = {}, {}, []
+    for task in track(TASKS, description="drawing"):
+        held_out = [prompt.held_out for prompt in prompts[task]]
+        pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed)
+        right = judged(prompts[task], pictures)
+        drawing[task] = Score.of(zip(held_out, right, strict=True))
+        truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts[task]]
+        decoded = reconstruct(pipeline, truth)
+        ceiling[task] = Score.of(zip(held_out, judged(prompts[task], decoded), strict=True))
+        errors += [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(decoded, truth, strict=True)]
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            sheet = contact_sheet(pictures, [prompt.prompt for prompt in prompts[task]], 6, right)
+            sheet.save(output / f"{task}.png")
+    # Tasks in turn, so that every kind of question meets every kind of scene.
+    scenes = [prompts[task][index] for index in range(count) for task in TASKS]
+    answers = {kind: _answers(pipeline, scenes, count, kind) for kind in track(QUESTION_KINDS, description="answering")}
+    captions = Score.of(
+        (prompt.held_out, _ask(pipeline, prompt, DESCRIBE) == full_caption(prompt.scene))
+        for prompt in track(scenes[:count], description="describing")
+    )
+    report = Report(
+        str(folder), count, seed, drawing, ceiling, answers, captions, reconstruction_psnr=float(np.mean(errors))
+    )
+    if output is not None:
+        (output / "report.md").write_text(report.to_table() + "\n")
+    return report
+
+
+def _ask(pipeline: Emu3Pipeline, prompt: EvaluationPrompt, question: str) -> str:
+    picture = Image.fromarray(render(prompt.scene))
+    return pipeline.chat((question, [picture]), max_new_tokens=ANSWER_TOKENS)
+
+
+def _answers(pipeline: Emu3Pipeline, scenes: list[EvaluationPrompt], count: int, kind: str) -> Score:
+    """The first `count` scenes that allow a question of this kind, asked one each."""
+    outcomes: list[tuple[bool, bool]] = []
+    for prompt in scenes:
+        asked = [question for question in questions(prompt.scene) if question.kind == kind]
+        if asked and len(outcomes) < count:
+            question = asked[len(outcomes) % len(asked)]
+            outcomes.append((prompt.held_out, _ask(pipeline, prompt, question.text) == question.answer))
+    return Score.of(outcomes)

@@ -1,0 +1,31 @@
+"""Contact sheets: many small pictures on one, enlarged, each above its caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+SCALE = 4
+MARGIN = 8
+CAPTION_HEIGHT = 20
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, right: Sequence[bool] | None = None
+) -> Image.Image:
+    """Pictures in rows, `columns` in each; where `right` is given, a caption is green or red by it."""
+    width = max(picture.width for picture in pictures) * SCALE
+    height = max(picture.height for picture in pictures) * SCALE
+    cell_width, cell_height = width + MARGIN, height + CAPTION_HEIGHT + MARGIN
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = MARGIN + index % columns * cell_width
+        top = MARGIN + index // columns * cell_height
+        enlarged = picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (left, top))
+        color = "black" if right is None else "green" if right[index] else "red"
+        pen.text((left, top + height + 4), caption, fill=color)
+    return sheet

@@ -1,0 +1,84 @@
+"""What the engine is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from emu3.generation.grammar import GridGrammar
+from emu3.generation.sampling import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: away from what follows the negative prompt.
+
+    Args:
+        negative_ids: ids of the prompt to move away from; for a picture, with the same image prefix as the prompt.
+        scale: 1 is no guidance.
+
+    Raises:
+        ValueError: a scale that is not finite.
+    """
+
+    negative_ids: tuple[int, ...]
+    scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance scale must be a finite number, got {self.scale}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture or clip to draw, or one text to write.
+
+    Args:
+        prompt_ids: ids of the prompt, with the visual tokens of the pictures in it; no padding.
+        grammar: of what is drawn; the prompt then ends with its image start. None writes text, up to EOS.
+        sampling: how ids are chosen.
+        guidance: None runs no second row.
+        seed: of this request's own randomness.
+        max_new_tokens: the most tokens of a text; None: what the model's context holds. A picture takes its own length.
+
+    Raises:
+        ValueError: an empty prompt, one that does not end with an image start though a picture is to follow, or a limit
+            below 1 or on a picture.
+    """
+
+    prompt_ids: tuple[int, ...]
+    grammar: GridGrammar | None = None
+    sampling: Sampling = GREEDY
+    guidance: Guidance | None = None
+    seed: int = 0
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for ids in self.rows:
+            if not ids:
+                raise ValueError("a prompt needs at least one token")
+            if self.grammar is not None and ids[-1] != self.grammar.vocabulary.img:
+                start = self.grammar.vocabulary.img
+                raise ValueError(f"a prompt to draw after ends with the image start {start}, not {ids[-1]}")
+        if self.max_new_tokens is not None and (self.max_new_tokens < 1 or self.grammar is not None):
+            raise ValueError(f"max_new_tokens is at least 1 and for text only, got {self.max_new_tokens}")
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """The prompts to run: the conditional one, and the negative one under guidance."""
+        return (self.prompt_ids,) if self.guidance is None else (self.prompt_ids, self.guidance.negative_ids)
+
+    def budget(self, context: int) -> int:
+        """The most tokens that this request emits from a model with a context of so many tokens.
+
+        Raises:
+            ValueError: the prompt and what must follow do not fit.
+        """
+        prompt = max(map(len, self.rows))
+        needed = prompt + (1 if self.grammar is None else self.grammar.length)
+        if needed > context:
+            raise ValueError(
+                f"{needed} tokens ({prompt} of prompt) do not fit the model's context of {context}; "
+                "shorten the prompt or ask for a smaller picture"
+            )
+        return min(self.max_new_tokens or context, context - prompt) if self.grammar is None else self.grammar.length

@@ -1,0 +1,82 @@
+"""How one id is chosen from logits. The order is guidance, legal ids, temperature, top-k, top-p, as in `generate`.
+
+Logits come sliced to the legal ids. Guidance works on log-probabilities, whose normaliser the slice changes by a
+constant per row, so the distribution is that of guidance on the whole vocabulary followed by the constraint.
+
+B rows, V legal ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose: from the most likely ids, at a temperature.
+
+    Args:
+        temperature: logits are divided by it; 0 takes the most likely id.
+        top_k: keep the k most likely ids, and those as likely as the last of them; 0 keeps all.
+        top_p: keep the most likely ids that together reach this probability; 1 keeps all.
+
+    Raises:
+        ValueError: temperature or top_k below 0, or top_p outside (0, 1].
+    """
+
+    temperature: float = 1.0
+    top_k: int = 2048
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (keep all) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on log-probabilities: (B, V). A scale of 1 is the conditional distribution."""
+    conditional_BV = conditional_BV.log_softmax(-1)
+    unconditional_BV = unconditional_BV.log_softmax(-1)
+    return unconditional_BV + scale * (conditional_BV - unconditional_BV)
+
+
+def restrict(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, top-k and top-p: logits (B, V) of the distribution to sample from, -inf where nothing is left."""
+    logits_BV = logits_BV / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    if sampling.top_p < 1:
+        ascending_BV, order_BV = logits_BV.sort(-1)
+        unlikely_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        unlikely_BV[:, -1] = False
+        logits_BV = logits_BV.masked_fill(unlikely_BV.scatter(-1, order_BV, unlikely_BV), -torch.inf)
+    return logits_BV
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
+    """Choose one index (B,) of each row of logits (B, V), with one number from [0, 1) a row (unused at temperature 0).
+
+    The index is where the cumulative probability passes that number: one number a token, whatever V is, so a row's
+    draw depends neither on its neighbours nor on the device's generator.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    cumulative_BV = restrict(logits_BV, sampling).softmax(-1).cumsum(-1)
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+
+
+def uniform_noise(seed: int, length: int) -> Tensor:
+    """Numbers in [0, 1), shape (length,), on the CPU: one for each position, in whichever order these are filled."""
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed))

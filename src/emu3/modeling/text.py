@@ -1,0 +1,389 @@
+"""The language model: a Llama-style decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU) with a dropout on
+both residual branches, which is Emu3's own (arXiv 2409.18869, table 3).
+
+Parameter names are those of transformers' Emu3. The mathematics is in plain modules; `Emu3TextModel` and `Emu3ForCausalLM`
+know the conventions of transformers. `Emu3TextModel.run_layers` is the way in for whoever brings masks, positions and a cache
+of their own: the decode engine and the trainer.
+
+Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width, E model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from emu3.configuration import Emu3TextConfig
+
+
+class KeyValueCache(Protocol):
+    """What attention needs of a cache; transformers' `Cache` and the engine's own both fit."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (B, G, S, D) of a layer; returns all that the queries may look at, (B, G, K, D)."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last dimension, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions, for all rope types that transformers knows."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: Emu3TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        parameters = cast(dict[str, Any], config.rope_parameters)
+        self.rope_type = parameters["rope_type"]
+        compute = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inverse, self.attention_scaling = compute(config)
+        self.inv_freq = nn.Buffer(inverse, persistent=False)
+        self.original_inv_freq = nn.Buffer(inverse.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: Emu3TextConfig, **kwargs: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies of plain rotary positions, and a scale of 1. transformers re-computes lost buffers with it."""
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        theta = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
+        return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) positions to cosines and sines (B, S, D) in the dtype of `x`."""
+        angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        scale = self.attention_scaling
+        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
+def rotate(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Turns each pair (d, d + D/2) of a head by its position's angle."""
+    first, second = x_BNSD.chunk(2, dim=-1)
+    return x_BNSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention spelled out, which also returns its weights (B, N, S, K). The mask is boolean or added to the scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Emu3Attention(nn.Module):
+    def __init__(self, config: Emu3TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        heads, groups = config.num_attention_heads, cast(int, config.num_key_value_heads)
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.num_key_value_groups = heads // groups
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch_and_length = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(mixed.reshape(*batch_and_length, -1)), weights
+
+
+class Emu3MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: Emu3TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Emu3DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: Emu3TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Emu3Attention(config, layer_idx)
+        self.mlp = Emu3MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.attention_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: KeyValueCache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return cast(Tensor, hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states))))
+
+
+class Emu3PreTrainedModel(PreTrainedModel):
+    """What the models share with transformers' machinery: loading, attention kinds, gradient checkpointing, offloading."""
+
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Emu3DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
+
+
+class Emu3TextModel(Emu3PreTrainedModel):
+    """Token embeddings, decoder layers and the final norm, without a head."""
+
+    config: Emu3TextConfig
+    config_class = Emu3TextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: Emu3TextConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(Emu3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def run_layers(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: KeyValueCache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """All layers and the final norm.
+
+        Args:
+            inputs_embeds: (B, S, E).
+            attention_mask: (B, 1, S, K), True where a query may look; None for plain causal attention without a cache.
+            position_ids: (B, S), or (1, S) for all rows.
+            past_key_values: where keys and values go, and from where all that the queries see comes.
+
+        Returns:
+            Hidden states (B, S, E).
+        """
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return cast(Tensor, self.norm(hidden_states))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch.
+
+        Args:
+            input_ids: (B, S); or `inputs_embeds` (B, S, E). Exactly one of the two.
+            attention_mask: (B, past + S), 0 for padding.
+            position_ids: (B, S); counted from the cache's length when missing.
+            past_key_values: cache of what came before; only new tokens are given then.
+            use_cache: whether to return a cache, made here when none is given.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `cache_position`.
+
+        Returns:
+            `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.run_layers(
+            inputs_embeds, mask, position_ids, cast(KeyValueCache | None, past_key_values), use_cache=use_cache, **kwargs
+        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Index along the sequence: the last n positions (0: all), or those that a tensor names."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
+        slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
+    )
+
+
+class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
+    """The language model alone, with its head."""
+
+    config: Emu3TextConfig
+    config_class = Emu3TextConfig
+    input_modalities = ("text",)
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Emu3TextConfig) -> None:
+        super().__init__(config)
+        self.model = Emu3TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where labels are given. Arguments as of `Emu3TextModel.forward`, and:
+
+        Args:
+            labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
+            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
+
+        Returns:
+            `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

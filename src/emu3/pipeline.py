@@ -1,0 +1,246 @@
+"""The one-line interface: pictures from words, and words from pictures.
+
+What a user writes is plain text: "<image>" or "<|image start|>" in it are characters, not tokens.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emu3.checkpoints import resolve
+from emu3.generation.decoders import Decoder
+from emu3.generation.decoders.raster import RasterDecoder
+from emu3.generation.engine import Engine
+from emu3.generation.events import Event, Finished
+from emu3.generation.grammar import GridGrammar
+from emu3.generation.request import Guidance, Request
+from emu3.generation.sampling import Sampling
+from emu3.processing import Message
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+    from emu3.processing import Emu3Processor
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Emu3Pipeline:
+    """A model and its processor, ready to draw and to answer.
+
+    Args:
+        model: in evaluation mode.
+        processor: the checkpoint's own.
+        decoder: how tokens are decided.
+    """
+
+    model: Emu3ForConditionalGeneration
+    processor: Emu3Processor
+    decoder: Decoder = field(default_factory=RasterDecoder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        download: bool = False,
+    ) -> Emu3Pipeline:
+        """Load "nano", which is part of the package, a folder, or a hub id `owner/name`.
+
+        Args:
+            name: which checkpoint.
+            device: where the model runs.
+            dtype: of its weights.
+            download: whether a hub id may be fetched; otherwise it must be in the local cache.
+
+        Raises:
+            ValueError: there is no such checkpoint, or its files do not fit together.
+        """
+        from emu3.checkpoints.load import load_model, load_processor
+
+        folder = resolve(name, download=download)
+        return cls(load_model(folder, dtype=dtype, device=device), load_processor(folder))
+
+    def image(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompt: str | None = None,
+        ratio: str = "1:1",
+        image_area: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 3.0,
+        top_k: int = 2048,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> list[Image.Image]:
+        """Draw one picture for each prompt, together in one batch.
+
+        Args:
+            prompts: what to draw; a string is one prompt.
+            negative_prompt: what to stay away from; None guides away from the empty prompt.
+            ratio: "width:height"; with `image_area` it sets the size.
+            image_area: in pixels; None is what the model was trained on.
+            height, width: in pixels, in place of ratio and area; multiples of the vision tokenizer's factor.
+            guidance_scale: how closely to follow the words; 1 is no guidance, and half the work.
+            top_k, top_p, temperature: see `Sampling`. Temperature 0 takes the likeliest token, whatever the seed.
+            seed: picture i has seed + i, or its own of a list. A picture depends on its seed, not on the batch. None
+                draws new ones.
+            on_event: is called with the engine's events; its requests are numbered like the prompts.
+
+        Returns:
+            A list of RGB pictures, also for a single prompt.
+
+        Raises:
+            ValueError: a size that cannot be drawn or does not fit the context with its prompt, sampling settings or a
+                ratio out of range, or seeds that are not as many as the prompts.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows, columns = self._grid(ratio, image_area, height, width)
+        grammar = GridGrammar(rows, columns, vocabulary=self.model.model.vocabulary)
+        sampling = Sampling(temperature, top_k, top_p)
+        prompt_ids = self._drawing_prompts(texts, rows, columns)
+        guidance = None
+        if guidance_scale != 1:
+            guidance = Guidance(self._drawing_prompts([negative_prompt or ""], rows, columns)[0], guidance_scale)
+        requests = [
+            Request(ids, grammar, sampling, guidance, own_seed)
+            for ids, own_seed in zip(prompt_ids, _seeds(seed, len(texts)), strict=True)
+        ]
+        return [self._decode(ids, grammar) for ids in self._run(requests, on_event)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | tuple[str, Sequence[Any]],
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> str:
+        """Answer the last message of a conversation.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each, where content is a text or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`. Or a pair (text, pictures):
+                one question, after its pictures.
+            max_new_tokens: the longest answer; the context may end it sooner.
+            temperature: 0 takes the likeliest token.
+            seed: of the answer, above temperature 0; None draws one.
+            on_event: is called with the engine's events.
+
+        Raises:
+            ValueError: a message or picture that cannot be read, or a conversation longer than the context.
+        """
+        if isinstance(messages, tuple):
+            text, pictures = messages
+            content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+            messages = [{"role": "user", "content": content}]
+        inputs = self.processor.apply_chat_template(
+            list(messages),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            split_special_tokens=True,
+            add_generation_prompt=True,
+        )
+        sampling = Sampling(temperature, top_k=0)
+        request = Request(
+            self._reading_prompt(inputs),
+            sampling=sampling,
+            seed=_seeds(seed, 1)[0],
+            max_new_tokens=max_new_tokens,
+        )
+        (ids,) = self._run([request], on_event)
+        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _run(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[tuple[int, ...]]:
+        """The ids of each request."""
+        finished = {}
+        for event in Engine(self.model, self.decoder).stream(requests):
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, Finished):
+                finished[event.request] = event.ids
+        return [finished[number] for number in range(len(requests))]
+
+    def _grid(self, ratio: str, image_area: int | None, height: int | None, width: int | None) -> tuple[int, int]:
+        """Rows and columns of visual tokens of the picture to draw."""
+        factor: int = self.processor.image_processor.spatial_factor
+        if height is None and width is None:
+            area = self.processor.image_area if image_area is None else image_area
+            rows, columns = self.processor.calculate_generate_size(ratio, area, factor)
+        elif height is None or width is None:
+            raise ValueError(f"give both height and width, or neither; got height={height}, width={width}")
+        else:
+            rows, columns = _tokens("height", height, factor), _tokens("width", width, factor)
+        if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
+            raise ValueError(
+                f"a picture of {rows * factor}x{columns * factor} pixels is more than {MAX_ASPECT_RATIO} times longer "
+                "than wide; ask for a squarer one"
+            )
+        return rows, columns
+
+    def _drawing_prompts(self, texts: list[str], rows: int, columns: int) -> list[tuple[int, ...]]:
+        """Ids of the prompts, each with the image prefix of this size."""
+        factor = self.processor.image_processor.spatial_factor
+        inputs = self.processor(
+            text=texts,
+            return_for_image_generation=True,
+            ratio=f"{columns}:{rows}",
+            image_area=rows * columns * factor**2,
+            split_special_tokens=True,
+        )
+        return [tuple(ids) for ids in inputs["input_ids"]]
+
+    @torch.inference_mode()
+    def _reading_prompt(self, inputs: Any) -> tuple[int, ...]:
+        """Ids of one prompt, visual tokens in place of the placeholders."""
+        ids_S = inputs["input_ids"][0]
+        if "pixel_values" in inputs:
+            device = self.model.lm_head.weight.device
+            # One by one and without padding, which would change the codes near it.
+            visual = [
+                self.model.model.get_image_tokens(pixels_CHW[None, :, : size[0], : size[1]].to(device), size[None])
+                for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
+            ]
+            ids_S[ids_S == self.model.model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
+        return tuple(ids_S.tolist())
+
+    @torch.inference_mode()
+    def _decode(self, ids: tuple[int, ...], grammar: GridGrammar) -> Image.Image:
+        """The picture that the ids say."""
+        codes_1HW = grammar.codes_of(torch.tensor(ids, device=self.model.lm_head.weight.device))
+        pixels_1CHW = self.model.model.vqmodel.decode(codes_1HW)
+        picture: Image.Image = self.processor.postprocess(pixels_1CHW.float())["pixel_values"][0]
+        return picture
+
+
+def _tokens(name: str, pixels: int, factor: int) -> int:
+    """Tokens along a side of so many pixels."""
+    if pixels < 1 or pixels % factor:
+        lower = pixels // factor * factor
+        nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
+        raise ValueError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}; nearest: {nearest}")
+    return pixels // factor
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each of `count` requests."""
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} prompts; give one each, or a single one to count from")
+        return list(seed)
+    first = secrets.randbelow(2**31) if seed is None else seed
+    return [first + number for number in range(count)]

@@ -1,0 +1,207 @@
+"""Training the language model on scenes drawn and read: next-token prediction with a weight for each kind of token.
+
+Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head and norms; the rate is constant after
+a warm-up and falls linearly to zero over the last part, so that a run can be extended from before the fall.
+
+Shapes: B batch, S sequence, N targets, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from emu3.configuration import Emu3TextConfig
+from emu3.data.captions import caption, full_caption, questions
+from emu3.data.scenes import TASKS, sample_scene
+from emu3.modeling.text import Emu3ForCausalLM
+from emu3.modeling.vision import Emu3VQVAE
+from emu3.tokenization import train_tokenizer, vocabulary_map
+from emu3.training.codes import SIZES, EncodedScenes, encode_scenes
+from emu3.training.precision import autocast
+from emu3.training.sequences import DESCRIBE, SYSTEM, SequenceBuilder, Weights, collate
+from emu3.training.state import Log, load_state, save_state
+from emu3.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class LanguageRecipe:
+    """One run. Steps count batches.
+
+    Attributes:
+        model: arguments of `Emu3TextConfig`; ids and vocabulary size come from the tokenizer.
+        vision: folder with the trained vision tokenizer, relative to the output folder.
+        texts: files, relative to the working folder, that the text tokenizer is trained on beside captions.
+        text_entries: size of the text tokenizer.
+        scenes: number of different scenes.
+        steps, batch_size, seed: length of the run.
+        draw_share: share of batches that draw; the others read.
+        learning_rate, embedding_learning_rate: of the layers' matrices (Muon), and of all else (AdamW).
+        warmup, decay_share: steps of rising rate; share of the steps with falling rate.
+        weights: arguments of `Weights`.
+        compile: whether to compile the layers; needs a C++ compiler.
+    """
+
+    model: dict[str, Any]
+    vision: str
+    texts: list[str] = field(default_factory=list)
+    text_entries: int = 1024
+    scenes: int = 120_000
+    seed: int = 0
+    steps: int = 6000
+    batch_size: int = 48
+    draw_share: float = 0.6
+    learning_rate: float = 2e-3
+    embedding_learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    decay_share: float = 0.4
+    weights: dict[str, float] = field(default_factory=dict)
+    compile: bool = False
+    report_every: int = 50
+    save_every: int = 500
+
+
+def corpus(seed: int) -> Iterator[str]:
+    """Captions, questions and answers of scenes, for the text tokenizer."""
+    rng = np.random.default_rng(seed)
+    for index in range(6000):
+        task = TASKS[index % len(TASKS)]
+        scene = sample_scene(task, rng, "train")
+        yield caption(scene, task)
+        yield full_caption(scene)
+        yield f"{SYSTEM}{DESCRIBE}. ASSISTANT: {full_caption(scene)}"
+        for question in questions(scene):
+            yield f" USER: {question.text}. ASSISTANT: {question.answer}"
+
+
+def text_tokenizer(recipe: LanguageRecipe, codebook_size: int) -> PreTrainedTokenizerBase:
+    texts = [Path(path).read_text() for path in recipe.texts]
+    return train_tokenizer([*corpus(recipe.seed), *texts], recipe.text_entries, codebook_size)
+
+
+def batches(
+    recipe: LanguageRecipe, scenes: EncodedScenes, builder: SequenceBuilder, step: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Kind, ids and weights (B, S) of each step from `step` on. All pictures of a batch have one size."""
+    counts = np.array([len(codes) for codes in scenes.codes], dtype=float)
+    while True:
+        rng = np.random.default_rng([recipe.seed, step])
+        kind = "draw" if rng.random() < recipe.draw_share else "read"
+        size = int(rng.choice(len(SIZES), p=counts / counts.sum()))
+        samples = []
+        for index in rng.integers(len(scenes.codes[size]), size=recipe.batch_size):
+            task, scene, codes = scenes.scene(size, int(index))
+            samples.append(
+                builder.drawing(scene, task, codes, rng) if kind == "draw" else builder.reading(scene, codes, rng)
+            )
+        yield kind, *collate(samples, builder.vocabulary.pad)
+        step += 1
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Plain causal attention by two batched products: with bfloat16 tiles about twice as fast as SDPA's CPU kernel."""
+    batch, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1).reshape(-1, length, width) for x in (key, value))
+    future = torch.full((length, length), -1e4, dtype=query.dtype).triu(1)
+    scores = torch.baddbmm(future.expand(batch * heads, -1, -1), query.flatten(0, 1), key.transpose(1, 2), alpha=scaling)
+    mixed = torch.bmm(scores.softmax(-1), value)
+    return mixed.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
+
+
+def weighted_loss(
+    model: Emu3ForCausalLM, run_layers: Callable[..., Tensor], ids_BS: Tensor, weights_BS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss by weight; the loss (N,) and the id (N,) of every target that counts."""
+    with autocast():
+        positions = torch.arange(ids_BS.shape[1] - 1)[None]
+        hidden = run_layers(model.model.embed_tokens(ids_BS[:, :-1]), None, positions)
+        counts = weights_BS[:, 1:] > 0
+        logits_NV = model.lm_head(hidden[counts])
+    targets_N, weights_N = ids_BS[:, 1:][counts], weights_BS[:, 1:][counts]
+    losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    return (losses_N * weights_N).sum() / weights_N.sum(), losses_N.detach(), targets_N
+
+
+def optimizers_for(model: nn.Module, recipe: LanguageRecipe) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
+    return [
+        torch.optim.Muon(
+            matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=recipe.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def rate_factor(recipe: LanguageRecipe, step: int) -> float:
+    """Share of the full learning rate: up over the warm-up, flat, down to zero over the last `decay_share` of the steps."""
+    falling = (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps)
+    return min(1.0, (step + 1) / recipe.warmup, falling)
+
+
+def train(recipe: LanguageRecipe, folder: Path) -> None:
+    """Runs the recipe to its end, from its last saved state if there is one; leaves tokenizer and model in `folder`."""
+    torch.manual_seed(recipe.seed)
+    vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve())
+    tokenizer = text_tokenizer(recipe, vision.config.codebook_size)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
+    config = Emu3TextConfig(
+        **recipe.model,
+        vocab_size=len(tokenizer),
+        pad_token_id=vocabulary.pad,
+        bos_token_id=vocabulary.bos,
+        eos_token_id=vocabulary.eos,
+    )
+    model = Emu3ForCausalLM(config)
+    ALL_ATTENTION_FUNCTIONS.register("emu3_causal", cast(Any, causal_attention))
+    config._attn_implementation = "emu3_causal"
+    run_layers = torch.compile(model.model.run_layers) if recipe.compile else model.model.run_layers
+    scenes = encode_scenes(vision, recipe.seed, recipe.scenes, folder / "codes")
+    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights))
+    optimizers = optimizers_for(model, recipe)
+    step = load_state(folder, model, optimizers)
+    log = Log(folder)
+    began, tokens = time.monotonic(), 0
+    recent: dict[str, list[float]] = {"draw": [], "read": [], "answer": []}  # losses: drawn and read pictures, answers
+    model.train()
+    for kind, ids, weights in islice(batches(recipe, scenes, builder, step), recipe.steps - step):
+        for optimizer, rate in zip(optimizers, (recipe.learning_rate, recipe.embedding_learning_rate), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_factor(recipe, step)
+            optimizer.zero_grad(set_to_none=True)
+        loss, losses, targets = weighted_loss(model, run_layers, ids, weights)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        tokens += ids.numel()
+        visual = targets >= vocabulary.visual_base
+        recent[kind].append(float(losses[visual].mean()))
+        if kind == "read":
+            recent["answer"].append(float(losses[targets < vocabulary.pad].mean()))
+        if step % recipe.report_every == 0:
+            means = {name: float(np.mean(values)) for name, values in recent.items() if values}
+            log.write(step=step, **means, tokens_per_second=int(tokens / (time.monotonic() - began)))
+            recent = {name: [] for name in recent}
+        if step % recipe.save_every == 0 or step == recipe.steps:
+            save_state(folder, step, model, optimizers)
+    model.eval()
+    config._attn_implementation = "sdpa"
+    model.save_pretrained(folder / "language")

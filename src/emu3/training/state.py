@@ -1,0 +1,84 @@
+"""What a training run keeps on disk, so that it can go on where it stopped, bit for bit.
+
+    FOLDER/state/model.safetensors       weights
+    FOLDER/state/optimizer-N.safetensors optimizer N
+    FOLDER/state/progress.json           steps done
+    FOLDER/log.jsonl                     one JSON object a report: what a person plots
+
+Data are drawn from the recipe's seed and the step number, so no state of a random generator needs keeping.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat names, `parameter index.name`."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    whole = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**whole, "state": state})
+
+
+def save_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Writes the state beside the old one, then swaps: a run that is killed meanwhile keeps the old one."""
+    fresh, current, old = folder / "state.new", folder / "state", folder / "state.old"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh / "model.safetensors")
+    for number, optimizer in enumerate(optimizers):
+        save_file(optimizer_tensors(optimizer), fresh / f"optimizer-{number}.safetensors")
+    (fresh / "progress.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(old, ignore_errors=True)
+    if current.exists():
+        current.rename(old)
+    fresh.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Restores model and optimizers in place; returns the number of steps done, 0 when there is no state."""
+    current = folder / "state"
+    if not current.exists() and (folder / "state.old").exists():  # killed between the two renames of a save
+        (folder / "state.old").rename(current)
+    if not current.exists():
+        return 0
+    model.load_state_dict(load_file(current / "model.safetensors"), strict=True)
+    for number, optimizer in enumerate(optimizers):
+        restore_optimizer(optimizer, load_file(current / f"optimizer-{number}.safetensors"))
+    return int(json.loads((current / "progress.json").read_text())["step"])
+
+
+class Log:
+    """Prints a report and appends it to FOLDER/log.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+
+    def write(self, **values: float | int) -> None:
+        line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + os.linesep)
+        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -1,0 +1,87 @@
+"""Guidance, the filters and the draw, against transformers' processors and against exact probabilities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from emu3.generation.sampling import GREEDY, Sampling, choose, guide, restrict, uniform_noise
+
+# Few distinct values, so that ties are common: half precision makes them common in real logits.
+rows = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 0.25, 1.0, 2.5]), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.floats(0.2, 3), st.integers(0, 14), st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]))
+def test_filters_equal_transformers(row, temperature, top_k, top_p):
+    logits = torch.tensor([row, row[::-1]])
+    reference = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        reference.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        reference.append(TopPLogitsWarper(top_p))
+    ours = restrict(logits, Sampling(temperature, top_k, top_p))
+    assert torch.equal(ours, reference(None, logits.clone()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([0.0, 0.5, 1.5, 3.0, 7.5]))
+def test_guidance_on_a_slice_gives_the_probabilities_of_guidance_on_everything(seed, scale):
+    conditional, unconditional = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(seed)).double()
+    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, model=None)
+    processor.get_unconditional_logits = lambda ids: unconditional[:, None]
+    whole = processor(None, conditional)
+    sliced = guide(conditional[:, 5:12], unconditional[:, 5:12], scale)
+    torch.testing.assert_close(sliced.softmax(-1), whole[:, 5:12].softmax(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(guide(conditional, unconditional, scale), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_draw_follows_the_probabilities():
+    """Evenly spread numbers hit each id in proportion to its probability, to one part in their number."""
+    probabilities = torch.tensor([0.5, 0.0, 0.125, 0.375])
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    chosen = choose(probabilities.log().expand(1000, 4), Sampling(top_k=0), uniform)
+    assert torch.bincount(chosen, minlength=4).tolist() == [500, 0, 125, 375]
+
+
+def test_draw_at_the_ends_stays_on_possible_ids():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(2, 5)
+    assert choose(logits, Sampling(), torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, st.integers(1, 12), st.floats(0, 1 - 2**-24, width=32))
+def test_draw_stays_on_what_the_filters_kept(row, top_k, uniform):
+    logits, sampling = torch.tensor([row]), Sampling(1.0, top_k, 0.8)
+    chosen = choose(logits, sampling, torch.tensor([uniform]))
+    assert restrict(logits, sampling)[0, chosen].isfinite().all()
+
+
+def test_temperature_zero_and_top_one_are_greedy():
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(1))
+    best = logits.argmax(-1)
+    for sampling in (GREEDY, Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-3)):
+        assert torch.equal(choose(logits, sampling, torch.full((5,), 0.7)), best), sampling
+
+
+def test_noise_belongs_to_the_seed():
+    assert torch.equal(uniform_noise(3, 10), uniform_noise(3, 10))
+    assert torch.equal(uniform_noise(3, 10), uniform_noise(3, 25)[:10])
+    assert not torch.equal(uniform_noise(3, 10), uniform_noise(4, 10))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)

@@ -1,0 +1,247 @@
+import inspect
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from PIL import Image
+
+from emu3 import Emu3Pipeline, __version__, cli, training
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    code = stop.value.code
+    assert code is None or isinstance(code, int)
+    printed = capsys.readouterr()
+    return code or 0, printed.out, printed.err
+
+
+def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a command line that must end with exit code 2 and one line on stderr."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.effect_noise((48, 48), 64).convert("RGB").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["image"],
+        ["image", "a cat", "--seed", "-1"],
+        ["image", "a cat", "--top-k", "0"],
+        ["image", "a cat", "--guidance", "much"],
+        ["chat", "picture.png"],
+        ["eval", "nano", "--count", "0"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "Usage" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["info", "eval"])
+def test_an_unknown_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "unknown checkpoint 'nono': give 'nano'" in one_line_error(capsys, command, "nono")
+
+
+def test_drawing_with_an_unknown_checkpoint_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "pictures" / "out.png"
+    assert "unknown checkpoint 'nono'" in one_line_error(capsys, "image", "a cat", "-o", output, "--model", "nono")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_formats_than_png_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "pictures are PNG files" in one_line_error(capsys, "image", "a cat", "-o", tmp_path / "out.jpg")
+
+
+def test_output_paths(tmp_path: Path) -> None:
+    assert cli._output_paths(Path("a/out.png"), 1) == [Path("a/out.png")]
+    assert cli._output_paths(Path("a/out.PNG"), 2) == [Path("a/out-1.PNG"), Path("a/out-2.PNG")]
+    assert cli._output_paths(Path("new"), 2) == [Path("new/1.png"), Path("new/2.png")]
+    folder = tmp_path / "v1.0"
+    folder.mkdir()
+    assert cli._output_paths(folder, 1) == [folder / "1.png"]
+
+
+def test_an_unreadable_picture_is_one_line(capsys: pytest.CaptureFixture[str], picture: Path) -> None:
+    whole = picture.read_bytes()
+    assert "no picture at" in one_line_error(capsys, "chat", picture.with_name("none.png"), "What is it?")
+    for content in (b"", b"words", whole[:20], whole[:100], whole[: len(whole) // 2]):
+        picture.write_bytes(content)
+        assert f"cannot read '{picture}' as a picture" in one_line_error(capsys, "chat", picture, "What is it?")
+    assert "cannot read" in one_line_error(capsys, "chat", picture.parent, "What is it?")
+
+
+def test_a_picture_is_written_wholly_with_its_settings(tmp_path: Path) -> None:
+    path, record = tmp_path / "new" / "out.png", {"prompt": "ein Käfer 🐞", "seed": 7}
+    cli.write_picture(Image.new("RGB", (4, 2), (10, 20, 30)), path, record)
+    with Image.open(path) as written:
+        assert json.loads(written.text["emu3"]) == record
+        assert (written.size, written.getpixel((3, 1))) == ((4, 2), (10, 20, 30))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_picture_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.png"
+    path.write_bytes(b"old")
+
+    def break_off(self: Image.Image, target: Path, **_: Any) -> None:
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        cli.write_picture(Image.new("RGB", (4, 2)), path, {})
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+SMALL = ("--height", 16, "--width", 24)
+
+
+@pytest.fixture
+def drawn(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    """The JSON records of two prompts drawn with seed 7."""
+    arguments = (*SMALL, "--seed", 7, "--model", tiny_checkpoint, "--json", "-o", tmp_path / "out.png")
+    code, out, err = run(capsys, "image", "a red car", "a cat <image>", *arguments)
+    assert (code, err) == (0, "")
+    records = json.loads(out)
+    assert isinstance(records, list)
+    return records
+
+
+def test_several_prompts_are_numbered_and_keep_their_settings(
+    drawn: list[dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out-1.png", "out-2.png"]
+    settings = {"model": str(tiny_checkpoint), "version": __version__, "negative_prompt": None, "ratio": "1:1"}
+    settings |= {"guidance_scale": 3.0, "top_k": 2048, "top_p": 1.0, "temperature": 1.0, "height": 16, "width": 24}
+    for number, (record, prompt) in enumerate(zip(drawn, ["a red car", "a cat <image>"], strict=True)):
+        with Image.open(record.pop("path")) as written:
+            assert json.loads(written.text["emu3"]) == record == {**settings, "prompt": prompt, "seed": 7 + number}
+            assert written.size == (24, 16)
+
+
+def test_the_recorded_settings_draw_the_picture_again(
+    capsys: pytest.CaptureFixture[str], drawn: list[dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    record, again = drawn[1], tmp_path / "again.png"
+    arguments = (*SMALL, "--seed", record["seed"], "--model", tiny_checkpoint, "-o", again)
+    code, out, err = run(capsys, "image", record["prompt"], *arguments)
+    assert (code, out, err) == (0, f"{again}  seed 8  24x16  a cat <image>\n", "")
+    pipeline = Emu3Pipeline.from_pretrained(tiny_checkpoint)
+    [expected] = pipeline.image(record["prompt"], seed=8, height=16, width=24)
+    for path in (record["path"], again):
+        with Image.open(path) as written:
+            assert written.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--height", 16), "give both height and width"),
+        (("--height", 18, "--width", 16), "height must be a positive multiple of 4 pixels, got 18"),
+        (("--height", 480, "--width", 480), "do not fit the model's context of 512"),
+        (("--ratio", "wide"), "'wide' is not \"width:height\""),
+    ],
+)
+def test_a_refused_drawing_writes_nothing(
+    capsys: pytest.CaptureFixture[str],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    complaint: str,
+) -> None:
+    output = tmp_path / "pictures" / "out.png"
+    error = one_line_error(capsys, "image", "a cat", *arguments, "--model", tiny_checkpoint, "-o", output)
+    assert complaint in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_prints_the_answer(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, picture: Path) -> None:
+    question = "What color is the cat?"
+    with Image.open(picture) as opened:
+        expected = Emu3Pipeline.from_pretrained(tiny_checkpoint).chat((question, [opened]), max_new_tokens=5)
+    arguments = ("chat", picture, question, "--model", tiny_checkpoint, "--max-new-tokens", 5)
+    assert run(capsys, *arguments) == (0, f"{expected}\n", "")
+    code, out, err = run(capsys, *arguments, "--json")
+    record = {"picture": str(picture), "question": question, "answer": expected, "model": str(tiny_checkpoint)}
+    assert (code, json.loads(out), err) == (0, record, "")
+
+
+def test_info_says_the_same_to_people_and_to_programs(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
+) -> None:
+    code, out, err = run(capsys, "info", tiny_checkpoint, "--json")
+    found = json.loads(out)
+    assert (code, err, found["layout"], found["codebook_size"]) == (0, "", "current", 16)
+    code, out, err = run(capsys, "info", tiny_checkpoint)
+    assert (code, err) == (0, "")
+    assert f"{found['parameters']:,} in {found['tensors']} tensors" in out
+    assert "4x4 pixels" in out and "512 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "renamed"),
+    [
+        (cli.image, Emu3Pipeline.image, {"guidance": "guidance_scale", "negative": "negative_prompt"}),
+        (cli.chat, Emu3Pipeline.chat, {}),
+    ],
+)
+def test_defaults_are_those_of_the_pipeline(command: Any, method: Any, renamed: dict[str, str]) -> None:
+    own, shared = inspect.signature(command).parameters, inspect.signature(method).parameters
+    compared = {name: renamed.get(name, name) for name in own if renamed.get(name, name) in shared}
+    compared.pop("prompts", None)
+    assert {name: own[name].default for name in compared} == {
+        name: shared[theirs].default for name, theirs in compared.items()
+    }
+    assert len(compared) >= 2
+
+
+def test_train_runs_the_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "run_recipe", lambda recipe: recipe.parent / "result")
+    assert run(capsys, "train", tmp_path / "recipe.toml") == (0, f"{tmp_path / 'result'}\n", "")
+
+
+def test_a_missing_recipe_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no recipe at" in one_line_error(capsys, "train", tmp_path / "none.toml")
+
+
+def readme_commands() -> list[str]:
+    lines = (line.strip() for line in (ROOT / "README.md").read_text().splitlines())
+    return [line for line in lines if line.startswith("emu3 ")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_commands_in_the_readme_parse(line: str) -> None:
+    _, command, *arguments = shlex.split(line, comments=True)
+    group = typer.main.get_command(cli.app)
+    context = group.commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+    assert context.params
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {shlex.split(line)[1] for line in readme_commands()}
+    assert shown == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]

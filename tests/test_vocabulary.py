@@ -1,0 +1,81 @@
+"""Ids of structure and visual tokens."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from emu3.vocabulary import EMU3, SURFACES, Vocabulary
+
+STRUCTURE = {surface: number for number, surface in enumerate(SURFACES.values())}
+
+
+def visual(ids):
+    return {f"<|visual token {code:06d}|>": id_ for code, id_ in enumerate(ids)}
+
+
+SCATTERED = Vocabulary.from_map(STRUCTURE | visual([22, 20, 23, 21]))
+
+
+def test_documented_ids():
+    assert (EMU3.boi, EMU3.img, EMU3.eoi) == (151852, 151851, 151853)
+    assert (EMU3.eol, EMU3.eof) == (151646 + 200, 151646 + 201)
+    assert (EMU3.bos, EMU3.eos, EMU3.pad) == (151646 + 203, 151646 + 204, 151643)
+    assert EMU3.visual_span == (151854, 184622)
+
+
+def test_from_map_reads_roles_from_their_surfaces():
+    roles = {field.name: 100 + n for n, field in enumerate(dataclasses.fields(Vocabulary)) if field.name in SURFACES}
+    built = Vocabulary.from_map({SURFACES[role]: id_ for role, id_ in roles.items()} | visual(range(7, 12)) | {"a": 0})
+    assert built == Vocabulary(**roles, visual_base=7, codebook_size=5)
+
+
+@pytest.mark.parametrize("vocabulary", [EMU3, SCATTERED], ids=["arithmetic", "table"])
+def test_codes_survive_the_round_trip_in_every_container(vocabulary):
+    last = vocabulary.codebook_size - 1
+    first_id, last_id = vocabulary.ids_of(0), vocabulary.ids_of(last)
+    assert vocabulary.codes_of(first_id) == 0
+    assert vocabulary.codes_of(last_id) == last
+    codes = [[0, last], [last, 1]]
+    expected = [[first_id, last_id], [last_id, vocabulary.ids_of(1)]]
+    array = vocabulary.ids_of(np.array(codes, dtype=np.uint16))
+    tensor = vocabulary.ids_of(torch.tensor(codes, dtype=torch.int32))
+    assert array.tolist() == tensor.tolist() == expected
+    assert vocabulary.codes_of(array).tolist() == vocabulary.codes_of(tensor).tolist() == codes
+
+
+def test_scattered_ids_come_from_the_table():
+    assert SCATTERED.table == (22, 20, 23, 21)
+    assert SCATTERED.visual_span == (20, 24)
+    assert SCATTERED.ids_of(torch.tensor([3, 2, 1, 0])).tolist() == [21, 23, 20, 22]
+
+
+@pytest.mark.parametrize("vocabulary", [EMU3, SCATTERED], ids=["arithmetic", "table"])
+@pytest.mark.parametrize("wrap", [int, lambda n: np.array([n]), lambda n: torch.tensor([n])])
+def test_values_outside_are_refused(vocabulary, wrap):
+    lo, hi = vocabulary.visual_span
+    for id_ in (lo - 1, hi, 0):
+        with pytest.raises(ValueError, match="visual token"):
+            vocabulary.codes_of(wrap(id_))
+    for code in (-1, vocabulary.codebook_size):
+        with pytest.raises(ValueError, match="codes must be in"):
+            vocabulary.ids_of(wrap(code))
+
+
+def test_gaps_between_visual_ids():
+    gapped = Vocabulary.from_map(STRUCTURE | visual([20, 21, 30]))
+    assert gapped.codes_of(30) == 2
+    with pytest.raises(ValueError, match="not all of"):
+        gapped.codes_of(25)
+    with pytest.raises(ValueError, match="gaps between 20 and 30"):
+        _ = gapped.visual_span
+
+
+def test_incomplete_maps_are_refused():
+    with pytest.raises(ValueError, match=r"lacks <\|extra_200\|>"):
+        Vocabulary.from_map({k: v for k, v in STRUCTURE.items() if k != "<|extra_200|>"} | visual([20]))
+    with pytest.raises(ValueError, match="numbered from 0 without gaps"):
+        Vocabulary.from_map(STRUCTURE | {"<|visual token 000001|>": 20})
+    with pytest.raises(ValueError, match="numbered from 0 without gaps"):
+        Vocabulary.from_map(STRUCTURE)
