@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench nano clean
 
 demo: .venv/.installed  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,9 @@ lint: .venv/.installed  ## style, types, import directions
 
 bench: .venv/.installed  ## speed, as a ratio against transformers on the same weights
 	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+
+nano: .venv/.installed  ## train the shipped checkpoint again; hours on two cores
+	set -e; for recipe in vision vision-local language language-objects checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
 
 # The stamp is written last, so an interrupted installation starts again and a finished one is left alone.
 .venv/.installed: pyproject.toml constraints.txt

@@ -22,9 +22,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = Emu3ImageProcessor(
         image_mean=[0.5] * 3, image_std=[0.5] * 3, spatial_factor=4, min_pixels=side**2, max_pixels=side**2
     )
-    processor = Emu3Processor(pictures, tokenizer)
-    processor.image_area = side**2
-    processor.save_pretrained(folder)
+    Emu3Processor(pictures, tokenizer, image_area=side**2).save_pretrained(folder)
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -49,5 +47,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     torch.manual_seed(0)
     config = Emu3Config(text_config=text, vq_config=vision, vocabulary_map=vocabulary_map(tokenizer))
-    Emu3ForConditionalGeneration(config).save_pretrained(folder)
+    model = Emu3ForConditionalGeneration(config)
+    # Codes as far apart as those of a trained tokenizer, so that other tokens are another picture.
+    torch.nn.init.normal_(model.model.vqmodel.quantize.embedding.weight)
+    model.save_pretrained(folder)
     return folder

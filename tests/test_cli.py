@@ -154,6 +154,8 @@ def test_the_recorded_settings_draw_the_picture_again(
     for path in (record["path"], again):
         with Image.open(path) as written:
             assert written.tobytes() == expected.tobytes()
+    with Image.open(drawn[0]["path"]) as other:
+        assert other.tobytes() != expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,21 @@ def test_info_says_the_same_to_people_and_to_programs(
     assert (code, err) == (0, "")
     assert f"{found['parameters']:,} in {found['tensors']} tensors" in out
     assert "4x4 pixels" in out and "512 tokens" in out
+
+
+def test_eval_says_the_same_to_people_and_to_programs(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = ("eval", tiny_checkpoint, "--count", 1, "--seed", 3)
+    code, out, _ = run(capsys, *arguments, "--json", "-o", tmp_path / "report")
+    report = json.loads(out)
+    assert (code, report["count"], report["seed"]) == (0, 1, 3)
+    assert any((tmp_path / "report").iterdir())
+    code, table, _ = run(capsys, *arguments)
+    assert code == 0
+    assert f"| reconstruction | {report['reconstruction_psnr']:.1f} dB |" in table
+    for name, score in report["scores"].items():
+        assert f"| {name} | {score['share']:.2f} |" in table
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ def test_the_demo_draws_collects_and_describes(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = Emu3Pipeline.from_pretrained(tiny_checkpoint)
-    pipeline.processor.image_area = 48 * 48
     monkeypatch.setattr(Emu3Pipeline, "from_pretrained", lambda name: {"nano": pipeline}[name])
     monkeypatch.chdir(tmp_path)
     demo = runpy.run_path(str(DEMO))

@@ -131,8 +131,8 @@ class Emu3Processor(ProcessorMixin):
             images: pictures in the order of their marks, flat or one list per text.
             text: one prompt, or B of them.
             return_for_image_generation: end each prompt where its picture begins; takes no `images`.
-            ratio, image_area: size of the picture to draw (see `generation_size`), for all prompts or one each; the area
-                is the processor's own by default.
+            ratio, image_area: size of the picture to draw (see `generation_size`), for all prompts or one each; the
+                area is the processor's own by default.
             split_special_tokens: read `text` as plain text, so that no control token and no "<image>" in it counts.
             add_special_tokens: put bos before each text, unless it is there.
             padding: True or "longest", "max_length" (with `max_length`), False.

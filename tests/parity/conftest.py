@@ -12,6 +12,7 @@ from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
 from emu3.configuration import Emu3Config
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.modeling.vision import Emu3VQVAE
 from emu3.vocabulary import SURFACES, Vocabulary
 
 TEXT_IDS = 40
@@ -44,9 +45,7 @@ def tiny_config(text: dict[str, Any], vision: dict[str, Any], **whole: Any) -> E
         "num_attention_heads": 2,
     }
     vocabulary_map = whole.pop("vocabulary_map", VOCABULARY_MAP)
-    return Emu3Config(
-        text_config=base | text, vq_config=picture | vision, vocabulary_map=vocabulary_map, **whole
-    )
+    return Emu3Config(text_config=base | text, vq_config=picture | vision, vocabulary_map=vocabulary_map, **whole)
 
 
 @torch.no_grad()
@@ -66,11 +65,15 @@ def shake(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm3d):
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2.0)
+    for module in model.modules():
+        if isinstance(module, Emu3VQVAE):  # a codebook among the latents, so that pictures have many codes
+            latents = module.latents(torch.randn(8, 3, 8 * FACTOR, 8 * FACTOR))[1].movedim(2, -1).flatten(0, -2)
+            module.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:CODES]])
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models; `pixels` makes a batch of pictures, `shown` the prompt ids of one."""
+    """The two models, and inputs for them."""
 
     ours: Emu3ForConditionalGeneration
     theirs: ReferenceModel
@@ -94,16 +97,22 @@ class Pair:
         return {"pixel_values": pixel_values, "image_sizes": torch.tensor(sizes) * FACTOR}
 
     def shown(self, rows: int, columns: int) -> list[int]:
+        """A picture's part of a prompt."""
         v = self.vocabulary
         return [v.boi, 1, v.img, *[v.image_placeholder] * (rows * (columns + 1)), v.eof, v.eoi]
 
     def prompts(self, *prompts: list[int]) -> dict[str, Tensor]:
-        """Left-padded ids, their mask, and positions that count from each prompt's first token."""
+        """Left-padded ids and their mask."""
         longest = max(map(len, prompts))
         pad = self.vocabulary.pad
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def config_of() -> Callable[..., Emu3Config]:
+    return tiny_config
 
 
 @pytest.fixture(scope="session")

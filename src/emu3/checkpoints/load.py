@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from emu3.checkpoints.inspect import LEGACY_PREFIXES, check_tensors, read_config
+from emu3.checkpoints.inspect import check_tensors, read_config
 from emu3.configuration import Emu3Config
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
@@ -34,10 +33,9 @@ def load_model(
         tensors = Emu3ForConditionalGeneration(config).state_dict()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     check_tensors(folder, {name: tensor.shape for name, tensor in tensors.items()}, optional=tied)
-    renamed = {f"^{re.escape(legacy)}": current for legacy, current in LEGACY_PREFIXES.items()}
     with _progress_bar(shown=sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LONG_LOAD):
         model = Emu3ForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype, key_mapping=renamed, use_safetensors=True, local_files_only=True
+            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     return model.to(device).eval()
 

@@ -1,6 +1,7 @@
 """What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
 
-Drawing is judged from the pixels by `emu3.evaluation.judge`. The ceiling is what the judge says of the true scenes after
+Drawing is judged from the pixels by `emu3.evaluation.judge`. The ceiling is what the judge says of the true scenes
+after
 encoding and decoding: no drawing could score better. Answers and captions count when they are right to the letter.
 """
 
@@ -146,7 +147,9 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
     """
     pipeline = Emu3Pipeline.from_pretrained(folder)
     prompts = {task: evaluation_prompts(task, count, seed) for task in TASKS}
-    drawing, ceiling, errors = {}, {}, []
+    drawing: dict[str, Score] = {}
+    ceiling: dict[str, Score] = {}
+    errors: list[float] = []
     for task in track(TASKS, description="drawing"):
         held_out = [prompt.held_out for prompt in prompts[task]]
         pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed)

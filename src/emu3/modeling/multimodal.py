@@ -1,4 +1,5 @@
-"""The whole model: pictures become visual tokens, visual tokens are embedded like words, one decoder reads and writes both.
+"""The whole model: pictures become visual tokens, visual tokens are embedded like words, one decoder reads and writes
+both.
 
 Shapes: B batch, S sequence, E model width, V vocabulary, h w rows and columns of visual tokens.
 """
@@ -14,7 +15,7 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from emu3.configuration import Emu3Config
+from emu3.configuration import Emu3Config, Emu3TextConfig
 from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, kept_positions
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
 from emu3.vocabulary import EMU3, Vocabulary
@@ -58,6 +59,7 @@ class Emu3Model(Emu3PreTrainedModel):
 
     config: Emu3Config
     config_class = Emu3Config
+    renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
     # Codes must not depend on the precision of the language model.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
 
@@ -111,8 +113,8 @@ class Emu3Model(Emu3PreTrainedModel):
         """Pixels of generated pictures.
 
         Args:
-            image_tokens: (B, height * (width + 1) + 3) ids: rows closed by end-of-row, then end-of-frame, end-of-image and
-                end-of-sequence.
+            image_tokens: (B, height * (width + 1) + 3) ids: rows closed by end-of-row, then end-of-frame,
+                end-of-image and end-of-sequence.
             height, width: of the pictures, in tokens.
 
         Returns:
@@ -130,9 +132,7 @@ class Emu3Model(Emu3PreTrainedModel):
         rows = image_tokens[:, :-3].reshape(-1, height, width + 1)
         return self.vqmodel.decode(self.vocabulary_mapping.convert_bpe2img(rows))
 
-    def get_placeholder_mask(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
-    ) -> Tensor:
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where the embeddings of pictures go.
 
         Args:
@@ -209,6 +209,11 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
 
     config: Emu3Config
     config_class = Emu3Config
+    renamed_weights: ClassVar[dict[str, str]] = {
+        r"^text_model\.model\.": "model.text_model.",
+        r"^text_model\.lm_head\.": "lm_head.",
+        r"^vqmodel\.": "model.vqmodel.",
+    }
     output_modalities = ("image", "text")
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
@@ -216,7 +221,8 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config)
         self.model = Emu3Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text_config = cast(Emu3TextConfig, config.text_config)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -256,7 +262,8 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
+            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D
+                tensor.
 
         Returns:
             `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
@@ -275,7 +282,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs[0][:, kept_positions(logits_to_keep)])
         loss = None
         if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
+            vocab_size = cast(Emu3TextConfig, self.config.text_config).vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -1,9 +1,9 @@
-"""The language model: a Llama-style decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU) with a dropout on
-both residual branches, which is Emu3's own (arXiv 2409.18869, table 3).
+"""The language model: a Llama-style decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU) with a
+dropout on both residual branches, which is Emu3's own (arXiv 2409.18869, table 3).
 
-Parameter names are those of transformers' Emu3. The mathematics is in plain modules; `Emu3TextModel` and `Emu3ForCausalLM`
-know the conventions of transformers. `Emu3TextModel.run_layers` is the way in for whoever brings masks, positions and a cache
-of their own: the decode engine and the trainer.
+Parameter names are those of transformers' Emu3. The mathematics is in plain modules; `Emu3TextModel` and
+`Emu3ForCausalLM` know the conventions of transformers. `Emu3TextModel.run_layers` is the way in for whoever brings
+masks, positions and a cache of their own: the decode engine and the trainer.
 
 Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width, E model width, V vocabulary.
 """
@@ -74,7 +74,7 @@ class RotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: Emu3TextConfig, **kwargs: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies of plain rotary positions, and a scale of 1. transformers re-computes lost buffers with it."""
+        """Inverse frequencies of plain rotary positions, and a scale of 1; transformers calls it to restore buffers."""
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         theta = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
         return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
@@ -105,13 +105,17 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, which also returns its weights (B, N, S, K). The mask is boolean or added to the scores."""
+    """Attention spelled out, which also returns its weights (B, N, S, K). The mask is boolean or added to the scores;
+    None is causal."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+    if attention_mask is None:
+        past = scores.shape[3] - scores.shape[2]
+        attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril(past)
+    if attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
+    else:
         scores = scores + attention_mask
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -208,10 +212,10 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
 
 
 class Emu3PreTrainedModel(PreTrainedModel):
-    """What the models share with transformers' machinery: loading, attention kinds, gradient checkpointing, offloading."""
+    """What the models tell transformers of themselves: loading, attention kinds, checkpointing, offloading."""
 
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Emu3DecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
@@ -221,6 +225,14 @@ class Emu3PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
+    # How names begin in other layouts, as patterns. transformers renames for its own classes only, and a weight whose
+    # name it does not know it leaves random.
+    renamed_weights: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of `PreTrainedModel`; a `key_mapping` takes the place of `renamed_weights`."""
+        return super().from_pretrained(*args, **{"key_mapping": cls.renamed_weights, **kwargs})
 
 
 class Emu3TextModel(Emu3PreTrainedModel):
@@ -228,7 +240,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
 
     config: Emu3TextConfig
     config_class = Emu3TextConfig
-    input_modalities = ("text",)
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(self, config: Emu3TextConfig) -> None:
         super().__init__(config)
@@ -318,24 +330,34 @@ class Emu3TextModel(Emu3PreTrainedModel):
             position_ids=position_ids,
         )
         hidden_states = self.run_layers(
-            inputs_embeds, mask, position_ids, cast(KeyValueCache | None, past_key_values), use_cache=use_cache, **kwargs
+            inputs_embeds,
+            mask,
+            position_ids,
+            cast(KeyValueCache | None, past_key_values),
+            use_cache=use_cache,
+            **kwargs,
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
     """Index along the sequence: the last n positions (0: all), or those that a tensor names."""
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
-        slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
-    )
+    if isinstance(logits_to_keep, int):
+        return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+    return logits_to_keep
 
 
 class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
-    """The language model alone, with its head."""
+    """The language model alone, with its head; also from the checkpoint of a whole model."""
 
     config: Emu3TextConfig
     config_class = Emu3TextConfig
-    input_modalities = ("text",)
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    renamed_weights: ClassVar[dict[str, str]] = {
+        r"^text_model\.model\.": "model.",
+        r"^text_model\.lm_head\.": "lm_head.",
+        r"^model\.text_model\.": "model.",
+    }
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Emu3TextConfig) -> None:
@@ -362,7 +384,8 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
+            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D
+                tensor.
 
         Returns:
             `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.

@@ -1,13 +1,14 @@
 """The vision tokenizer: pictures and clips to integer codes and back.
 
-A MoVQ-style VQ-VAE (arXiv 2209.09002) with a temporal part (arXiv 2409.18869, section 2.2). Frames pass one by one through a
-2-D encoder; a few causal 3-D convolutions on the narrow latents join each group of `temporal_downsample_factor` frames; the
-nearest codebook vector gives the code. The decoder mirrors this.
+A MoVQ-style VQ-VAE (arXiv 2209.09002) with a temporal part (arXiv 2409.18869, section 2.2). Frames pass one by one
+through a 2-D encoder; a few causal 3-D convolutions on the narrow latents join each group of
+`temporal_downsample_factor` frames; the nearest codebook vector gives the code. The decoder mirrors this.
 
 A single picture is, by definition, a clip that repeats it. The 2-D parts treat frames independently, so they run once:
 encoding repeats the latents instead of the pixels, decoding drops all frames but the first before the 2-D part.
 
-Shapes: B batch, T latent frames, F frames, C channels, H W pixels, h w code rows and columns, Z latent channels, N positions.
+Shapes: B batch, T latent frames, F frames, C channels, H W pixels, h w code rows and columns, Z latent channels, N
+positions.
 """
 
 from __future__ import annotations
@@ -48,10 +49,14 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution that sees no later frame: time is padded by two frames, on the left only; space is padded evenly."""
+    """3-D convolution that sees no later frame: two frames of padding on the left in time, even padding in space."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
@@ -355,8 +360,8 @@ class VectorQuantizer(nn.Module):
 class Emu3VQVAE(PreTrainedModel):
     """The vision tokenizer: `encode` pictures or clips to codes, `decode` codes to pictures or clips.
 
-    It is frozen: `train()` leaves it in evaluation mode, so that batch statistics never change the codes of a model that is
-    being fine-tuned. `frozen = False` is for training the tokenizer itself.
+    It is frozen: `train()` leaves it in evaluation mode, so that batch statistics never change the codes of a model
+    that is being fine-tuned. `frozen = False` is for training the tokenizer itself.
     """
 
     config: Emu3VQVAEConfig
@@ -364,7 +369,10 @@ class Emu3VQVAE(PreTrainedModel):
     base_model_prefix = "emuvideovq"
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
+    # It attends by SDPA, whichever kind the language model beside it is asked to use.
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _no_split_modules: ClassVar[list[str]] = ["TemporalResnetBlock", "AttentionBlock", "ResnetBlock", "VectorQuantizer"]
 
     def __init__(self, config: Emu3VQVAEConfig) -> None:
@@ -417,7 +425,9 @@ class Emu3VQVAE(PreTrainedModel):
             batch, frames = pixel_values.shape[:2]
             if frames % factor:
                 raise ValueError(f"a clip needs a multiple of {factor} frames, got {frames}: repeat or drop some")
-            latents_BZFhw = self.encoder.frames(pixel_values.flatten(0, 1)).unflatten(0, (batch, frames)).transpose(1, 2)
+            latents_BZFhw = (
+                self.encoder.frames(pixel_values.flatten(0, 1)).unflatten(0, (batch, frames)).transpose(1, 2)
+            )
         joined = self.encoder.join(latents_BZFhw)
         return joined.transpose(1, 2), self.quant_conv(joined).transpose(1, 2)
 
@@ -447,7 +457,8 @@ class Emu3VQVAE(PreTrainedModel):
         """Codes of pictures or clips.
 
         Args:
-            pixel_values: (B, C, H, W) or (B, F, C, H, W); samples smaller than H x W are padded at the bottom and right.
+            pixel_values: (B, C, H, W) or (B, F, C, H, W); samples smaller than H x W are padded at the bottom and
+                right.
             image_sizes: (B, 2), height and width in pixels of each sample without its padding.
             return_dict: False gives a tuple.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from emu3.configuration import Emu3Config
+from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.text import Emu3ForCausalLM
@@ -40,9 +40,7 @@ def assemble(recipe: CheckpointRecipe, beside: Path, folder: Path) -> None:
     vision = Emu3VQVAE.from_pretrained((beside / recipe.vision).resolve())
     language = Emu3ForCausalLM.from_pretrained((beside / recipe.language / "language").resolve())
     tokenizer = AutoTokenizer.from_pretrained((beside / recipe.language / "tokenizer").resolve())
-    config = Emu3Config(
-        vq_config=vision.config, text_config=language.config, vocabulary_map=vocabulary_map(tokenizer)
-    )
+    config = Emu3Config(vq_config=vision.config, text_config=language.config, vocabulary_map=vocabulary_map(tokenizer))
     model = Emu3ForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vision.state_dict())
     model.model.text_model.load_state_dict(language.model.state_dict())
@@ -55,7 +53,7 @@ def assemble(recipe: CheckpointRecipe, beside: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
     # A loader that follows the configuration computes in float32: float16 is how the weights travel.
-    for part in (config, config.text_config, config.vq_config):
+    for part in (config, cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)):
         part.dtype = torch.float32
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

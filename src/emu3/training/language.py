@@ -1,7 +1,7 @@
 """Training the language model on scenes drawn and read: next-token prediction with a weight for each kind of token.
 
-Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head and norms; the rate is constant after
-a warm-up and falls linearly to zero over the last part, so that a run can be extended from before the fall.
+Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head and norms; the rate is constant
+after a warm-up and falls linearly to zero over the last part, so that a run can be extended from before the fall.
 
 Shapes: B batch, S sequence, N targets, V vocabulary.
 """
@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,7 +29,7 @@ from emu3.data.scenes import TASKS, sample_scene
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
-from emu3.training.codes import SIZES, EncodedScenes, encode_scenes
+from emu3.training.codes import SceneSource, encoded
 from emu3.training.precision import autocast
 from emu3.training.sequences import DESCRIBE, SYSTEM, SequenceBuilder, Weights, collate
 from emu3.training.state import Log, load_state, save_state
@@ -42,9 +43,11 @@ class LanguageRecipe:
     Attributes:
         model: arguments of `Emu3TextConfig`; ids and vocabulary size come from the tokenizer.
         vision: folder with the trained vision tokenizer, relative to the output folder.
-        texts: files, relative to the working folder, that the text tokenizer is trained on beside captions.
+        texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
         text_entries: size of the text tokenizer.
-        scenes: number of different scenes.
+        sources: arguments of `SceneSource`, each with a `share` of the batches. All pictures of a batch are of one.
+        start_from: folder with a trained language model, relative to the output folder; None: from scratch.
+        full_captions: share of drawings asked for by the full caption.
         steps, batch_size, seed: length of the run.
         draw_share: share of batches that draw; the others read.
         learning_rate, embedding_learning_rate: of the layers' matrices (Muon), and of all else (AdamW).
@@ -57,7 +60,9 @@ class LanguageRecipe:
     vision: str
     texts: list[str] = field(default_factory=list)
     text_entries: int = 1024
-    scenes: int = 120_000
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    start_from: str | None = None
+    full_captions: float = 0.2
     seed: int = 0
     steps: int = 6000
     batch_size: int = 48
@@ -73,9 +78,13 @@ class LanguageRecipe:
     save_every: int = 500
 
 
-def corpus(seed: int) -> Iterator[str]:
+# A source, its codes, and its share of the batches.
+Stock = tuple[float, SceneSource, NDArray[np.int16]]
+
+
+def corpus() -> Iterator[str]:
     """Captions, questions and answers of scenes, for the text tokenizer."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for index in range(6000):
         task = TASKS[index % len(TASKS)]
         scene = sample_scene(task, rng, "train")
@@ -86,26 +95,27 @@ def corpus(seed: int) -> Iterator[str]:
             yield f" USER: {question.text}. ASSISTANT: {question.answer}"
 
 
-def text_tokenizer(recipe: LanguageRecipe, codebook_size: int) -> PreTrainedTokenizerBase:
-    texts = [Path(path).read_text() for path in recipe.texts]
-    return train_tokenizer([*corpus(recipe.seed), *texts], recipe.text_entries, codebook_size)
+def text_tokenizer(recipe: LanguageRecipe, folder: Path, codebook_size: int) -> PreTrainedTokenizerBase:
+    texts = [(folder / path).resolve().read_text() for path in recipe.texts]
+    return train_tokenizer([*corpus(), *texts], recipe.text_entries, codebook_size)
 
 
 def batches(
-    recipe: LanguageRecipe, scenes: EncodedScenes, builder: SequenceBuilder, step: int
+    recipe: LanguageRecipe, stock: list[Stock], builder: SequenceBuilder, step: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Kind, ids and weights (B, S) of each step from `step` on. All pictures of a batch have one size."""
-    counts = np.array([len(codes) for codes in scenes.codes], dtype=float)
+    """Kind, ids and weights (B, S) of each step from `step` on."""
+    shares = np.array([share for share, _, _ in stock])
     while True:
         rng = np.random.default_rng([recipe.seed, step])
         kind = "draw" if rng.random() < recipe.draw_share else "read"
-        size = int(rng.choice(len(SIZES), p=counts / counts.sum()))
+        _, source, codes = stock[rng.choice(len(stock), p=shares / shares.sum())]
         samples = []
-        for index in rng.integers(len(scenes.codes[size]), size=recipe.batch_size):
-            task, scene, codes = scenes.scene(size, int(index))
-            samples.append(
-                builder.drawing(scene, task, codes, rng) if kind == "draw" else builder.reading(scene, codes, rng)
-            )
+        for index in rng.integers(source.count, size=recipe.batch_size):
+            task, scene = source.scene(int(index))
+            if kind == "draw":
+                samples.append(builder.drawing(scene, task, codes[index], rng))
+            else:
+                samples.append(builder.reading(scene, codes[index], rng))
         yield kind, *collate(samples, builder.vocabulary.pad)
         step += 1
 
@@ -118,7 +128,9 @@ def causal_attention(
     groups = heads // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1).reshape(-1, length, width) for x in (key, value))
     future = torch.full((length, length), -1e4, dtype=query.dtype).triu(1)
-    scores = torch.baddbmm(future.expand(batch * heads, -1, -1), query.flatten(0, 1), key.transpose(1, 2), alpha=scaling)
+    scores = torch.baddbmm(
+        future.expand(batch * heads, -1, -1), query.flatten(0, 1), key.transpose(1, 2), alpha=scaling
+    )
     mixed = torch.bmm(scores.softmax(-1), value)
     return mixed.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
 
@@ -149,7 +161,7 @@ def optimizers_for(model: nn.Module, recipe: LanguageRecipe) -> list[torch.optim
 
 
 def rate_factor(recipe: LanguageRecipe, step: int) -> float:
-    """Share of the full learning rate: up over the warm-up, flat, down to zero over the last `decay_share` of the steps."""
+    """Share of the full learning rate: rising, flat, then falling to zero over the last `decay_share` of the steps."""
     falling = (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps)
     return min(1.0, (step + 1) / recipe.warmup, falling)
 
@@ -158,7 +170,7 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     """Runs the recipe to its end, from its last saved state if there is one; leaves tokenizer and model in `folder`."""
     torch.manual_seed(recipe.seed)
     vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve())
-    tokenizer = text_tokenizer(recipe, vision.config.codebook_size)
+    tokenizer = text_tokenizer(recipe, folder, vision.config.codebook_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
     config = Emu3TextConfig(
@@ -169,18 +181,26 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
         eos_token_id=vocabulary.eos,
     )
     model = Emu3ForCausalLM(config)
+    if recipe.start_from is not None:
+        start = Emu3ForCausalLM.from_pretrained((folder / recipe.start_from).resolve())
+        model.load_state_dict(start.state_dict())
     ALL_ATTENTION_FUNCTIONS.register("emu3_causal", cast(Any, causal_attention))
     config._attn_implementation = "emu3_causal"
     run_layers = torch.compile(model.model.run_layers) if recipe.compile else model.model.run_layers
-    scenes = encode_scenes(vision, recipe.seed, recipe.scenes, folder / "codes")
-    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights))
+    stock: list[Stock] = []
+    for entry in recipe.sources:
+        arguments = {**entry, "tasks": tuple(entry.get("tasks", TASKS))}
+        share = float(arguments.pop("share"))
+        source = SceneSource(**arguments)
+        stock.append((share, source, encoded(vision, source, folder / "codes")))
+    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights), full_captions=recipe.full_captions)
     optimizers = optimizers_for(model, recipe)
     step = load_state(folder, model, optimizers)
     log = Log(folder)
     began, tokens = time.monotonic(), 0
     recent: dict[str, list[float]] = {"draw": [], "read": [], "answer": []}  # losses: drawn and read pictures, answers
     model.train()
-    for kind, ids, weights in islice(batches(recipe, scenes, builder, step), recipe.steps - step):
+    for kind, ids, weights in islice(batches(recipe, stock, builder, step), recipe.steps - step):
         for optimizer, rate in zip(optimizers, (recipe.learning_rate, recipe.embedding_learning_rate), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_factor(recipe, step)

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from emu3.data.captions import caption, full_caption, questions
-from emu3.data.scenes import Scene, Task
+from emu3.data.scenes import LATTICE, Scene, Task
+from emu3.data.sprites import ICON
 from emu3.tokenization import encode_plain
 from emu3.vocabulary import Vocabulary
 
@@ -37,11 +38,14 @@ class Weights:
         visual: a picture's tokens, structure included.
         answer: an answer's tokens and the eos behind them.
         read_visual: a picture's tokens where it is read, not drawn; they teach drawing without a prompt.
+        object: factor on the tokens of a drawing that lie in an object's box. They are few, and only they tell whether
+            the words were followed.
     """
 
     visual: float = 1.0
     answer: float = 1.0
     read_visual: float = 1.0
+    object: float = 1.0
 
 
 @dataclass
@@ -88,7 +92,11 @@ class SequenceBuilder:
         header = picture.index(self.vocabulary.img) + 1
         ids = [*prompt, *picture, self.vocabulary.eos]
         silent = len(prompt) + header
-        return ids, [0.0] * silent + [self.weights.visual] * (len(ids) - silent)
+        weights_hw = np.full((codes_hw.shape[0], codes_hw.shape[1] + 1), self.weights.visual)
+        for thing in scene.objects:
+            top, left = thing.y // LATTICE, thing.x // LATTICE
+            weights_hw[top : top + ICON // LATTICE, left : left + ICON // LATTICE] *= self.weights.object
+        return ids, [0.0] * silent + weights_hw.flatten().tolist() + [self.weights.visual] * 3
 
     def reading(
         self, scene: Scene, codes_hw: NDArray[np.int16], rng: np.random.Generator

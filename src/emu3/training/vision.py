@@ -1,14 +1,13 @@
 """Training the vision tokenizer: reconstruction, commitment, and a codebook kept by moving averages.
 
-Two things make codes easy to predict for a language model. They are local: each picture is encoded a second time with one
-side replaced by another picture's, and latents on the kept side are pulled together, so that a glyph has the same codes
-wherever it stands and plain background needs a handful of codes. And the codebook goes where the error is: unused codes
-restart at latents that lie far from their code.
+Two things make codes easy to predict for a language model. They are local: each picture is encoded a second time with
+one side replaced by another picture's, and latents on the kept side are pulled together, so that a glyph has the same
+codes wherever it stands and plain background needs a handful of codes. And the codebook goes where the error is:
+unused codes restart at latents that lie far from their code.
 
-First an autoencoder without quantization, then k-means of its latents as the first codebook, then vector quantization with
-straight-through gradients (arXiv 1711.00937), the codebook following its members by exponential moving averages, codes that
-nobody uses restarted at random latents. With flat icons this reaches a given error in about half the steps that quantizing
-from the start needs, and leaves no dead codes.
+First an autoencoder without quantization, then k-means of its latents as the first codebook, then vector quantization
+with straight-through gradients (arXiv 1711.00937), the codebook following its members by exponential moving averages,
+codes that nobody uses restarted.
 
 Shapes: B batch, C channels, H W pixels, h w code rows and columns, T = 1, E code dimensions, N vectors, K codes.
 """
@@ -19,7 +18,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.configuration import Emu3VQVAEConfig
-from emu3.data.scenes import BACKGROUNDS, COLORS, ICON, LATTICE, TASKS, Scene, SceneObject, contains_held_out, render, sample_scene
-from emu3.data.sprites import NOUNS
+from emu3.data.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    LATTICE,
+    TASKS,
+    Scene,
+    SceneObject,
+    contains_held_out,
+    render,
+    sample_scene,
+)
+from emu3.data.sprites import ICON, NOUNS
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.precision import autocast
 from emu3.training.state import Log, load_state, save_state
@@ -48,7 +57,8 @@ class VisionRecipe:
         codebook_decay: of the moving averages.
         restart_below: a code whose average use a batch falls below this is restarted.
         locality: weight of the pull between latents of a picture and of its half-replaced twin.
-        start_from: folder with a trained tokenizer to start from, relative to the output folder; None: from scratch.
+        start_from: folder with a trained tokenizer, relative to the output folder, whose weights but not whose
+            codebook to start from; None: from scratch.
         report_every, save_every: steps.
     """
 
@@ -144,8 +154,8 @@ def far_members(vectors_NE: Tensor, centres_NE: Tensor, count: int) -> Tensor:
 def k_means(vectors_NE: Tensor, clusters: int, rounds: int = 20) -> Tensor:
     """Centres (K, E) of `vectors_NE`; empty clusters restart at far members.
 
-    Started by k-means++ (Arthur & Vassilvitskii, 2007): most latents are plain background, so random members would spend
-    most of the codebook on it.
+    Started by k-means++ (Arthur & Vassilvitskii, 2007): most latents are plain background, so random members would
+    spend most of the codebook on it.
     """
     first = vectors_NE[torch.randint(len(vectors_NE), (1,))]
     chosen, distances_N = [first], (vectors_NE - first).square().sum(1)
@@ -158,12 +168,13 @@ def k_means(vectors_NE: Tensor, clusters: int, rounds: int = 20) -> Tensor:
         counts = torch.bincount(nearest, minlength=clusters)
         centres = torch.zeros_like(centres).index_add_(0, nearest, vectors_NE) / counts.clamp_min(1)[:, None]
         empty = (counts == 0).nonzero().flatten()
-        centres[empty] = far_members(vectors_NE, centres[nearest], len(empty))
+        if len(empty):
+            centres[empty] = far_members(vectors_NE, centres[nearest], len(empty))
     return centres
 
 
 def half_replaced(pixels_BCHW: Tensor, rng: np.random.Generator) -> tuple[Tensor, tuple[slice, slice]]:
-    """Each picture with its top or left part replaced by its neighbour's, and the rows and columns of codes that are kept.
+    """Each picture with its top or left part replaced by another's, and the rows and columns of codes that are kept.
 
     The kept part begins one code behind the seam, where pixels of both sides meet in one code's neighbourhood.
     """
@@ -237,12 +248,14 @@ def learning_rate(recipe: VisionRecipe, step: int) -> float:
 
 
 def train(recipe: VisionRecipe, folder: Path) -> None:
-    """Runs the recipe to its end, from its last saved state if there is one; leaves `folder/vision` for `from_pretrained`."""
+    """Runs the recipe to its end, from its last saved state if any; leaves the tokenizer in `folder/vision`."""
     torch.manual_seed(recipe.seed)
     trainee = Trainee(Emu3VQVAEConfig(**recipe.model))
     tokenizer = trainee.tokenizer
     if recipe.start_from is not None:
-        tokenizer.load_state_dict(Emu3VQVAE.from_pretrained((folder / recipe.start_from).resolve()).state_dict())
+        start = Emu3VQVAE.from_pretrained((folder / recipe.start_from).resolve()).state_dict()
+        learned_before = {name: tensor for name, tensor in start.items() if not name.startswith("quantize.")}
+        tokenizer.load_state_dict({**tokenizer.state_dict(), **learned_before})
     learned = [parameter for name, parameter in tokenizer.named_parameters() if not name.startswith("quantize.")]
     optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     step = load_state(folder, trainee, [optimizer])

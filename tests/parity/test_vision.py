@@ -1,0 +1,62 @@
+"""Codes identical, pixels within 1e-5, in float32."""
+
+import pytest
+import torch
+
+KINDS = {
+    "default": {},
+    "attention everywhere": {"channel_multiplier": [1, 1, 1], "attn_resolutions": [0, 1, 2], "hidden_size": 32},
+    "attention in the middle only": {"attn_resolutions": [], "num_attention_heads": 1, "num_res_blocks": 2},
+    "eight frames": {"temporal_downsample_factor": 8},
+    "no time": {"temporal_downsample_factor": 1},
+    "eight dimensions": {"embed_dim": 8, "latent_channels": 8},
+}
+
+
+def encoded(pair, pixel_values, image_sizes):
+    return [model.model.vqmodel.encode(pixel_values, image_sizes) for model in pair.both]
+
+
+def assert_same_codes(ours, theirs, distinct):
+    assert len(torch.cat([codes.flatten() for codes in theirs.image_tokens]).unique()) >= distinct
+    for a, b in zip(ours.image_tokens, theirs.image_tokens, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
+def test_codes_of_a_picture(build, arguments):
+    pair = build(vision=arguments)
+    ours, theirs = encoded(pair, **pair.pixels((8, 6)))
+    assert ours.image_tokens[0].shape == (8, 6)
+    assert_same_codes(ours, theirs, distinct=8)
+
+
+@torch.no_grad()
+def test_codes_of_a_batch_with_padding(pair):
+    ours, theirs = encoded(pair, **pair.pixels((8, 6), (5, 7), (1, 1)))
+    assert [tuple(codes.shape) for codes in ours.image_tokens] == [(8, 6), (5, 7), (1, 1)]
+    assert_same_codes(ours, theirs, distinct=12)
+
+
+@torch.no_grad()
+def test_codes_of_clips(pair):
+    """More rows than latent frames and more columns than rows: there transformers' crop takes nothing away."""
+    clips = torch.randn(2, 8, 3, 20, 24)
+    ours, theirs = encoded(pair, clips, torch.tensor([[20, 24], [20, 24]]))
+    assert ours.image_tokens[0].shape == (2, 5, 6)
+    assert_same_codes(ours, theirs, distinct=12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("frames", [None, 2], ids=["pictures", "clips"])
+def test_pixels(build, arguments, frames):
+    pair = build(vision=arguments)
+    shape = (2, 5, 4) if frames is None else (2, frames, 5, 4)
+    codes = torch.randint(0, 64, shape)
+    ours, theirs = (model.model.vqmodel.decode(codes) for model in pair.both)
+    scale = theirs.std()
+    assert scale > 0.1
+    torch.testing.assert_close(ours / scale, theirs / scale, atol=1e-5, rtol=0)

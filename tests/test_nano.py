@@ -1,0 +1,67 @@
+"""The checkpoint that ships with the package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu3 import Emu3Pipeline
+from emu3.checkpoints import resolve
+from emu3.data import Scene, SceneObject, evaluation_prompts, render
+from emu3.evaluation.judge import read_picture, satisfies
+
+PROMPT = "a photo of a red car and a blue tree"
+
+
+@pytest.fixture(scope="module")
+def nano() -> Emu3Pipeline:
+    return Emu3Pipeline.from_pretrained("nano")
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))
+
+
+def test_same_seed_same_picture_alone_in_a_batch_and_in_another_process(nano: Emu3Pipeline, tmp_path: Path) -> None:
+    alone = pixels(nano.image(PROMPT, seed=7)[0])
+    batch = nano.image(["a photo of two cups", PROMPT, "a photo of a pink cat", PROMPT], seed=[1, 7, 2, 8])
+    assert np.array_equal(pixels(batch[1]), alone)
+    assert not np.array_equal(pixels(batch[3]), alone)
+    path = tmp_path / "car.png"
+    command = [sys.executable, "-m", "emu3.cli", "image", PROMPT, "--seed", "7", "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": "src"})
+    assert np.array_equal(pixels(Image.open(path)), alone)
+
+
+def test_nano_draws_what_it_is_asked_for(nano: Emu3Pipeline) -> None:
+    prompts = evaluation_prompts("colors", 12, seed=11)
+    pictures = nano.image([prompt.prompt for prompt in prompts], seed=0)
+    right = [
+        satisfies(read_picture(pixels(p)), prompt.requirement) for p, prompt in zip(pictures, prompts, strict=True)
+    ]
+    assert sum(right) >= 8
+
+
+def test_nano_draws_in_other_ratios(nano: Emu3Pipeline) -> None:
+    wide, tall = (
+        nano.image("a photo of a dog", ratio="4:3", seed=3),
+        nano.image("a photo of a dog", ratio="3:4", seed=3),
+    )
+    assert wide[0].size == (56, 40)
+    assert tall[0].size == (40, 56)
+
+
+def test_nano_answers_about_a_picture(nano: Emu3Pipeline) -> None:
+    scene = Scene((SceneObject("cat", "blue", 8, 16),), "white")
+    picture = Image.fromarray(render(scene))
+    assert nano.chat(("What color is the cat?", [picture])) == "blue"
+    assert nano.chat(("Describe the picture.", [picture])) == "a photo of a blue cat"
+
+
+def test_shipped_weights_are_small_safetensors_only() -> None:
+    files = list(resolve("nano").iterdir())
+    assert sum(file.stat().st_size for file in files if file.suffix == ".safetensors") < 32e6
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".jinja"}

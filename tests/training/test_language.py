@@ -1,0 +1,114 @@
+"""The language model's training."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from emu3.configuration import Emu3TextConfig, Emu3VQVAEConfig
+from emu3.modeling.text import Emu3ForCausalLM
+from emu3.modeling.vision import Emu3VQVAE
+from emu3.tokenization import train_tokenizer
+from emu3.training import language
+from emu3.training.language import LanguageRecipe, causal_attention, rate_factor, weighted_loss
+
+VISION = {
+    "codebook_size": 16,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "hidden_size": 32,
+}
+MODEL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attention_dropout": 0.0,
+}
+
+
+def test_rate():
+    """Up over the warm-up, flat, down over the last part."""
+    recipe = LanguageRecipe(model={}, vision="", steps=100, warmup=10, decay_share=0.2)
+    expected = {0: 0.1, 4: 0.5, 9: 1.0, 50: 1.0, 80: 1.0, 90: 0.5, 95: 0.25, 99: 0.05}
+    assert {step: rate_factor(recipe, step) for step in expected} == pytest.approx(expected)
+
+
+def test_causal_attention_is_that_of_sdpa():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    mixed, _ = causal_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(mixed, expected.transpose(1, 2))
+
+
+def test_weighted_loss_is_the_weighted_mean_of_the_models_own():
+    torch.manual_seed(0)
+    model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=30, pad_token_id=0, initializer_range=0.3)).eval()
+    ids = torch.randint(1, 30, (2, 6))
+    weights = torch.tensor([[0.0, 0.0, 2.0, 1.0, 1.0, 0.0], [0.0, 0.5, 0.5, 0.0, 0.0, 0.0]])
+    loss, losses, targets = weighted_loss(model, model.model.run_layers, ids, weights)
+    each = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(loss, (each * weights[:, 1:]).sum() / weights.sum())
+    counts = weights[:, 1:] > 0
+    torch.testing.assert_close(losses, each[counts])
+    assert targets.tolist() == ids[:, 1:][counts].tolist()
+
+
+def test_optimizers_share_the_parameters_out():
+    model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=30, pad_token_id=0))
+    muon, adam = language.optimizers_for(model, LanguageRecipe(model={}, vision=""))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_muon, in_adam = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (muon, adam))
+    assert in_muon | in_adam == set(names.values())
+    assert not in_muon & in_adam
+    assert in_adam == {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.norm.weight",
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    Emu3VQVAE(Emu3VQVAEConfig(**VISION)).save_pretrained(tmp_path / "vision")
+    # The recipe's own tokenizer reads thousands of captions.
+    tokenizer = train_tokenizer(["a photo of a red car"], 260, 16)
+    monkeypatch.setattr(language, "text_tokenizer", lambda *arguments: tokenizer)
+    recipe = LanguageRecipe(
+        model=MODEL, vision="../vision", scenes=50, steps=6, batch_size=2, warmup=2, save_every=3, report_every=1
+    )
+    language.train(recipe, tmp_path / "whole")
+    save = language.save_state
+
+    def save_and_stop(folder, step, *arguments):
+        save(folder, step, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(language, "save_state", save_and_stop)
+        with pytest.raises(Killed):
+            language.train(recipe, tmp_path / "resumed")
+    language.train(recipe, tmp_path / "resumed")
+    files = [f"state/{name}.safetensors" for name in ("model", "optimizer-0", "optimizer-1")]
+    for name in [*files, "language/model.safetensors"]:
+        whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "resumed"))
+        assert whole.keys() == resumed.keys()
+        assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == [], name
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("whole", "resumed")]
+    whole, resumed = ([{**json.loads(line), "tokens_per_second": 0} for line in log] for log in logs)
+    assert whole == resumed
+    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5, 6]
+    loaded = Emu3ForCausalLM.from_pretrained(tmp_path / "resumed" / "language")
+    assert loaded.config._attn_implementation == "sdpa"
