@@ -29,10 +29,10 @@ def models(seed: int) -> tuple[Emu3VQVAE, transformers.Emu3VQVAE]:
     torch.manual_seed(seed)
     config = Emu3VQVAEConfig()
     ours = Emu3VQVAE(config).eval()
-    # A fresh codebook is a dot far from the latents, where rounding decides which code is nearest. Spread it around them.
+    # A fresh codebook is a dot far from the latents, where rounding decides which code is nearest; so spread it.
     latents = ours.latents(picture(WARM_UP_SIZE))[1]
     codebook = ours.quantize.embedding.weight
-    codebook.normal_(0, 4).mul_(latents.std()).add_(latents.mean((0, 1, 3, 4)))
+    codebook.normal_(0, 4).mul_(latents.std((0, 1, 3, 4))).add_(latents.mean((0, 1, 3, 4)))
     theirs = transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**config.to_dict())).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs

@@ -22,9 +22,7 @@ def one(pair):
 @pytest.fixture
 def several(pair):
     """Three prompts of different lengths with one, two and no pictures, left-padded, as the processor makes them."""
-    inputs = pair.prompts(
-        [2, *pair.shown(4, 3), 5, 6], [3, *pair.shown(2, 5), 7, *pair.shown(3, 3), 8], [9, 10, 11]
-    )
+    inputs = pair.prompts([2, *pair.shown(4, 3), 5, 6], [3, *pair.shown(2, 5), 7, *pair.shown(3, 3), 8], [9, 10, 11])
     return inputs | pair.pixels((4, 3), (2, 5), (3, 3))
 
 

@@ -87,7 +87,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(["a photo of a red car"], 260, 16)
     monkeypatch.setattr(language, "text_tokenizer", lambda *arguments: tokenizer)
     recipe = LanguageRecipe(
-        model=MODEL, vision="../vision", scenes=50, steps=6, batch_size=2, warmup=2, save_every=3, report_every=1
+        model=MODEL,
+        vision="../vision",
+        sources=[
+            {"share": 0.5, "seed": 0, "count": 30},
+            {"share": 0.5, "seed": 1, "count": 20, "height": 32, "width": 40, "tasks": ["colors"]},
+        ],
+        steps=6,
+        batch_size=2,
+        warmup=2,
+        save_every=3,
+        report_every=1,
     )
     language.train(recipe, tmp_path / "whole")
     save = language.save_state

@@ -168,6 +168,8 @@ def rate_factor(recipe: LanguageRecipe, step: int) -> float:
 
 def train(recipe: LanguageRecipe, folder: Path) -> None:
     """Runs the recipe to its end, from its last saved state if there is one; leaves tokenizer and model in `folder`."""
+    if not recipe.sources:
+        raise ValueError("the recipe names no sources of scenes; add a [[sources]] table with share, seed and count")
     torch.manual_seed(recipe.seed)
     vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve())
     tokenizer = text_tokenizer(recipe, folder, vision.config.codebook_size)

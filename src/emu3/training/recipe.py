@@ -11,10 +11,10 @@ Recipe = TypeVar("Recipe")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as a dict with `kind`, `output` (resolved beside the recipe) and the fields of its kind.
+    """The recipe as a dict with `kind`, `output` (a folder, relative to the recipe) and the fields of its kind.
 
     Raises:
-        ValueError: no such file, not TOML, or an unknown kind.
+        ValueError: no such file, not TOML, an unknown kind, or no output.
     """
     if not path.is_file():
         raise ValueError(f"no recipe at {path}; see recipes/nano for examples")
@@ -24,6 +24,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     if content.get("kind") not in KINDS:
         raise ValueError(f"{path}: kind is {content.get('kind')!r}; choose one of {', '.join(KINDS)}")
+    if not isinstance(content.get("output"), str):
+        raise ValueError(f"{path}: output is {content.get('output')!r}; name a folder, relative to the recipe")
     return content
 
 

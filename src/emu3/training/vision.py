@@ -263,6 +263,8 @@ def train(recipe: VisionRecipe, folder: Path) -> None:
     began, seen = time.monotonic(), step
     trainee.train()
     while step < recipe.steps:
+        # What is drawn at random depends on the step alone, so that a resumed run goes on bit for bit.
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
         if step == recipe.continuous_steps:
             trainee.start_codebook(recipe)
         for group in optimizer.param_groups:
