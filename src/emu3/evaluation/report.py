@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from emu3.data.captions import full_caption, questions
@@ -146,11 +147,12 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
         output: folder for a contact sheet of each task, and the report as JSON and Markdown.
     """
     pipeline = Emu3Pipeline.from_pretrained(folder)
+    console = Console(stderr=True)  # stdout is for the report
     prompts = {task: evaluation_prompts(task, count, seed) for task in TASKS}
     drawing: dict[str, Score] = {}
     ceiling: dict[str, Score] = {}
     errors: list[float] = []
-    for task in track(TASKS, description="drawing"):
+    for task in track(TASKS, description="drawing", console=console):
         held_out = [prompt.held_out for prompt in prompts[task]]
         pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed)
         right = judged(prompts[task], pictures)
@@ -165,10 +167,11 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
             sheet.save(output / f"{task}.png")
     # Tasks in turn, so that every kind of question meets every kind of scene.
     scenes = [prompts[task][index] for index in range(count) for task in TASKS]
-    answers = {kind: _answers(pipeline, scenes, count, kind) for kind in track(QUESTION_KINDS, description="answering")}
+    kinds = track(QUESTION_KINDS, description="answering", console=console)
+    answers = {kind: _answers(pipeline, scenes, count, kind) for kind in kinds}
     captions = Score.of(
         (prompt.held_out, _ask(pipeline, prompt, DESCRIBE) == full_caption(prompt.scene))
-        for prompt in track(scenes[:count], description="describing")
+        for prompt in track(scenes[:count], description="describing", console=console)
     )
     report = Report(
         str(folder), count, seed, drawing, ceiling, answers, captions, reconstruction_psnr=float(np.mean(errors))
