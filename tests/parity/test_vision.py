@@ -57,6 +57,7 @@ def test_pixels(build, arguments, frames):
     shape = (2, 5, 4) if frames is None else (2, frames, 5, 4)
     codes = torch.randint(0, 64, shape)
     ours, theirs = (model.model.vqmodel.decode(codes) for model in pair.both)
-    scale = theirs.std()
+    # Pixels lie in [-1, 1]; random weights put them elsewhere, and rounding grows with them.
+    scale = theirs.abs().max()
     assert scale > 0.1
     torch.testing.assert_close(ours / scale, theirs / scale, atol=1e-5, rtol=0)
