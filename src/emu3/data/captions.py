@@ -6,6 +6,9 @@ from typing import Literal
 from emu3.data.scenes import Relation, Scene, SceneObject, Task, relation
 from emu3.data.sprites import plural
 
+DESCRIBE = "Describe the picture."
+"""Asks for the full caption."""
+
 NUMBERS = ("zero", "one", "two", "three", "four")
 RELATION_WORDS: dict[Relation, str] = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 

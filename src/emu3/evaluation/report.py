@@ -19,14 +19,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from emu3.data.captions import full_caption, questions
+from emu3.data.captions import DESCRIBE, full_caption, questions
 from emu3.data.prompts import EvaluationPrompt, evaluation_prompts
 from emu3.data.scenes import TASKS, render
 from emu3.evaluation.judge import read_picture, satisfies
 from emu3.evaluation.sheet import contact_sheet
 from emu3.pipeline import Emu3Pipeline
 
-DESCRIBE = "Describe the picture."
 QUESTION_KINDS = ("what", "color", "count", "where")
 ANSWER_TOKENS = 32
 

@@ -7,6 +7,8 @@ through a 2-D encoder; a few causal 3-D convolutions on the narrow latents join 
 A single picture is, by definition, a clip that repeats it. The 2-D parts treat frames independently, so they run once:
 encoding repeats the latents instead of the pixels, decoding drops all frames but the first before the 2-D part.
 
+Longer than most files, because encoder and decoder are built from the same blocks and read best side by side.
+
 Shapes: B batch, T latent frames, F frames, C channels, H W pixels, h w code rows and columns, Z latent channels, N
 positions.
 """

@@ -24,14 +24,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from emu3.configuration import Emu3TextConfig
-from emu3.data.captions import caption, full_caption, questions
+from emu3.data.captions import DESCRIBE, caption, full_caption, questions
 from emu3.data.scenes import TASKS, sample_scene
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training.codes import SceneSource, encoded
 from emu3.training.precision import autocast
-from emu3.training.sequences import DESCRIBE, SYSTEM, SequenceBuilder, Weights, collate
+from emu3.training.sequences import SYSTEM, SequenceBuilder, Weights, collate
 from emu3.training.state import Log, load_state, save_state
 from emu3.vocabulary import Vocabulary
 

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from emu3.data.captions import caption, full_caption, questions
+from emu3.data.captions import DESCRIBE, caption, full_caption, questions
 from emu3.data.scenes import LATTICE, Scene, Task
 from emu3.data.sprites import ICON
 from emu3.tokenization import encode_plain
 from emu3.vocabulary import Vocabulary
 
 SYSTEM = "You are a helpful assistant. USER: "
-DESCRIBE = "Describe the picture."
 LENGTH_STEP = 64
 
 

@@ -11,7 +11,6 @@ Data are drawn from the recipe's seed and the step number, so no state of a rand
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,5 +79,5 @@ class Log:
     def write(self, **values: float | int) -> None:
         line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + os.linesep)
+            file.write(json.dumps(line) + "\n")
         print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
