@@ -18,7 +18,7 @@ bench: .venv/.installed  ## speed, as a ratio against transformers on the same w
 	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 nano: .venv/.installed  ## train the shipped checkpoint again; hours on two cores
-	set -e; for recipe in vision vision-local language-1 language-2 language-3 language-4 checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
+	set -e; for recipe in vision vision-local language checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
 
 # The stamp is written last, so an interrupted installation starts again and a finished one is left alone.
 .venv/.installed: pyproject.toml constraints.txt

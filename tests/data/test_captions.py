@@ -44,6 +44,20 @@ def test_captions_follow_geneval(scene: Scene, task: str, expected: str) -> None
     assert caption(scene, task) == expected
 
 
+@pytest.mark.parametrize(
+    ("scene", "task", "expected"),
+    [
+        (UMBRELLA, "single_object", "a photo of a purple umbrella"),
+        (UMBRELLA, "counting", "a photo of a purple umbrella"),
+        (THREE_BUSES, "counting", "a photo of three green buses"),
+        (APPLE_RIGHT_OF_CHAIR, "two_object", "a photo of an orange apple and a blue chair"),
+        (APPLE_RIGHT_OF_CHAIR, "position", "a photo of an orange apple right of a blue chair"),
+    ],
+)
+def test_captions_that_name_the_colors(scene: Scene, task: str, expected: str) -> None:
+    assert caption(scene, task, colored=True) == expected
+
+
 def test_full_captions_are_canonical() -> None:
     assert full_caption(UMBRELLA) == "a photo of a purple umbrella"
     assert full_caption(THREE_BUSES) == "a photo of three green buses"

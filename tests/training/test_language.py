@@ -1,18 +1,26 @@
 """The language model's training."""
 
 import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from emu3.configuration import Emu3TextConfig, Emu3VQVAEConfig
+from emu3.data.scenes import Scene, SceneObject
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.tokenization import train_tokenizer
+from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training import language
-from emu3.training.language import LanguageRecipe, causal_attention, rate_factor, weighted_loss
+from emu3.training.codes import SceneSource
+from emu3.training.language import LanguageRecipe, Use, causal_attention, rate_factor, split_source, weighted_loss
+from emu3.training.sequences import SequenceBuilder
+from emu3.vocabulary import Vocabulary
 
 VISION = {
     "codebook_size": 16,
@@ -74,6 +82,52 @@ def test_optimizers_share_the_parameters_out():
         "model.layers.0.post_attention_layernorm.weight",
         "model.norm.weight",
     }
+
+
+def test_batches_draw_from_the_sources_of_their_step():
+    tokenizer = train_tokenizer(["a photo of a red car"], 260, 16)
+    builder = SequenceBuilder(tokenizer, Vocabulary.from_map(vocabulary_map(tokenizer)))
+    stock = [
+        (SceneSource(seed=0, count=5), np.zeros((5, 12, 12), np.int16), Use(share=1.0, steps=(0, 3))),
+        (
+            SceneSource(seed=1, count=5, height=32, width=32),
+            np.zeros((5, 8, 8), np.int16),
+            Use(share=1.0, steps=(2, 5)),
+        ),
+    ]
+    recipe = LanguageRecipe(model={}, vision="", batch_size=1, draw_share=1.0)
+    eols = []
+    for seed in range(20):
+        run = islice(language.batches(replace(recipe, seed=seed), stock, builder, 0), 5)
+        eols.append([int((ids == builder.vocabulary.eol).sum()) for _, ids, _ in run])
+    assert {tuple(lines[:2]) for lines in eols} == {(12, 12)}
+    assert {lines[2] for lines in eols} == {12, 8}
+    assert {tuple(lines[3:]) for lines in eols} == {(8, 8)}
+
+
+def test_shares_of_captions():
+    scene = Scene((SceneObject("chair", "blue", 0, 0), SceneObject("apple", "orange", 32, 0)), "white")
+    use, rng = Use(share=1.0, full_captions=0.5, colored_captions=0.3), np.random.default_rng(0)
+    words = Counter(use.words(scene, "two_object", rng) for _ in range(500))
+    assert words.keys() == {
+        "a photo of a blue chair left of an orange apple",
+        "a photo of a blue chair and an orange apple",
+        "a photo of a chair and an apple",
+    }
+    assert [count / 500 for _, count in words.most_common()] == pytest.approx([0.5, 0.3, 0.2], abs=0.06)
+
+
+def test_a_source_and_its_use():
+    entry = {"share": 0.5, "steps": [0, 3], "seed": 1, "count": 9, "width": 64, "tasks": ["colors"]}
+    assert split_source(entry) == (SceneSource(seed=1, count=9, width=64, tasks=("colors",)), Use(0.5, [0, 3]))
+
+
+def test_a_step_without_a_source_is_refused(tmp_path):
+    Emu3VQVAE(Emu3VQVAEConfig(**VISION)).save_pretrained(tmp_path / "vision")
+    sources = [{"share": 1.0, "seed": 0, "count": 1, "steps": steps} for steps in ([0, 4], [5, 9])]
+    with pytest.raises(ValueError, match="no source of scenes for step 4"):
+        language.train(LanguageRecipe(model=MODEL, vision="../vision", sources=sources, steps=9), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Killed(Exception):

@@ -6,8 +6,7 @@ import pytest
 
 from emu3.training import run_recipe
 from emu3.training.checkpoint import CheckpointRecipe
-from emu3.training.codes import SceneSource
-from emu3.training.language import LanguageRecipe
+from emu3.training.language import LanguageRecipe, split_source
 from emu3.training.recipe import build, read_recipe
 from emu3.training.vision import VisionRecipe
 
@@ -52,7 +51,8 @@ def test_nanos_recipes_fit_their_kinds(path):
     kind = KINDS[content.pop("kind")]
     del content["output"]
     assert isinstance(build(kind, content, path), kind)
-    for source in content.get("sources", []):
-        share = source.pop("share")
-        assert 0 < share <= 1
-        assert SceneSource(**source).count > 0
+    for entry in content.get("sources", []):
+        source, use = split_source(entry)
+        assert source.count > 0
+        assert 0 < use.share <= 1
+        assert use.full_captions + use.colored_captions <= 1

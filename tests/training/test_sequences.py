@@ -23,9 +23,9 @@ def processor(tiny_checkpoint):
 
 @pytest.fixture
 def builder(processor):
-    """Never drops a caption, never asks for the full one."""
+    """Never drops a caption."""
     vocabulary = Vocabulary.from_map(vocabulary_map(processor.tokenizer))
-    return SequenceBuilder(processor.tokenizer, vocabulary, WEIGHTS, null_prompt=0.0, full_captions=0.0)
+    return SequenceBuilder(processor.tokenizer, vocabulary, WEIGHTS, null_prompt=0.0)
 
 
 @pytest.fixture(params=TASKS)
@@ -55,7 +55,7 @@ def rows_of(vocabulary, codes):
 
 def test_drawing_is_the_processors_prompt_and_the_picture(builder, processor, drawn):
     scene, task = drawn
-    ids, weights = builder.drawing(scene, task, CODES, np.random.default_rng(0))
+    ids, weights = builder.drawing(scene, caption(scene, task), CODES, np.random.default_rng(0))
     prompt = processor(text=caption(scene, task), return_for_image_generation=True, image_area=48 * 48)["input_ids"][0]
     v = builder.vocabulary
     assert ids == [*prompt, *rows_of(v, CODES), v.eof, v.eoi, v.eos]
@@ -66,7 +66,7 @@ def test_drawing_is_the_processors_prompt_and_the_picture(builder, processor, dr
 def test_drawing_of_another_shape(builder, processor, scene, ratio):
     width, height = (4 * int(side) for side in ratio.split(":"))
     codes = np.zeros((height, width), np.int16)
-    ids, weights = builder.drawing(scene, "position", codes, np.random.default_rng(0))
+    ids, weights = builder.drawing(scene, caption(scene, "position"), codes, np.random.default_rng(0))
     prompt = processor(
         text=caption(scene, "position"),
         return_for_image_generation=True,
@@ -79,27 +79,17 @@ def test_drawing_of_another_shape(builder, processor, scene, ratio):
 
 def test_drawing_without_a_prompt(builder, processor, scene):
     builder.null_prompt = 1.0
-    ids, weights = builder.drawing(scene, "position", CODES, np.random.default_rng(0))
+    ids, weights = builder.drawing(scene, "words to drop", CODES, np.random.default_rng(0))
     prompt = processor(text="", return_for_image_generation=True, image_area=48 * 48)["input_ids"][0]
     assert ids[: len(prompt)] == list(prompt)
     assert weights.count(0.0) == len(prompt)
 
 
-def test_drawing_by_the_full_caption(builder, processor, scene):
-    builder.full_captions = 1.0
-    ids, _ = builder.drawing(scene, "position", CODES, np.random.default_rng(0))
-    prompt = processor(text=full_caption(scene), return_for_image_generation=True, image_area=48 * 48)["input_ids"][0]
-    assert ids[: len(prompt)] == list(prompt)
-
-
-def test_shares_of_dropped_and_full_captions(builder, scene):
-    builder.null_prompt, builder.full_captions = 0.3, 0.5
+def test_share_of_dropped_captions(builder, scene):
+    builder.null_prompt = 0.3
     rng = np.random.default_rng(0)
-    lengths = [builder.drawing(scene, "single_object", CODES, rng)[1].count(0.0) for _ in range(400)]
-    none, task, full = (lengths.count(length) for length in sorted(set(lengths)))
-    assert abs(none - 120) < 40
-    assert abs(task - 140) < 40
-    assert abs(full - 140) < 40
+    lengths = [builder.drawing(scene, "a photo", CODES, rng)[1].count(0.0) for _ in range(400)]
+    assert abs(lengths.count(min(lengths)) - 120) < 40
 
 
 def conversation(turns, answered):
@@ -148,13 +138,13 @@ def test_reading_is_the_processors_conversation(builder, processor, drawn, seed)
 
 
 def test_collate():
-    samples = [([1, 2, 3], [0.0, 1.0, 1.0]), ([4] * 66, [0.5] * 66)]
+    samples = [([1, 2, 3], [0.0, 1.0, 1.0]), ([4] * 34, [0.5] * 34)]
     ids, weights = collate(samples, pad=9)
-    assert ids.shape == weights.shape == (2, 2 * 64 + 1)
-    assert ids[0].tolist() == [1, 2, 3] + [9] * 126
-    assert weights[0].tolist() == [0.0, 1.0, 1.0] + [0.0] * 126
-    assert ids[1].tolist() == [4] * 66 + [9] * 63
-    assert weights.sum() == 2 + 33
-    assert collate(samples[:1], pad=9)[0].shape == (1, 65)
-    assert collate([([1] * 65, [1.0] * 65)], pad=9)[0].shape == (1, 65)
+    assert ids.shape == weights.shape == (2, 2 * 32 + 1)
+    assert ids[0].tolist() == [1, 2, 3] + [9] * 62
+    assert weights[0].tolist() == [0.0, 1.0, 1.0] + [0.0] * 62
+    assert ids[1].tolist() == [4] * 34 + [9] * 31
+    assert weights.sum() == 2 + 17
+    assert collate(samples[:1], pad=9)[0].shape == (1, 33)
+    assert collate([([1] * 33, [1.0] * 33)], pad=9)[0].shape == (1, 33)
     assert ids.dtype == torch.int64

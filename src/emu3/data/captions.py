@@ -22,23 +22,24 @@ class Question:
     answer: str
 
 
-def caption(scene: Scene, task: Task) -> str:
-    """The prompt that asks for this scene in GenEval's wording: "a photo of a dog right of a chair"."""
+def caption(scene: Scene, task: Task, colored: bool = False) -> str:
+    """The prompt that asks for this scene in GenEval's wording: "a photo of a dog right of a chair".
+
+    `colored` names the colours in the other four tasks too: "a photo of a red dog right of a blue chair".
+    """
     first, *others = scene.objects
-    if task == "single_object":
-        return f"a photo of {_a(first.noun)}"
+    colored = colored or task in ("colors", "color_attribution")
+    names = [f"{thing.color} {thing.noun}" if colored else thing.noun for thing in scene.objects]
+    if not others:
+        return f"a photo of {_a(names[0])}"
     if task == "counting":
-        return f"a photo of {_counted(first.noun, len(scene.objects))}"
-    if task == "colors":
-        return f"a photo of {_a(first.color)} {first.noun}"
+        return f"a photo of {NUMBERS[len(names)]} {first.color + ' ' if colored else ''}{plural(first.noun)}"
     (second,) = others
-    if task == "two_object":
-        return f"a photo of {_a(first.noun)} and {_a(second.noun)}"
-    if task == "color_attribution":
-        return f"a photo of {_a(first.color)} {first.noun} and {_a(second.color)} {second.noun}"
+    if task in ("two_object", "color_attribution"):
+        return f"a photo of {_a(names[0])} and {_a(names[1])}"
     seen = relation(first, second)
     assert seen is not None, scene
-    return f"a photo of {_a(first.noun)} {RELATION_WORDS[seen]} {_a(second.noun)}"
+    return f"a photo of {_a(names[0])} {RELATION_WORDS[seen]} {_a(names[1])}"
 
 
 def full_caption(scene: Scene) -> str:
@@ -95,7 +96,3 @@ def _is_counted(scene: Scene) -> bool:
 
 def _a(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def _counted(noun: str, count: int) -> str:
-    return _a(noun) if count == 1 else f"{NUMBERS[count]} {plural(noun)}"

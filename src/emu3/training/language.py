@@ -9,8 +9,8 @@ Shapes: B batch, S sequence, N targets, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from emu3.configuration import Emu3TextConfig
 from emu3.data.captions import DESCRIBE, caption, full_caption, questions
-from emu3.data.scenes import TASKS, sample_scene
+from emu3.data.scenes import TASKS, Scene, Task, sample_scene
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
@@ -45,9 +45,8 @@ class LanguageRecipe:
         vision: folder with the trained vision tokenizer, relative to the output folder.
         texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
         text_entries: size of the text tokenizer.
-        sources: arguments of `SceneSource`, each with a `share` of the batches. All pictures of a batch are of one.
+        sources: arguments of `SceneSource` and of `Use`. All pictures of a batch are of one source.
         start_from: folder with a trained language model, relative to the output folder; None: from scratch.
-        full_captions: share of drawings asked for by the full caption.
         steps, batch_size, seed: length of the run.
         draw_share: share of batches that draw; the others read.
         learning_rate, embedding_learning_rate: of the layers' matrices (Muon), and of all else (AdamW).
@@ -62,7 +61,6 @@ class LanguageRecipe:
     text_entries: int = 1024
     sources: list[dict[str, Any]] = field(default_factory=list)
     start_from: str | None = None
-    full_captions: float = 0.2
     seed: int = 0
     steps: int = 6000
     batch_size: int = 48
@@ -78,8 +76,42 @@ class LanguageRecipe:
     save_every: int = 500
 
 
-# A source, its codes, and its share of the batches.
-Stock = tuple[float, SceneSource, NDArray[np.int16]]
+@dataclass(frozen=True)
+class Use:
+    """How training uses a source.
+
+    Attributes:
+        share: of the batches, relative to the other sources in use.
+        steps: first step and the one after the last in which it is used; None: in all.
+        full_captions, colored_captions: shares of its drawings asked for by the full caption, and by the task's caption
+            with all colours named. Words that leave colours open teach that a held-out colour never occurs.
+    """
+
+    share: float
+    steps: Sequence[int] | None = None
+    full_captions: float = 0.0
+    colored_captions: float = 0.0
+
+    def covers(self, step: int) -> bool:
+        return self.steps is None or self.steps[0] <= step < self.steps[1]
+
+    def words(self, scene: Scene, task: Task, rng: np.random.Generator) -> str:
+        """What a drawing of the scene is asked for by."""
+        kind = rng.random()
+        if kind < self.full_captions:
+            return full_caption(scene)
+        return caption(scene, task, colored=kind < self.full_captions + self.colored_captions)
+
+
+# A source, its codes, and its use.
+Stock = tuple[SceneSource, NDArray[np.int16], Use]
+
+
+def split_source(entry: Mapping[str, Any]) -> tuple[SceneSource, Use]:
+    """A `[[sources]]` table of a recipe as its two parts."""
+    use = {each.name: entry[each.name] for each in fields(Use) if each.name in entry}
+    rest = {name: value for name, value in entry.items() if name not in use}
+    return SceneSource(**{**rest, "tasks": tuple(rest.get("tasks", TASKS))}), Use(**use)
 
 
 def corpus() -> Iterator[str]:
@@ -104,16 +136,16 @@ def batches(
     recipe: LanguageRecipe, stock: list[Stock], builder: SequenceBuilder, step: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Kind, ids and weights (B, S) of each step from `step` on."""
-    shares = np.array([share for share, _, _ in stock])
     while True:
         rng = np.random.default_rng([recipe.seed, step])
         kind = "draw" if rng.random() < recipe.draw_share else "read"
-        _, source, codes = stock[rng.choice(len(stock), p=shares / shares.sum())]
+        shares = np.array([use.share if use.covers(step) else 0.0 for _, _, use in stock])
+        source, codes, use = stock[rng.choice(len(stock), p=shares / shares.sum())]
         samples = []
         for index in rng.integers(source.count, size=recipe.batch_size):
             task, scene = source.scene(int(index))
             if kind == "draw":
-                samples.append(builder.drawing(scene, task, codes[index], rng))
+                samples.append(builder.drawing(scene, use.words(scene, task, rng), codes[index], rng))
             else:
                 samples.append(builder.reading(scene, codes[index], rng))
         yield kind, *collate(samples, builder.vocabulary.pad)
@@ -168,8 +200,10 @@ def rate_factor(recipe: LanguageRecipe, step: int) -> float:
 
 def train(recipe: LanguageRecipe, folder: Path) -> None:
     """Runs the recipe to its end, from its last saved state if there is one; leaves tokenizer and model in `folder`."""
-    if not recipe.sources:
-        raise ValueError("the recipe names no sources of scenes; add a [[sources]] table with share, seed and count")
+    sources = [split_source(entry) for entry in recipe.sources]
+    for step in range(recipe.steps):
+        if not any(use.covers(step) for _, use in sources):
+            raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
     torch.manual_seed(recipe.seed)
     vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve())
     tokenizer = text_tokenizer(recipe, folder, vision.config.codebook_size)
@@ -189,13 +223,8 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     ALL_ATTENTION_FUNCTIONS.register("emu3_causal", cast(Any, causal_attention))
     config._attn_implementation = "emu3_causal"
     run_layers = torch.compile(model.model.run_layers) if recipe.compile else model.model.run_layers
-    stock: list[Stock] = []
-    for entry in recipe.sources:
-        arguments = {**entry, "tasks": tuple(entry.get("tasks", TASKS))}
-        share = float(arguments.pop("share"))
-        source = SceneSource(**arguments)
-        stock.append((share, source, encoded(vision, source, folder / "codes")))
-    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights), full_captions=recipe.full_captions)
+    stock = [(source, encoded(vision, source, folder / "codes"), use) for source, use in sources]
+    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights))
     optimizers = optimizers_for(model, recipe)
     step = load_state(folder, model, optimizers)
     log = Log(folder)

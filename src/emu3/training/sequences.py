@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from emu3.data.captions import DESCRIBE, caption, full_caption, questions
-from emu3.data.scenes import LATTICE, Scene, Task
+from emu3.data.captions import DESCRIBE, full_caption, questions
+from emu3.data.scenes import LATTICE, Scene
 from emu3.data.sprites import ICON
 from emu3.tokenization import encode_plain
 from emu3.vocabulary import Vocabulary
 
 SYSTEM = "You are a helpful assistant. USER: "
-LENGTH_STEP = 64
+LENGTH_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class SequenceBuilder:
 
     Attributes:
         null_prompt: share of drawings whose caption is dropped, so that guidance has an unconditional model.
-        full_captions: share of drawings asked for by the full caption instead of the task's own.
         turns: most questions about one picture.
     """
 
@@ -61,7 +60,6 @@ class SequenceBuilder:
     vocabulary: Vocabulary
     weights: Weights = field(default_factory=Weights)
     null_prompt: float = 0.1
-    full_captions: float = 0.2
     turns: int = 4
 
     @cached_property
@@ -82,10 +80,9 @@ class SequenceBuilder:
         return [v.boi, *self.text(f"{height}*{width}"), v.img, *rows.flatten().tolist(), v.eof, v.eoi]
 
     def drawing(
-        self, scene: Scene, task: Task, codes_hw: NDArray[np.int16], rng: np.random.Generator
+        self, scene: Scene, words: str, codes_hw: NDArray[np.int16], rng: np.random.Generator
     ) -> tuple[list[int], list[float]]:
         """Ids and weights of a picture drawn from words."""
-        words = full_caption(scene) if rng.random() < self.full_captions else caption(scene, task)
         prompt = [self.vocabulary.bos, *([] if rng.random() < self.null_prompt else self.text(words))]
         picture = self.picture(codes_hw)
         header = picture.index(self.vocabulary.img) + 1
@@ -120,7 +117,7 @@ class SequenceBuilder:
 def collate(samples: list[tuple[list[int], list[float]]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and weights (B, S), padded on the right, where causal attention never looks back from.
 
-    S is one more than a multiple of 64, so that inputs and targets have few different lengths to compile for.
+    S is one more than a multiple of 32, so that inputs and targets have few different lengths to compile for.
     """
     length = -(-max(len(ids) - 1 for ids, _ in samples) // LENGTH_STEP) * LENGTH_STEP + 1
     ids_BS = torch.full((len(samples), length), pad)
