@@ -196,7 +196,7 @@ def test_info_says_the_same_to_people_and_to_programs(
 ) -> None:
     code, out, err = run(capsys, "info", tiny_checkpoint, "--json")
     found = json.loads(out)
-    assert (code, err, found["layout"], found["codebook_size"]) == (0, "", "current", 16)
+    assert (code, err, found["layout"], found["codebook_size"]) == (0, "", "documented", 16)
     code, out, err = run(capsys, "info", tiny_checkpoint)
     assert (code, err) == (0, "")
     assert f"{found['parameters']:,} in {found['tensors']} tensors" in out

@@ -1,4 +1,4 @@
-"""The command line: `emu3 image | chat | eval | info | train`.
+"""The command line: `emu3 image | chat | eval | info | convert | pull | train`.
 
 Commands import what they need when they run, so that `emu3 --help` answers at once.
 """
@@ -156,7 +156,16 @@ def info(
     def megabytes(count: int) -> str:
         return f"{count / 1e6:,.1f} MB"
 
-    memory = f"{megabytes(found.memory_float32)} float32, {megabytes(found.memory_bfloat16)} bfloat16"
+    memory = ", ".join(
+        f"{megabytes(count)} {dtype}"
+        for count, dtype in (
+            (found.memory_float32, "float32"),
+            (found.memory_bfloat16, "bfloat16"),
+            (found.memory_int8, "int8"),
+            (found.memory_int4, "int4"),
+        )
+    )
+    abilities = {"draw": "draws pictures", "read": "reads pictures"}
 
     table = Table(show_header=False, box=None, title=found.path, title_justify="left")
     table.add_row("layout", found.layout)
@@ -166,13 +175,63 @@ def info(
     table.add_row("stored as", ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()))
     table.add_row("on disk", megabytes(found.bytes_on_disk))
     table.add_row("in memory", memory)
-    table.add_row("context", f"{found.context:,} tokens")
-    table.add_row("vocabulary", f"{found.vocabulary_size:,} tokens, {found.codebook_size:,} of them visual")
-    table.add_row("visual token", f"{found.pixels_per_token_side}x{found.pixels_per_token_side} pixels")
+    if found.context is not None:
+        table.add_row("context", f"{found.context:,} tokens")
+        table.add_row("vocabulary", f"{found.vocabulary_size:,} tokens")
+    if found.codebook_size is not None:
+        side = found.pixels_per_token_side
+        table.add_row("visual tokens", f"{found.codebook_size:,}, each {side}x{side} pixels")
     if found.min_pixels is not None and found.max_pixels is not None:
         table.add_row("pictures", f"{found.min_pixels:,} to {found.max_pixels:,} pixels")
     table.add_row("tokenizer", ", ".join(found.tokenizer_files) or "none")
+    able = " and ".join(abilities[ability] for ability in found.abilities)
+    table.add_row("kind", f"{found.kind}: {able}" if found.kind else "unknown")
+    if found.layout == "baai":
+        other = f" together with the {found.missing[0]}" if found.missing else ""
+        table.add_row("to load it", f"convert it{other} with `emu3 convert`")
     Console().print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint to read: a folder, or a hub id in the local cache.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    vision: Annotated[
+        str | None, typer.Option(help="BAAI's vision tokenizer, where SOURCE is BAAI's language model.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="Layout to write: documented, legacy or baai.")] = "documented",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint in another layout. Every tensor keeps its dtype and its bits."""
+    from emu3.checkpoints import resolve
+
+    folders = resolve(source), None if vision is None else resolve(vision)
+    from emu3.checkpoints.convert import RefusedTensorsError, convert
+
+    try:
+        with _byte_progress("converting") as progress:
+            report = convert(folders[0], target, vision=folders[1], to=to, on_progress=progress)
+    except RefusedTensorsError as error:
+        if as_json:
+            _print_json({"refused": error.refused})
+        raise
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        typer.echo(
+            f"{report.target}  {report.source_layout} to {report.target_layout}: {len(report.moves)} tensors, "
+            f"{report.renamed} renamed, {report.reshaped} reshaped, none refused, {report.bytes / 1e6:,.1f} MB"
+        )
+
+
+@app.command()
+def pull(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id owner/name.", show_default=False)],
+) -> None:
+    """Download a checkpoint of the Hugging Face hub: weights and settings, no code. Goes on where it was cut off."""
+    from emu3.checkpoints import resolve
+
+    typer.echo(str(resolve(checkpoint, download=True)))
 
 
 @app.command()
@@ -255,6 +314,23 @@ def _progress(description: str) -> Iterator[Callable[[Event], None]]:
                 bar.update(task, total=length)
             elif isinstance(event, Tokens):
                 bar.advance(task, len(event.ids))
+
+        yield follow
+
+
+@contextmanager
+def _byte_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, in bytes, fed with what is done and what there is in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+
+        def follow(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         yield follow
 

@@ -5,9 +5,17 @@
 
 Every token after the BPE is *special*: it is left out by `decode(..., skip_special_tokens=True)`, and `encode_plain`
 never returns it, whatever the text says.
+
+The released checkpoints bring a BPE in tiktoken's file format, followed by RELEASED_TOKENS and those of a second file:
+
+    0 .... 151642 | <|endoftext|> ... <|extra_204|> | <|image token|> <|image start|> <|image end|> <|visual token ...|>
+    emu3.tiktoken | RELEASED_TOKENS                 | emu3_vision_tokens.txt
 """
 
+import base64
+import binascii
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -33,6 +41,12 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+RELEASED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
+"""What follows the BPE in the released checkpoints, in the order of the ids."""
+
+PLACEHOLDER_ORIGIN = "<|extra_0|>"
+"""The unused token of the released checkpoints whose id the documented layout gives to "<image>"."""
+
 _BASE_ATTRIBUTES = ("bos_token", "eos_token", "pad_token")
 _BYTES = 256
 
@@ -53,15 +67,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
         raise ValueError(f"vocabulary_size={vocabulary_size} cannot hold the {_BYTES} bytes; ask for at least {_BYTES}")
     if codebook_size < 1:
         raise ValueError(f"codebook_size={codebook_size} leaves no visual token; ask for at least 1")
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -75,13 +81,61 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
         )
     surfaces = [*CONTROL_TOKENS.values(), *map(visual_token, range(codebook_size))]
     backend.add_special_tokens([AddedToken(surface, special=True, normalized=False) for surface in surfaces])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        **{name: CONTROL_TOKENS[name] for name in _BASE_ATTRIBUTES},
-        extra_special_tokens={name: s for name, s in CONTROL_TOKENS.items() if name not in _BASE_ATTRIBUTES},
-    )
+    return _with_attributes(backend)
+
+
+def tiktoken_tokenizer(ranks_file: Path, vision_tokens_file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a released checkpoint, id for id, from `emu3.tiktoken` and `emu3_vision_tokens.txt`.
+
+    One surface differs: the id of `PLACEHOLDER_ORIGIN` is that of "<image>". Raises ValueError for files of another
+    format, ranks with gaps, bytes without a rank, or control tokens that are missing.
+    """
+    ranks = _read_ranks(ranks_file)
+    surfaces = [*RELEASED_TOKENS, *vision_tokens_file.read_text(encoding="utf-8").split("\n")]
+    surfaces = [surface.strip() for surface in surfaces if surface.strip()]
+    surfaces[surfaces.index(PLACEHOLDER_ORIGIN)] = SURFACES["image_placeholder"]
+    missing = set(CONTROL_TOKENS.values()) - set(surfaces)
+    if missing or len(set(surfaces)) < len(surfaces):
+        raise ValueError(f"{vision_tokens_file} lacks {sorted(missing)} or repeats a token; get the checkpoint again")
+    letters = _byte_letters()
+    names = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    # tiktoken joins the neighbours whose union has the lowest rank, whatever the halves: every way to cut a token is a
+    # merge. It takes a piece that is a token as it is, which `ignore_merges` says.
+    merges = [
+        (names[token[:cut]], names[token[cut:]])
+        for token in ranks
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
+    backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    # The original composes characters before it looks for control tokens; `normalized` keeps that order.
+    backend.add_special_tokens([AddedToken(surface, special=True, normalized=True) for surface in surfaces])
+    return _with_attributes(backend)
+
+
+def write_tiktoken(tokenizer: PreTrainedTokenizerBase, ranks_file: Path, vision_tokens_file: Path) -> None:
+    """The reverse of `tiktoken_tokenizer`. Raises ValueError for a tokenizer that is not laid out like the released."""
+    backend = tokenizer.backend_tokenizer
+    surfaces = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
+    first = min(surfaces, default=0)
+    expected = [SURFACES["image_placeholder"] if s == PLACEHOLDER_ORIGIN else s for s in RELEASED_TOKENS]
+    found = [surfaces.get(first + offset) for offset in range(len(expected))]
+    if found != expected or sorted(surfaces) != list(range(first, first + len(surfaces))):
+        unlike = next((pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1]), (None, None))
+        raise ValueError(
+            f"the tokenizer cannot be written as emu3.tiktoken: after the BPE the released one has {unlike[1]!r} "
+            f"where this one has {unlike[0]!r}; only checkpoints with the released vocabulary have that layout"
+        )
+    values = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    names = {index: name for name, index in backend.get_vocab(with_added_tokens=False).items() if index < first}
+    if sorted(names) != list(range(first)):
+        raise ValueError(f"the tokenizer's BPE does not have the ids 0 to {first - 1} without gaps")
+    with ranks_file.open("wb") as stream:
+        for rank in range(first):
+            stream.write(base64.b64encode(bytes(values[letter] for letter in names[rank])) + f" {rank}\n".encode())
+    with vision_tokens_file.open("w", encoding="utf-8", newline="\n") as text:
+        text.writelines(f"{surfaces[index]}\n" for index in range(first + len(expected), first + len(surfaces)))
 
 
 def vocabulary_map(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -111,3 +165,48 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         raise ValueError(f"text {text!r} is not valid Unicode ({error.reason}); remove the lone surrogate") from error
     return [token.id for piece, _ in pieces for token in backend.model.tokenize(piece)]
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    """A BPE on the bytes of composed text, split by `SPLIT_PATTERN`."""
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _with_attributes(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **{name: CONTROL_TOKENS[name] for name in _BASE_ATTRIBUTES},
+        extra_special_tokens={name: s for name, s in CONTROL_TOKENS.items() if name not in _BASE_ATTRIBUTES},
+    )
+
+
+def _read_ranks(file: Path) -> dict[bytes, int]:
+    """A file of lines `base64 rank`, by ascending rank."""
+    try:
+        pairs = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(f"{file} is no tiktoken file: its lines are `base64 rank` ({error})") from error
+    if sorted(ranks.values()) != list(range(len(pairs))):
+        raise ValueError(f"{file} holds {len(pairs)} lines, but their ranks are not 0 to {len(pairs) - 1}")
+    if not all(bytes([byte]) in ranks for byte in range(_BYTES)):
+        raise ValueError(f"{file} has no rank for some of the {_BYTES} single bytes; get the checkpoint again")
+    return dict(sorted(ranks.items(), key=lambda pair: pair[1]))
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that stands for each byte in a byte-level BPE: itself, or the next one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = iter(range(_BYTES, 2 * _BYTES))
+    return [chr(byte if byte in printable else next(others)) for byte in range(_BYTES)]

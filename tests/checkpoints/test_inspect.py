@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from emu3.checkpoints.inspect import check_tensors, current_name, inspect, read_config, read_headers
+from emu3.checkpoints.inspect import check_tensors, documented_name, inspect, read_config, read_headers
 
 CURRENT = {
     "model.text_model.embed_tokens.weight": (6, 4),
@@ -24,11 +24,11 @@ LEGACY = {
 
 
 def test_legacy_names_become_current_ones_and_current_ones_stay() -> None:
-    assert [current_name(name) for name in LEGACY] == list(CURRENT)
-    assert [current_name(name) for name in CURRENT] == list(CURRENT)
+    assert [documented_name(name) for name in LEGACY] == list(CURRENT)
+    assert [documented_name(name) for name in CURRENT] == list(CURRENT)
 
 
-@pytest.mark.parametrize(("shapes", "layout"), [(CURRENT, "current"), (LEGACY, "legacy")])
+@pytest.mark.parametrize(("shapes", "layout"), [(CURRENT, "documented"), (LEGACY, "legacy")])
 def test_inspect_counts_parts_and_memory(make_checkpoint, shapes, layout) -> None:
     folder = make_checkpoint(shapes)
     (folder / "tokenizer.json").write_text("{}")
@@ -51,6 +51,14 @@ def test_integer_tensors_take_the_same_memory_in_every_dtype(make_checkpoint) ->
     info = inspect(folder)
     assert (info.memory_float32, info.memory_bfloat16) == (232 + 8, 128 + 8)
     assert info.parameters_by_dtype == {"F32": 58, "I64": 1}
+
+
+def test_quantized_memory_counts_matrices_and_their_scales(make_checkpoint) -> None:
+    """A matrix of 256x128 has 256 scales of two bytes in 8 bits, and as many of scale and zero in 4 bits."""
+    info = inspect(make_checkpoint(CURRENT | {"model.text_model.layers.0.mlp.up_proj.weight": (256, 128)}))
+    rest, weights = 128, 256 * 128
+    assert (info.memory_bfloat16, info.memory_int8) == (rest + 2 * weights, rest + weights + 512)
+    assert info.memory_int4 == rest + weights // 2 + 1024
 
 
 def test_shards_are_those_of_the_index(make_checkpoint) -> None:
@@ -144,5 +152,5 @@ def test_a_bad_config_is_refused(tmp_path: Path, content: str | None, complaint:
 
 
 def test_tensors_of_neither_layout_are_refused(make_checkpoint) -> None:
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.weight', which is in neither layout"):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.weight', which is in no layout"):
         inspect(make_checkpoint({"model.layers.0.weight": (2, 2)}))

@@ -7,16 +7,19 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Layout = Literal["current", "legacy"]
+from emu3.checkpoints import NANO
+
+Layout = Literal["documented", "legacy", "baai"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 LEGACY_PREFIXES = {
     "text_model.model.": "model.text_model.",
     "text_model.lm_head.": "lm_head.",
     "vqmodel.": "model.vqmodel.",
 }
-"""How a tensor's name begins in the legacy layout, and in the current one."""
+"""How a tensor's name begins in the legacy layout, and in the documented one."""
 
 _PARTS = {
     "model.text_model.embed_tokens.": "embedding",
@@ -24,16 +27,27 @@ _PARTS = {
     "model.vqmodel.": "vision tokenizer",
     "lm_head.": "head",
 }
+# The same in BAAI's layout, by folder.
+_ORIGINAL_PARTS = {
+    "language": {"model.embed_tokens.": "embedding", "model.": "language model", "lm_head.": "head"},
+    "vision": {"": "vision tokenizer"},
+}
+_MODEL_TYPES = {"emu3": "", "Emu3": "language", "Emu3VisionVQ": "vision"}
+
+# A quantized matrix has a bfloat16 scale for each row (8 bits), or scale and zero for each 128 weights (4 bits).
+_GROUP = 128
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as its file announces it. `dtype` is the name that safetensors uses, such as "F32"."""
+    """One tensor as its file announces it: `bytes` bytes from byte `start` on; `dtype` as in safetensors, "F32"."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    file: Path
+    start: int
 
     @property
     def elements(self) -> int:
@@ -42,9 +56,14 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint's contents. Counts are elements, memory is bytes, picture areas are pixels.
+    """A checkpoint's contents. Counts are elements, memory is bytes of weights, picture areas are pixels.
 
-    `memory_bfloat16` has the vision tokenizer in float32, as loading keeps it.
+    Attributes:
+        memory_bfloat16: with the vision tokenizer in float32, as loading keeps it.
+        memory_int8, memory_int4: the same with the matrices of the decoder layers in 8 or 4 bits.
+        kind: "unified", or the released model whose numbers the config has; None where neither is known.
+        abilities: of "draw" and "read", those that the weights are known to have.
+        missing: what has to be added before it loads, such as BAAI's other repository.
     """
 
     path: str
@@ -56,34 +75,42 @@ class CheckpointInfo:
     bytes_on_disk: int
     memory_float32: int
     memory_bfloat16: int
-    context: int
-    vocabulary_size: int
-    codebook_size: int
-    pixels_per_token_side: int
+    memory_int8: int
+    memory_int4: int
+    context: int | None
+    vocabulary_size: int | None
+    codebook_size: int | None
+    pixels_per_token_side: int | None
     min_pixels: int | None
     max_pixels: int | None
     tokenizer_files: tuple[str, ...]
+    kind: str | None
+    abilities: tuple[str, ...]
+    missing: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""
         return asdict(self)
 
 
-def current_name(name: str) -> str:
-    """A tensor's name in the current layout (`model.text_model.*`, `model.vqmodel.*`, `lm_head.*`), from either."""
-    for legacy, current in LEGACY_PREFIXES.items():
+def documented_name(name: str) -> str:
+    """A tensor's name in the documented layout (`model.text_model.*`, `model.vqmodel.*`, `lm_head.*`), from either."""
+    for legacy, documented in LEGACY_PREFIXES.items():
         if name.startswith(legacy):
-            return current + name.removeprefix(legacy)
+            return documented + name.removeprefix(legacy)
     return name
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of an Emu3 checkpoint. ValueError if it is missing, is no JSON, or describes another model."""
-    config = _read_json(folder / "config.json")
-    if config is None:
+    file = folder / "config.json"
+    if not file.is_file():
         raise ValueError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
+    config = read_json(file)
+    if _MODEL_TYPES.get(config.get("model_type", "")):
+        raise ValueError(f"{folder} is in BAAI's original layout; `emu3 convert` writes one that loads")
     if config.get("model_type") != "emu3":
-        raise ValueError(f"{folder / 'config.json'} describes a {config.get('model_type')!r} model, not 'emu3'")
+        raise ValueError(f"{file} describes a {config.get('model_type')!r} model, not 'emu3'")
     return config
 
 
@@ -94,8 +121,8 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         ValueError: no safetensors file, a file that an index names is missing, a file that is cut short or is not
             safetensors at all, or a tensor that two files hold.
     """
-    index = _read_json(folder / "model.safetensors.index.json")
-    if index is None:
+    index = read_json(folder / "model.safetensors.index.json")
+    if not index:
         files = sorted(folder.glob("*.safetensors"))
     else:
         files = [folder / name for name in sorted(set(index["weight_map"].values()))]
@@ -115,13 +142,13 @@ def check_tensors(folder: Path, expected: Mapping[str, Sequence[int]], optional:
 
     Args:
         folder: the checkpoint.
-        expected: name in the current layout -> shape.
+        expected: name in the documented layout -> shape.
         optional: names that may be missing, such as a head that is tied to the embedding.
 
     Raises:
         ValueError: naming what is missing, what is extra and whose shape differs.
     """
-    found = {current_name(name): header.shape for name, header in read_headers(folder).items()}
+    found = {documented_name(name): header.shape for name, header in read_headers(folder).items()}
     missing = sorted(expected.keys() - found.keys() - set(optional))
     extra = sorted(found.keys() - expected.keys())
     reshaped = [
@@ -141,48 +168,123 @@ def check_tensors(folder: Path, expected: Mapping[str, Sequence[int]], optional:
         )
 
 
+def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
+    """The folders of a checkpoint: {"": folder}, or in BAAI's layout "language", "vision" or both.
+
+    Args:
+        source: a folder with config.json, or with the folders "language" and "vision" of BAAI's layout.
+        vision: where BAAI's vision tokenizer lies, if not in `source`.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or `vision` does not go with `source`.
+    """
+    if not (source / "config.json").is_file() and (source / "language" / "config.json").is_file():
+        folders = {"language": source / "language", "vision": source / "vision"}
+    else:
+        part = _MODEL_TYPES.get(read_json(source / "config.json").get("model_type", ""), "")
+        if not part:
+            read_config(source)
+        folders = {part: source}
+    if vision is not None:
+        if set(folders) != {"language"}:
+            raise ValueError(f"{vision} is not needed: {source} is not BAAI's language model on its own")
+        folders["vision"] = vision
+    for part, folder in folders.items():
+        model_type = read_json(folder / "config.json").get("model_type")
+        if _MODEL_TYPES.get(model_type or "") != part:
+            raise ValueError(f"{folder} is not the {part} part of BAAI's layout: its model_type is {model_type!r}")
+    return folders
+
+
 def inspect(folder: Path) -> CheckpointInfo:
     """Read what a checkpoint holds. Raises ValueError where it is incomplete, damaged or no Emu3 checkpoint."""
-    config = read_config(folder)
-    headers = read_headers(folder)
+    folders = folders_of(folder)
     by_part = dict.fromkeys(_PARTS.values(), 0)
     by_dtype: dict[str, int] = {}
-    memory_float32 = memory_bfloat16 = 0
-    for name, header in headers.items():
-        part = next((part for prefix, part in _PARTS.items() if current_name(name).startswith(prefix)), None)
-        if part is None:
-            raise ValueError(f"{folder} holds tensor {name!r}, which is in neither layout of Emu3 checkpoints")
-        by_part[part] += header.elements
-        by_dtype[header.dtype] = by_dtype.get(header.dtype, 0) + header.elements
-        in_float32 = header.elements * 4 if "F" in header.dtype else header.bytes
-        memory_float32 += in_float32
-        memory_bfloat16 += in_float32 if part == "vision tokenizer" else in_float32 // 2
-    text, vision = config.get("text_config", {}), config.get("vq_config", {})
-    pictures = _image_processor_settings(folder)
+    tensors = legacy = memory_float32 = memory_bfloat16 = memory_int8 = memory_int4 = 0
+    for key, place in folders.items():
+        prefixes = _ORIGINAL_PARTS.get(key, _PARTS)
+        for name, header in read_headers(place).items():
+            known = documented_name(name) if not key else name
+            part = next((part for prefix, part in prefixes.items() if known.startswith(prefix)), None)
+            if part is None:
+                raise ValueError(f"{folder} holds tensor {name!r}, which is in no layout of Emu3 checkpoints")
+            tensors, legacy = tensors + 1, legacy + (known != name)
+            by_part[part] += header.elements
+            by_dtype[header.dtype] = by_dtype.get(header.dtype, 0) + header.elements
+            in_float32 = header.elements * 4 if "F" in header.dtype else header.bytes
+            memory_float32 += in_float32
+            in_bfloat16 = in_float32 if part == "vision tokenizer" else in_float32 // 2
+            memory_bfloat16 += in_bfloat16
+            matrix = part == "language model" and len(header.shape) == 2
+            memory_int8 += header.elements + 2 * header.shape[0] if matrix else in_bfloat16
+            memory_int4 += header.elements // 2 + 4 * (header.elements // _GROUP) if matrix else in_bfloat16
+    text, vision, pictures = _settings(folders)
+    # What a config leaves out has the documented default; a part that is not there has none.
+    has_text, has_vision = set(folders) != {"vision"}, set(folders) != {"language"}
+    context, vocabulary = text.get("max_position_embeddings", 9216), text.get("vocab_size", 184622)
+    stages = vision.get("channel_multiplier", vision.get("ch_mult", (1, 2, 2, 4)))
+    kind, abilities = _kind(folder, text) if has_text else (None, ())
+    files = [file for place in folders.values() for file in place.iterdir() if file.is_file()]
     return CheckpointInfo(
         path=str(folder),
-        layout="legacy" if any(current_name(name) != name for name in headers) else "current",
-        tensors=len(headers),
+        layout="baai" if "" not in folders else "legacy" if legacy else "documented",
+        tensors=tensors,
         parameters=sum(by_part.values()),
         parameters_by_part=by_part,
         parameters_by_dtype=by_dtype,
-        bytes_on_disk=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        bytes_on_disk=sum(file.stat().st_size for file in files),
         memory_float32=memory_float32,
         memory_bfloat16=memory_bfloat16,
-        context=text.get("max_position_embeddings", 9216),
-        vocabulary_size=text.get("vocab_size", 184622),
-        codebook_size=vision.get("codebook_size", 32768),
-        pixels_per_token_side=2 ** (len(vision.get("channel_multiplier", (1, 2, 2, 4))) - 1),
+        memory_int8=memory_int8,
+        memory_int4=memory_int4,
+        context=context if has_text else None,
+        vocabulary_size=vocabulary if has_text else None,
+        codebook_size=vision.get("codebook_size", 32768) if has_vision else None,
+        pixels_per_token_side=2 ** (len(stages) - 1) if has_vision else None,
         min_pixels=pictures.get("min_pixels"),
         max_pixels=pictures.get("max_pixels"),
-        tokenizer_files=tuple(sorted(file.name for file in folder.glob("*token*") if file.is_file())),
+        tokenizer_files=tuple(sorted(file.name for file in files if "token" in file.name)),
+        kind=kind,
+        abilities=abilities,
+        missing=tuple(
+            part for part, there in (("language model", has_text), ("vision tokenizer", has_vision)) if not there
+        ),
     )
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None without the file, ValueError where it holds something else."""
-    if not file.is_file():
+def released_kind(text_config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """Which released model a language model's config has the numbers of, and what that can do; None for another."""
+    release = (text_config.get("vocab_size", 184622), text_config.get("num_hidden_layers", 32))
+    if release != (184622, 32):
         return None
+    # The three have the same shapes. They were trained with, and say, different lengths.
+    return {
+        9216: ("Emu3-Gen", ("draw",)),
+        131072: ("Emu3-Chat", ("read",)),
+        5120: ("Emu3-Stage1", ("draw", "read")),
+    }.get(text_config.get("max_position_embeddings", 9216))
+
+
+def _kind(folder: Path, text: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    if folder == NANO:
+        return "unified", ("draw", "read")
+    return released_kind(text) or (None, ())
+
+
+def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The configs of language model, vision tokenizer and image processor."""
+    if "" in folders:
+        config = read_json(folders[""] / "config.json")
+        return config.get("text_config", {}), config.get("vq_config", {}), _image_processor_settings(folders[""])
+    text, vision = (read_json(folders[key] / "config.json") if key in folders else {} for key in ("language", "vision"))
+    return text, vision, _image_processor_settings(folders["vision"]) if "vision" in folders else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty without the file, ValueError where it holds something else."""
+    if not file.is_file():
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -206,8 +308,8 @@ def _read_header(file: Path) -> list[TensorHeader]:
         entries = {name: entry for name, entry in json.loads(header_bytes).items() if name != "__metadata__"}
         spans = {name: entry["data_offsets"] for name, entry in entries.items()}
         headers = [
-            TensorHeader(name, tuple(entry["shape"]), entry["dtype"], bytes=spans[name][1] - spans[name][0])
-            for name, entry in entries.items()
+            TensorHeader(name, tuple(entry["shape"]), entry["dtype"], end - start, file, 8 + length + start)
+            for (name, entry), (start, end) in zip(entries.items(), spans.values(), strict=True)
         ]
         end = 8 + length + max((end for _, end in spans.values()), default=0)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
@@ -218,5 +320,5 @@ def _read_header(file: Path) -> list[TensorHeader]:
 
 
 def _image_processor_settings(folder: Path) -> dict[str, Any]:
-    processor = _read_json(folder / "processor_config.json") or {}
-    return processor.get("image_processor") or _read_json(folder / "preprocessor_config.json") or {}
+    processor = read_json(folder / "processor_config.json")
+    return processor.get("image_processor") or read_json(folder / "preprocessor_config.json")

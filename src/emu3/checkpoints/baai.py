@@ -1,0 +1,227 @@
+"""BAAI's original layout: a checkpoint is two repositories, the language model's and the vision tokenizer's.
+
+    language/   config.json   *.safetensors: model.*, lm_head.*     emu3.tiktoken   emu3_vision_tokens.txt
+    vision/     config.json   *.safetensors: encoder.*, quantize.*  preprocessor_config.json
+
+Their configs point to Python files ("auto_map"). Nothing here reads that key, runs such a file, or writes either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
+from emu3.image_processing import Emu3ImageProcessor
+from emu3.processing import Emu3Processor
+from emu3.tokenization import tiktoken_tokenizer, vocabulary_map, write_tiktoken
+from emu3.vocabulary import Vocabulary
+
+Part = Literal["language", "vision"]
+Shape = tuple[int, ...]
+
+LANGUAGE_TYPE, VISION_TYPE = "Emu3", "Emu3VisionVQ"
+"""`model_type` of the two configs."""
+
+TOKENIZER_FILES = ("emu3.tiktoken", "emu3_vision_tokens.txt")
+
+# Documented name -> BAAI's, in this order. Only this direction is written down: a conversion renames each tensor that
+# the config asks for, and looks up the reverse among those.
+_VISION_RULES = (
+    (re.compile(r"\.down_block\.down\."), ".down."),
+    (re.compile(r"\.up_block\.up\."), ".up."),
+    (re.compile(r"\.middle_block\."), ".mid."),
+    (re.compile(r"\.attn_norms\.(\d+)\."), r".attn.\1.norm."),
+    (re.compile(r"\.attn_norm\."), ".attn_1.norm."),
+    (re.compile(r"\.([qkv])_proj\."), r".\1."),
+    (re.compile(r"\.out_proj\."), ".proj_out."),
+)
+# Linear layers of the documented layout are 1x1 convolutions here: the same numbers, of shape (out, in, 1, 1).
+_PROJECTION = re.compile(r"\.(?:[qkv]|out)_proj\.weight$")
+
+_TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "attention_dropout",
+    "tie_word_embeddings",
+)
+# BAAI's key -> the documented one.
+_VISION_KEYS = {
+    "codebook_size": "codebook_size",
+    "embed_dim": "embed_dim",
+    "z_channels": "latent_channels",
+    "double_z": "double_latent",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "temporal_downsample_factor": "temporal_downsample_factor",
+    "ch": "base_channels",
+    "ch_mult": "channel_multiplier",
+    "num_res_blocks": "num_res_blocks",
+    "attn_resolutions": "attn_resolutions",
+}
+# BAAI's key of an id -> the role in a `Vocabulary`.
+_ID_KEYS = {f"{role}_token_id": role for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
+
+# The image processor's settings where preprocessor_config.json leaves one out; those of its class in BAAI's code.
+_PICTURES = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_convert_rgb": True,
+    "min_pixels": 512 * 512,
+    "max_pixels": 1024 * 1024,
+    "spatial_factor": 8,
+}
+_IMAGE_AREA = 720 * 720
+
+
+def original_tensor(name: str, shape: Shape) -> tuple[Part, str, Shape]:
+    """Which repository holds a tensor of the documented layout, and its name and shape there."""
+    if not name.startswith("model.vqmodel."):
+        return "language", re.sub(r"^model\.text_model\.", "model.", name), shape
+    original = name.removeprefix("model.vqmodel.")
+    for pattern, replacement in _VISION_RULES:
+        original = pattern.sub(replacement, original)
+    return "vision", original, (*shape, 1, 1) if _PROJECTION.search(name) else shape
+
+
+def read_tokenizer(language: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model's folder. ValueError where one of its two files is missing or damaged."""
+    for name in TOKENIZER_FILES:
+        if not (language / name).is_file():
+            raise ValueError(f"{language} holds no {name}; the tokenizer is {' and '.join(TOKENIZER_FILES)}")
+    return tiktoken_tokenizer(*(language / name for name in TOKENIZER_FILES))
+
+
+def documented_config(
+    language: Mapping[str, Any], vision: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> Emu3Config:
+    """The documented config of two of BAAI's, given as read from JSON.
+
+    Raises:
+        ValueError: the config and the tokenizer disagree on an id, or the tokenizer has more ids than the embedding.
+    """
+    surfaces = vocabulary_map(tokenizer)
+    vocabulary = Vocabulary.from_map(surfaces)
+    for key, role in _ID_KEYS.items():
+        if language.get(key, getattr(vocabulary, role)) != getattr(vocabulary, role):
+            raise ValueError(f"config.json says {key}={language[key]}, the tokenizer {getattr(vocabulary, role)}")
+    text = {key: language[key] for key in (*_TEXT_KEYS, "rope_theta") if key in language}
+    if language.get("rope_scaling"):
+        text["rope_scaling"] = dict(language["rope_scaling"])  # a copy, because the config completes what it is given
+    pictures: dict[str, Any] = {_VISION_KEYS[key]: value for key, value in vision.items() if key in _VISION_KEYS}
+    config = Emu3Config(
+        text_config=text,
+        vq_config=pictures | {"dtype": vision.get("torch_dtype")},
+        vocabulary_map=surfaces,
+        tie_word_embeddings=language.get("tie_word_embeddings", False),
+        architectures=["Emu3ForConditionalGeneration"],
+        dtype=language.get("torch_dtype"),
+    )
+    vq = cast(Emu3VQVAEConfig, config.vq_config)
+    vq.hidden_size, vq.num_attention_heads = vq.base_channels * vq.channel_multiplier[-1], 1
+    vocabulary_size = cast(Emu3TextConfig, config.text_config).vocab_size
+    if len(tokenizer) > vocabulary_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but config.json says vocab_size={vocabulary_size}")
+    return config
+
+
+def documented_processor(
+    language: Mapping[str, Any], vision: Path, tokenizer: PreTrainedTokenizerBase
+) -> Emu3Processor:
+    """The processor of the language model's config (`image_area`) and the vision tokenizer's folder."""
+    file = vision / "preprocessor_config.json"
+    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    pictures = Emu3ImageProcessor(**{key: given.get(key, default) for key, default in _PICTURES.items()})
+    return Emu3Processor(pictures, tokenizer, image_area=language.get("image_area", _IMAGE_AREA))
+
+
+def original_configs(config: Emu3Config, image_area: int) -> dict[Part, dict[str, Any]]:
+    """BAAI's two configs of a documented one.
+
+    Raises:
+        ValueError: the model has something that BAAI's layout has no place for.
+    """
+    text, vq = cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)
+    rope = dict(text.rope_parameters or {})
+    kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta", text.default_theta)
+    unknown = [
+        f"{name}={value}"
+        for name, value, known in (
+            ("attention_bias", text.attention_bias, not text.attention_bias),
+            ("mlp_bias", text.mlp_bias, not text.mlp_bias),
+            ("rope_type", kind, kind in ("default", "linear", "dynamic")),
+            ("vq_config.num_attention_heads", vq.num_attention_heads, vq.num_attention_heads == 1),
+        )
+        if not known
+    ]
+    if unknown:
+        raise ValueError(f"BAAI's layout has no place for {', '.join(unknown)}; keep the documented layout")
+    vocabulary = Vocabulary.from_map(config.vocabulary_map or {})
+    language = {key: getattr(text, key) for key in _TEXT_KEYS} | {
+        "architectures": ["Emu3ForCausalLM"],
+        "model_type": LANGUAGE_TYPE,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
+        **{key: getattr(vocabulary, role) for key, role in _ID_KEYS.items()},
+        "image_area": image_area,
+        "pretraining_tp": 1,
+        "torch_dtype": _dtype(config),
+    }
+    vision = {key: getattr(vq, documented) for key, documented in _VISION_KEYS.items()} | {
+        "architectures": ["Emu3VisionVQModel"],
+        "model_type": VISION_TYPE,
+        "dropout": 0.0,
+        "torch_dtype": _dtype(vq),
+    }
+    return {"language": language, "vision": vision}
+
+
+def write_original_files(
+    folders: Mapping[Part, Path], tokenizer: PreTrainedTokenizerBase, pictures: Emu3ImageProcessor, config: Emu3Config
+) -> None:
+    """All that BAAI's folders hold besides weights and config.json."""
+    language, vision = folders["language"], folders["vision"]
+    write_tiktoken(tokenizer, *(language / name for name in TOKENIZER_FILES))
+    write_json(language / "tokenizer_config.json", {"tokenizer_class": "Emu3Tokenizer", "padding_side": "left"})
+    generation_config(config).save_pretrained(language)
+    settings = {key: getattr(pictures, key) for key in _PICTURES}
+    write_json(vision / "preprocessor_config.json", settings | {"image_processor_type": "Emu3VisionVQImageProcessor"})
+
+
+def generation_config(config: Emu3Config) -> GenerationConfig:
+    """The ids that generation needs."""
+    text = cast(Emu3TextConfig, config.text_config)
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _dtype(config: PreTrainedConfig) -> str:
+    return str(config.dtype or "float32").removeprefix("torch.")
