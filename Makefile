@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench nano clean
+.PHONY: demo test coverage lint bench nano clean
 
 demo: .venv/.installed  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## every test
 	$(BIN)/python -m pytest
+
+coverage: .venv/.installed  ## the documented API, item by item, with the test of each
+	$(BIN)/python tests/coverage/table.py
 
 lint: .venv/.installed  ## style, types, import directions
 	$(BIN)/ruff check .

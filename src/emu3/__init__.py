@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from emu3.auto_classes import register
     from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
     from emu3.generation.engine import Engine
     from emu3.generation.grammar import GridGrammar
@@ -33,6 +34,7 @@ _MODULES = {
     "Engine": "emu3.generation.engine",
     "GridGrammar": "emu3.generation.grammar",
     "Vocabulary": "emu3.vocabulary",
+    "register": "emu3.auto_classes",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "GridGrammar",
     "Vocabulary",
     "__version__",
+    "register",
 ]
 
 

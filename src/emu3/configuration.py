@@ -49,7 +49,7 @@ class Emu3TextConfig(PreTrainedConfig):
         vocab_size: text + structure + visual tokens.
         hidden_size, intermediate_size, num_hidden_layers: width, feed-forward width, depth.
         num_attention_heads, num_key_value_heads: query heads, and heads of keys and values (None: as many).
-        hidden_act: activation of the feed-forward gate.
+        hidden_act: activation of the feed-forward gate, a name or a function.
         max_position_embeddings: the longest sequence.
         rms_norm_eps: epsilon of the normalisation.
         use_cache: whether `forward` returns keys and values by default.

@@ -88,12 +88,16 @@ class Emu3Processor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         image_area: int = 518400,
+        **kwargs: Any,
     ) -> None:
         self.image_area = image_area
         self.image_token: str = tokenizer.image_token
         self.image_token_id: int = tokenizer.image_token_id
         super().__init__(
-            image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE,
+            **kwargs,
         )
 
     @classmethod

@@ -160,6 +160,7 @@ class Emu3Model(Emu3PreTrainedModel):
             )
         return mask[..., None].to(inputs_embeds.device)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -170,6 +171,7 @@ class Emu3Model(Emu3PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states of text and pictures. Arguments as of `Emu3TextModel.forward`, and:
@@ -200,6 +202,8 @@ class Emu3Model(Emu3PreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache_position=cache_position,
+            return_dict=True,
             **kwargs,
         )
 
@@ -243,6 +247,24 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         """See `Emu3Model.decode_image_tokens`."""
         return self.model.decode_image_tokens(image_tokens, height, width)
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **inputs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Each prompt `expand_size` times, for beams and several samples, each copy with all of its pictures."""
+        # The inherited method repeats picture by picture: A A B B, where two copies of a prompt need A B A B.
+        pictures = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
+        if expand_size > 1 and input_ids is not None and pictures.get("image_sizes") is not None:
+            tokens = torch.as_tensor(pictures["image_sizes"]) // self.model.vqmodel.spatial_scale_factor
+            ends = (tokens[:, 0] * (tokens[:, 1] + 1)).cumsum(0)
+            placeholders = (input_ids == self.model.vocabulary.image_placeholder).sum(1).cumsum(0)
+            prompt_of_picture = torch.searchsorted(placeholders.to(ends.device), ends)
+            copies = [
+                (prompt_of_picture == prompt).nonzero()[:, 0].repeat(expand_size) for prompt in range(len(input_ids))
+            ]
+            pictures = {name: value[torch.cat(copies)] for name, value in pictures.items()}
+        input_ids, inputs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **inputs)
+        return input_ids, inputs | pictures
+
     @can_return_tuple
     def forward(
         self,
@@ -254,6 +276,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -277,6 +300,8 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache_position=cache_position,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(outputs[0][:, kept_positions(logits_to_keep)])

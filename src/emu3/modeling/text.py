@@ -177,7 +177,7 @@ class Emu3MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = config.hidden_act if callable(config.hidden_act) else ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
@@ -236,11 +236,13 @@ class Emu3PreTrainedModel(PreTrainedModel):
 
 
 class Emu3TextModel(Emu3PreTrainedModel):
-    """Token embeddings, decoder layers and the final norm, without a head."""
+    """Token embeddings, decoder layers and the final norm; also from the checkpoint of a whole model."""
 
     config: Emu3TextConfig
     config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    # "model." is the prefix that a base model's names lose on loading.
+    renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "model.", r"^model\.text_model\.": "model."}
 
     def __init__(self, config: Emu3TextConfig) -> None:
         super().__init__(config)
@@ -294,6 +296,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        cache_position: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -302,10 +305,12 @@ class Emu3TextModel(Emu3PreTrainedModel):
         Args:
             input_ids: (B, S); or `inputs_embeds` (B, S, E). Exactly one of the two.
             attention_mask: (B, past + S), 0 for padding.
-            position_ids: (B, S); counted from the cache's length when missing.
+            position_ids: (B, S); `cache_position` when missing.
             past_key_values: cache of what came before; only new tokens are given then.
+            cache_position: (S,), where in the sequence the new tokens stand; counted from the cache's length when
+                missing. The cache itself always goes on where it ended.
             use_cache: whether to return a cache, made here when none is given.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `cache_position`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
             `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
@@ -319,9 +324,11 @@ class Emu3TextModel(Emu3PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        if cache_position is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if position_ids is None:
+            position_ids = cache_position[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -377,6 +384,7 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -397,6 +405,8 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache_position=cache_position,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])

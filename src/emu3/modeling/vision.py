@@ -347,7 +347,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, latents_BTZhw: Tensor) -> Tensor:
         """Codes (B, T, h, w) of latents (B, T, Z, h, w)."""
         flat_NZ = latents_BTZhw.movedim(2, -1).reshape(-1, latents_BTZhw.shape[2])
-        codebook = self.embedding.weight
+        # Through the module and not its weight, which is elsewhere when it is offloaded.
+        codebook = self.embedding(torch.arange(self.embedding.num_embeddings, device=flat_NZ.device))
         norms = codebook.square().sum(1)
         rows = max(1, MAX_DISTANCES // codebook.shape[0])
         codes_N = torch.cat(
@@ -388,6 +389,13 @@ class Emu3VQVAE(PreTrainedModel):
         self.spatial_scale_factor = 2 ** (len(config.channel_multiplier) - 1)
         self.eval()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of `PreTrainedModel`; also from the checkpoint of a whole model."""
+        prefix = f"{cls.base_model_prefix}."  # which the names of weights lose on loading
+        in_whole_models = {r"^model\.vqmodel\.": prefix, r"^vqmodel\.": prefix}
+        return super().from_pretrained(*args, **{"key_mapping": in_whole_models, **kwargs})
 
     @property
     def vision_spatial_factor(self) -> int:

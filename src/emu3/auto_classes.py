@@ -1,0 +1,43 @@
+"""transformers' Auto classes give this package's classes for Emu3 checkpoints, once asked to."""
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedConfig,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
+from emu3.image_processing import Emu3ImageProcessor
+from emu3.modeling.multimodal import Emu3ForConditionalGeneration, Emu3Model
+from emu3.modeling.text import Emu3ForCausalLM, Emu3TextModel
+from emu3.modeling.vision import Emu3VQVAE
+from emu3.processing import Emu3Processor
+
+
+def register() -> None:
+    """From here on `AutoConfig`, `AutoModel...`, `AutoProcessor` and `AutoImageProcessor` take our classes for Emu3.
+
+    It holds for the process and cannot be taken back; calling it again changes nothing. The classes of
+    `transformers.models.emu3` stay as they are for whoever imports them.
+    """
+    configs: tuple[type[PreTrainedConfig], ...] = (Emu3Config, Emu3TextConfig, Emu3VQVAEConfig)
+    for config, model in zip(configs, (Emu3Model, Emu3TextModel, Emu3VQVAE), strict=True):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    AutoModelForImageTextToText.register(Emu3Config, Emu3ForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(Emu3Config, Emu3ForConditionalGeneration, exist_ok=True)
+    AutoModelForCausalLM.register(Emu3TextConfig, Emu3ForCausalLM, exist_ok=True)
+    # The language model alone of a whole checkpoint; the public `register` wants equal configurations.
+    MODEL_FOR_CAUSAL_LM_MAPPING.register(Emu3Config, Emu3ForCausalLM, exist_ok=True)
+    # Processors are found by the class's name, which is the same in both libraries, and the library's own list first.
+    PROCESSOR_MAPPING_NAMES.pop(Emu3Config.model_type, None)
+    AutoProcessor.register(Emu3Config, Emu3Processor, exist_ok=True)
+    backends = dict.fromkeys(("pil", "torchvision"), Emu3ImageProcessor)
+    AutoImageProcessor.register(Emu3Config, image_processor_classes=backends, exist_ok=True)
