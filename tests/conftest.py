@@ -1,6 +1,8 @@
 """What several test files need."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +54,40 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.model.vqmodel.quantize.embedding.weight)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """Makes the configuration of a tiny model: 40 text ids, then the control tokens, then the visual ones.
+
+    Arguments are those of the text and the vision configuration that differ, and more of the whole one.
+    """
+    from emu3.configuration import Emu3Config
+    from emu3.vocabulary import SURFACES
+
+    def make(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **whole: Any) -> Emu3Config:
+        pictures = {
+            "codebook_size": 64,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [2],
+            "hidden_size": 64,
+        } | (vision or {})
+        visual = [f"<|visual token {code:06d}|>" for code in range(pictures["codebook_size"])]
+        ids = {surface: 40 + n for n, surface in enumerate([*SURFACES.values(), *visual])}
+        words = {
+            "vocab_size": 40 + len(ids),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "pad_token_id": ids["<|endoftext|>"],
+            "bos_token_id": ids["<|extra_203|>"],
+            "eos_token_id": ids["<|extra_204|>"],
+        } | (text or {})
+        return Emu3Config(text_config=words, vq_config=pictures, **{"vocabulary_map": ids} | whole)
+
+    return make

@@ -6,39 +6,13 @@ from torch import nn
 
 from emu3.configuration import Emu3Config
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.vocabulary import SURFACES
 
-TEXT_IDS = 40
-CODES = 64
 FACTOR = 4
 
 
 @pytest.fixture(scope="session")
-def config() -> Emu3Config:
-    vocabulary_map = {surface: TEXT_IDS + n for n, surface in enumerate(SURFACES.values())}
-    vocabulary_map |= {f"<|visual token {code:06d}|>": TEXT_IDS + len(SURFACES) + code for code in range(CODES)}
-    text = {
-        "vocab_size": TEXT_IDS + len(vocabulary_map),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "pad_token_id": vocabulary_map["<|endoftext|>"],
-        "bos_token_id": vocabulary_map["<|extra_203|>"],
-        "eos_token_id": vocabulary_map["<|extra_204|>"],
-    }
-    vision = {
-        "codebook_size": CODES,
-        "base_channels": 32,
-        "channel_multiplier": [1, 1, 2],
-        "num_res_blocks": 1,
-        "attn_resolutions": [2],
-        "hidden_size": 64,
-    }
-    return Emu3Config(text_config=text, vq_config=vision, vocabulary_map=vocabulary_map)
+def config(tiny_config) -> Emu3Config:
+    return tiny_config({"initializer_range": 0.3})
 
 
 @pytest.fixture
@@ -52,7 +26,7 @@ def model(config: Emu3Config) -> Emu3ForConditionalGeneration:
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2.0)
     latents = vqmodel.latents(torch.randn(8, 3, 32, 32))[1].movedim(2, -1).flatten(0, -2)
-    vqmodel.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:CODES]])
+    vqmodel.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[: config.vq_config.codebook_size]])
     return model
 
 

@@ -13,39 +13,9 @@ from transformers import Emu3ForConditionalGeneration as ReferenceModel
 from emu3.configuration import Emu3Config
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.vocabulary import SURFACES, Vocabulary
+from emu3.vocabulary import Vocabulary
 
-TEXT_IDS = 40
-CODES = 64
 FACTOR = 4
-VOCABULARY_MAP = {surface: TEXT_IDS + n for n, surface in enumerate(SURFACES.values())}
-VOCABULARY_MAP |= {f"<|visual token {code:06d}|>": TEXT_IDS + len(SURFACES) + code for code in range(CODES)}
-
-
-def tiny_config(text: dict[str, Any], vision: dict[str, Any], **whole: Any) -> Emu3Config:
-    base = {
-        "vocab_size": TEXT_IDS + len(VOCABULARY_MAP),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": VOCABULARY_MAP["<|endoftext|>"],
-        "bos_token_id": VOCABULARY_MAP["<|extra_203|>"],
-        "eos_token_id": VOCABULARY_MAP["<|extra_204|>"],
-    }
-    picture = {
-        "codebook_size": CODES,
-        "base_channels": 32,
-        "channel_multiplier": [1, 1, 2],
-        "num_res_blocks": 1,
-        "attn_resolutions": [2],
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-    }
-    vocabulary_map = whole.pop("vocabulary_map", VOCABULARY_MAP)
-    return Emu3Config(text_config=base | text, vq_config=picture | vision, vocabulary_map=vocabulary_map, **whole)
 
 
 @torch.no_grad()
@@ -68,7 +38,7 @@ def shake(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Emu3VQVAE):  # a codebook among the latents, so that pictures have many codes
             latents = module.latents(torch.randn(8, 3, 8 * FACTOR, 8 * FACTOR))[1].movedim(2, -1).flatten(0, -2)
-            module.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:CODES]])
+            module.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[: module.config.codebook_size]])
 
 
 @dataclass(frozen=True)
@@ -111,17 +81,20 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def config_of() -> Callable[..., Emu3Config]:
-    return tiny_config
+def config_of(tiny_config) -> Callable[..., Emu3Config]:
+    """As `tiny_config`, with two heads of attention in the vision tokenizer."""
+    return lambda text=None, vision=None, **whole: tiny_config(
+        text, {"num_attention_heads": 2} | (vision or {}), **whole
+    )
 
 
 @pytest.fixture(scope="session")
-def build() -> Callable[..., Pair]:
+def build(config_of) -> Callable[..., Pair]:
     """Builds a pair from arguments of the text, vision and whole configurations."""
 
-    def build(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **whole: Any) -> Pair:
+    def build(*parts: Any, **whole: Any) -> Pair:
         torch.manual_seed(0)
-        config = tiny_config(text or {}, vision or {}, **whole)
+        config = config_of(*parts, **whole)
         ours = Emu3ForConditionalGeneration(config).eval()
         shake(ours)
         theirs = ReferenceModel(ReferenceConfig(**config.to_dict())).eval()

@@ -122,6 +122,12 @@ def test_a_source_and_its_use():
     assert split_source(entry) == (SceneSource(seed=1, count=9, width=64, tasks=("colors",)), Use(0.5, [0, 3]))
 
 
+@pytest.mark.parametrize(("entry", "said"), [({"seed": 0, "count": 1}, "share"), ({"share": 1, "seeds": 0}, "seeds")])
+def test_a_wrong_source_is_named(entry, said):
+    with pytest.raises(ValueError, match=rf"\[\[sources\]\].*{said}"):
+        split_source(entry)
+
+
 def test_a_step_without_a_source_is_refused(tmp_path):
     Emu3VQVAE(Emu3VQVAEConfig(**VISION)).save_pretrained(tmp_path / "vision")
     sources = [{"share": 1.0, "seed": 0, "count": 1, "steps": steps} for steps in ([0, 4], [5, 9])]

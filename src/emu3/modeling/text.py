@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,6 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
+from emu3.modeling.pretrained import AnyLayoutModel
 
 
 class KeyValueCache(Protocol):
@@ -211,7 +212,7 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
         return cast(Tensor, hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states))))
 
 
-class Emu3PreTrainedModel(PreTrainedModel):
+class Emu3PreTrainedModel(AnyLayoutModel):
     """What the models tell transformers of themselves: loading, attention kinds, checkpointing, offloading."""
 
     base_model_prefix = "model"
@@ -225,14 +226,6 @@ class Emu3PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
-    # How names begin in other layouts, as patterns. transformers renames for its own classes only, and a weight whose
-    # name it does not know it leaves random.
-    renamed_weights: ClassVar[dict[str, str]] = {}
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of `PreTrainedModel`; a `key_mapping` takes the place of `renamed_weights`."""
-        return super().from_pretrained(*args, **{"key_mapping": cls.renamed_weights, **kwargs})
 
 
 class Emu3TextModel(Emu3PreTrainedModel):

@@ -22,10 +22,10 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.modeling.pretrained import AnyLayoutModel
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
@@ -360,7 +360,7 @@ class VectorQuantizer(nn.Module):
         return codes_N.view(latents_BTZhw.shape[0], latents_BTZhw.shape[1], *latents_BTZhw.shape[3:])
 
 
-class Emu3VQVAE(PreTrainedModel):
+class Emu3VQVAE(AnyLayoutModel):
     """The vision tokenizer: `encode` pictures or clips to codes, `decode` codes to pictures or clips.
 
     It is frozen: `train()` leaves it in evaluation mode, so that batch statistics never change the codes of a model
@@ -370,6 +370,11 @@ class Emu3VQVAE(PreTrainedModel):
     config: Emu3VQVAEConfig
     config_class = Emu3VQVAEConfig
     base_model_prefix = "emuvideovq"
+    # In whole models. The replacement is the prefix that a base model's names lose on loading.
+    renamed_weights: ClassVar[dict[str, str]] = {
+        r"^model\.vqmodel\.": "emuvideovq.",
+        r"^vqmodel\.": "emuvideovq.",
+    }
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
     # It attends by SDPA, whichever kind the language model beside it is asked to use.
@@ -389,13 +394,6 @@ class Emu3VQVAE(PreTrainedModel):
         self.spatial_scale_factor = 2 ** (len(config.channel_multiplier) - 1)
         self.eval()
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of `PreTrainedModel`; also from the checkpoint of a whole model."""
-        prefix = f"{cls.base_model_prefix}."  # which the names of weights lose on loading
-        in_whole_models = {r"^model\.vqmodel\.": prefix, r"^vqmodel\.": prefix}
-        return super().from_pretrained(*args, **{"key_mapping": in_whole_models, **kwargs})
 
     @property
     def vision_spatial_factor(self) -> int:

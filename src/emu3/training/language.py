@@ -108,10 +108,13 @@ Stock = tuple[SceneSource, NDArray[np.int16], Use]
 
 
 def split_source(entry: Mapping[str, Any]) -> tuple[SceneSource, Use]:
-    """A `[[sources]]` table of a recipe as its two parts."""
+    """A `[[sources]]` table of a recipe as its two parts. ValueError for a name that neither has, or one left out."""
     use = {each.name: entry[each.name] for each in fields(Use) if each.name in entry}
     rest = {name: value for name, value in entry.items() if name not in use}
-    return SceneSource(**{**rest, "tasks": tuple(rest.get("tasks", TASKS))}), Use(**use)
+    try:
+        return SceneSource(**{**rest, "tasks": tuple(rest.get("tasks", TASKS))}), Use(**use)
+    except TypeError as error:
+        raise ValueError(f"[[sources]] {dict(entry)}: {error}") from error
 
 
 def corpus() -> Iterator[str]:
