@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage lint bench nano clean
+.PHONY: demo test coverage common docs lint bench nano clean
 
-demo: .venv/.installed  ## draw pictures from words, then describe one of them
+demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## every test
@@ -11,6 +11,12 @@ test: .venv/.installed  ## every test
 
 coverage: .venv/.installed  ## the documented API, item by item, with the test of each
 	$(BIN)/python tests/coverage/table.py
+
+common: .venv/.installed  ## transformers' common model tests, on these classes and on its own
+	$(BIN)/python tests/common/run.py
+
+docs: .venv/.installed  ## the reference, from the docstrings, into out/reference/
+	$(BIN)/python docs/reference.py
 
 lint: .venv/.installed  ## style, types, import directions
 	$(BIN)/ruff check .
@@ -21,11 +27,15 @@ bench: .venv/.installed  ## speed, as a ratio against transformers on the same w
 	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 nano: .venv/.installed  ## train the shipped checkpoint again; hours on two cores
-	set -e; for recipe in vision vision-local language checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
+	set -e; for recipe in vision vision-regular language checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
 
-# The stamp is written last, so an interrupted installation starts again and a finished one is left alone.
-.venv/.installed: pyproject.toml constraints.txt
+# A stamp is written last, so an interrupted installation starts again and a finished one is left alone.
+.venv/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed: .venv/.runtime
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

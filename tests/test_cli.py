@@ -9,6 +9,7 @@ import typer.main
 from PIL import Image
 
 from emu3 import Emu3Pipeline, __version__, cli, training
+from emu3.data.captions import DESCRIBE
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,7 @@ def picture(tmp_path: Path) -> Path:
         ["image", "a cat", "--seed", "-1"],
         ["image", "a cat", "--top-k", "0"],
         ["image", "a cat", "--guidance", "much"],
-        ["chat", "picture.png"],
+        ["chat"],
         ["eval", "nano", "--count", "0"],
     ],
     ids=" ".join,
@@ -189,6 +190,15 @@ def test_chat_prints_the_answer(capsys: pytest.CaptureFixture[str], tiny_checkpo
     code, out, err = run(capsys, *arguments, "--json")
     record = {"picture": str(picture), "question": question, "answer": expected, "model": str(tiny_checkpoint)}
     assert (code, json.loads(out), err) == (0, record, "")
+
+
+def test_chat_without_a_question_asks_for_a_description(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, picture: Path
+) -> None:
+    code, out, _ = run(capsys, "chat", picture, "--model", tiny_checkpoint, "--max-new-tokens", 5, "--json")
+    with Image.open(picture) as opened:
+        expected = Emu3Pipeline.from_pretrained(tiny_checkpoint).chat((DESCRIBE, [opened]), max_new_tokens=5)
+    assert (code, json.loads(out)["question"], json.loads(out)["answer"]) == (0, DESCRIBE, expected)
 
 
 def test_info_says_the_same_to_people_and_to_programs(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import emu3
+from emu3.checkpoints.inspect import Release, release_of
 from emu3.configuration import Emu3Config
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, RowDone, Started
@@ -241,3 +243,35 @@ def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):
 def test_unknown_checkpoints_are_refused():
     with pytest.raises(ValueError, match="unknown checkpoint"):
         Emu3Pipeline.from_pretrained("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("context", "lacking", "said"),
+    [
+        (9216, "read", "Emu3-Gen does not answer or read pictures; load Emu3-Chat or Emu3-Stage1"),
+        (131072, "draw", "Emu3-Chat does not draw pictures; load Emu3-Gen or Emu3-Stage1"),
+        (5120, None, None),
+    ],
+)
+def test_what_a_released_model_cannot_do_is_refused(pipeline, context, lacking, said):
+    released = replace(pipeline, release=release_of({"max_position_embeddings": context}))
+    calls = {
+        "draw": lambda: released.image("a cat", height=4, width=4, seed=0),
+        "read": lambda: released.chat(("What is it?", [picture(0)]), max_new_tokens=1),
+    }
+    for ability, call in calls.items():
+        if ability == lacking:
+            with pytest.raises(ValueError, match=f"^{said}$"):
+                call()
+        else:
+            call()
+
+
+def test_a_released_model_is_known_by_its_numbers_and_its_name(tiny_checkpoint, tmp_path, monkeypatch):
+    named = {name: tmp_path / name for name in ("Emu3-Gen-hf", "my-emu3")}
+    for folder in named.values():
+        folder.symlink_to(tiny_checkpoint)
+    assert [Emu3Pipeline.from_pretrained(folder).release for folder in named.values()] == [None, None]
+    gen = Release("Emu3-Gen", ("draw",))
+    monkeypatch.setattr("emu3.pipeline.release_of", lambda text: gen if text["hidden_size"] == 32 else None)
+    assert [Emu3Pipeline.from_pretrained(folder).release for folder in named.values()] == [gen, None]

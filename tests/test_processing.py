@@ -90,12 +90,42 @@ def test_padding_is_on_the_left_and_masked():
         {"padding": "max_length", "max_length": 40},
         {"padding": True, "pad_to_multiple_of": 32},
         {"padding": False},
+        {"padding": True, "truncation": True, "max_length": 6},
+        {"padding": "max_length", "truncation": True, "max_length": 6},
     ],
 )
 def test_padding_options_equal_transformers(options):
     ours, peer = (side(text=["a", "a red car and a cat"], **options) for side in (PROCESSOR, PEER))
     assert ours["input_ids"] == peer["input_ids"]
     assert ours["attention_mask"] == peer["attention_mask"]
+
+
+def test_what_is_too_long_is_cut_but_no_picture_is():
+    whole = PROCESSOR(images=WIDE, text="<image> and a car")["input_ids"][0]
+    end = whole.index(TOKENIZER.eoi_token_id) + 1
+    for length in (end, end + 1, len(whole), len(whole) + 9):
+        cut = PROCESSOR(images=WIDE, text="<image> and a car", truncation=True, max_length=length)["input_ids"][0]
+        assert cut == whole[:length]
+    for length in (0, 1, end - 1):
+        with pytest.raises(ValueError, match=rf"{len(whole)} tokens cannot be cut to {length}: a picture"):
+            PROCESSOR(images=WIDE, text="<image> and a car", truncation=True, max_length=length)
+    for options, named in (
+        ({"truncation": True}, "needs max_length"),
+        ({"truncation": "only_first", "max_length": 9}, "only_first"),
+        ({"truncation": True, "max_length": -1}, "cut to -1"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            PROCESSOR(text="a", **options)
+    assert PROCESSOR(text="a red car", truncation="do_not_truncate", max_length=1) == PROCESSOR(text="a red car")
+
+
+def test_where_a_picture_begins_is_never_cut():
+    options = {"return_for_image_generation": True, "image_area": 64 * 64}
+    begin = PROCESSOR(text="", **options)["input_ids"][0][1:]
+    (row,) = PROCESSOR(text="a red car and a cat", **options, truncation=True, max_length=len(begin) + 2)["input_ids"]
+    assert row == [*PROCESSOR(text="a red car and a cat")["input_ids"][0][:2], *begin]
+    with pytest.raises(ValueError, match="no text be left"):
+        PROCESSOR(text="a", **options, truncation=True, max_length=len(begin))
 
 
 def test_one_bos_for_each_sample():
@@ -236,6 +266,15 @@ def test_tokenized_chats_in_a_batch():
     for row, mask, text in zip(output["input_ids"], output["attention_mask"], inside, strict=True):
         expected = f"<|extra_203|>You are a helpful assistant. USER: {text}. ASSISTANT:"
         assert spelled([token for token, seen in zip(row, mask, strict=True) if seen]) == expected
+
+
+def test_arguments_of_the_processor_pass_through_a_chat():
+    options = {"padding": "max_length", "max_length": 60, "padding_side": "right", "add_special_tokens": False}
+    given = chat([said("user", "a")], processor_kwargs=options)
+    assert given == PROCESSOR(text="You are a helpful assistant. USER: a. ASSISTANT:", **options)
+    assert given == chat([said("user", "a")], **options)
+    with pytest.raises(ValueError, match=r"\['ratio'\]; it takes add_special_tokens"):
+        chat([said("user", "a")], processor_kwargs={"ratio": "4:3"})
 
 
 def test_ids_alone_without_return_dict():

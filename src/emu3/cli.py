@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `emu3 --help` answers at o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import sys
@@ -37,6 +38,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a progr
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2."""
+    # Where torchao is installed, transformers imports it, and it tells of missing GPU parts: no concern of a command.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(args=arguments)
     except (ValueError, OSError) as error:
@@ -99,7 +103,7 @@ def image(
 @app.command()
 def chat(
     picture: Annotated[Path, typer.Argument(help="The picture to look at.", show_default=False)],
-    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")] = "Describe the picture.",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     model: ModelOption = "nano",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emu3.checkpoints import resolve
+from emu3.checkpoints.inspect import Release, release_of, releases_that
 from emu3.generation.decoders import Decoder
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.engine import Engine
@@ -40,11 +41,13 @@ class Emu3Pipeline:
         model: in evaluation mode.
         processor: the checkpoint's own.
         decoder: how tokens are decided.
+        release: which of the released models it is, where that is known.
     """
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
     decoder: Decoder = field(default_factory=RasterDecoder)
+    release: Release | None = None
 
     @classmethod
     def from_pretrained(
@@ -69,7 +72,11 @@ class Emu3Pipeline:
         from emu3.checkpoints.load import load_model, load_processor
 
         folder = resolve(name, download=download)
-        return cls(load_model(folder, dtype=dtype, device=device), load_processor(folder))
+        model = load_model(folder, dtype=dtype, device=device)
+        release = release_of(model.config.text_config.to_dict())
+        # By its name too: one that was trained further has the same numbers, and other abilities.
+        known = release is not None and Path(name).name.startswith(release.name)
+        return cls(model, load_processor(folder), release=release if known else None)
 
     def image(
         self,
@@ -104,9 +111,10 @@ class Emu3Pipeline:
             A list of RGB pictures, also for a single prompt.
 
         Raises:
-            ValueError: a size that cannot be drawn or does not fit the context with its prompt, sampling settings or a
-                ratio out of range, or seeds that are not as many as the prompts.
+            ValueError: a checkpoint that only reads, a size that cannot be drawn or does not fit the context with its
+                prompt, sampling settings or a ratio out of range, or seeds that are not as many as the prompts.
         """
+        self.require("draw")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows, columns = self._grid(ratio, image_area, height, width)
         grammar = GridGrammar(rows, columns, vocabulary=self.model.model.vocabulary)
@@ -141,8 +149,10 @@ class Emu3Pipeline:
             on_event: is called with the engine's events.
 
         Raises:
-            ValueError: a message or picture that cannot be read, or a conversation longer than the context.
+            ValueError: a checkpoint that only draws, a message or picture that cannot be read, or a conversation longer
+                than the context.
         """
+        self.require("read")
         if isinstance(messages, tuple):
             text, pictures = messages
             content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
@@ -164,6 +174,12 @@ class Emu3Pipeline:
         )
         (ids,) = self._run([request], on_event)
         return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def require(self, ability: str) -> None:
+        """ValueError where the checkpoint is known to lack an ability, "draw" or "read"."""
+        if self.release is not None and ability not in self.release.abilities:
+            what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
+            raise ValueError(f"{self.release.name} does not {what}; load {releases_that(ability)}")
 
     def _run(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[tuple[int, ...]]:
         """The ids of each request."""

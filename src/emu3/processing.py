@@ -48,6 +48,18 @@ _SURFACE = re.compile(r"(<[^<>]*>)")
 # Stands for a message's text while the template is rendered; the digits count the texts.
 _STAND_IN = re.compile("\ue000(\\d+)\ue001")
 
+# What says how ids become a batch, of the arguments of `Emu3Processor.__call__`.
+_BATCH_OPTIONS = {
+    "add_special_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding_side",
+    "return_tensors",
+    "images_kwargs",
+}
+
 
 def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
     """(height, width) in tokens of a picture of `ratio` ("width:height") and about `image_area` pixels.
@@ -123,6 +135,7 @@ class Emu3Processor(ProcessorMixin):
         split_special_tokens: bool = False,
         add_special_tokens: bool = True,
         padding: bool | str = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
@@ -140,13 +153,14 @@ class Emu3Processor(ProcessorMixin):
             split_special_tokens: read `text` as plain text, so that no control token and no "<image>" in it counts.
             add_special_tokens: put bos before each text, unless it is there.
             padding: True or "longest", "max_length" (with `max_length`), False.
+            truncation: cut the end of texts, so that no row is longer than `max_length`; a picture is never cut.
             pad_to_multiple_of, padding_side: as in tokenizers; the side is the tokenizer's by default.
             return_tensors: "pt", "np" or None for lists.
             images_kwargs: further arguments of the image processor.
 
         Returns `input_ids` and `attention_mask` (B, S), for pictures `pixel_values` and `image_sizes` (height and
         width in pixels), for drawing `image_sizes` (B, 2) in tokens. Raises ValueError where pictures and marks, or
-        sizes and prompts, differ in number.
+        sizes and prompts, differ in number, and where a picture would have to be cut.
         """
         texts = [text] if isinstance(text, str) else list(text or ())
         if not texts or not all(isinstance(sample, str) for sample in texts):
@@ -173,6 +187,7 @@ class Emu3Processor(ProcessorMixin):
             sizes,
             add_special_tokens=add_special_tokens,
             padding=padding,
+            truncation=truncation,
             max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
@@ -191,17 +206,25 @@ class Emu3Processor(ProcessorMixin):
         split_special_tokens: bool = False,
         padding: bool | str = False,
         return_tensors: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
         """A conversation, or several, as the template's text, or with `tokenize` as ids.
 
         With `tokenize`, a picture is given in the conversation itself, `{"type": "image", "image": picture}`, and
         `split_special_tokens` reads the messages' texts as plain text: the template's control tokens and pictures
-        count, those that someone typed do not. `variables` go to the template.
+        count, those that someone typed do not. `processor_kwargs` are arguments of `__call__` that say how ids become
+        a batch: add_special_tokens, padding, truncation, max_length, pad_to_multiple_of, padding_side, return_tensors,
+        images_kwargs. They may be given directly too. Other `variables` go to the template.
 
         Returns a string (or one per conversation), the `input_ids`, or with `return_dict` all that `__call__` returns.
-        Raises ValueError for a message that the template refuses, and for content that is neither text nor picture.
+        Raises ValueError for a message that the template refuses, for content that is neither text nor picture, and for
+        another name in `processor_kwargs`.
         """
+        options = {name: variables.pop(name) for name in _BATCH_OPTIONS if name in variables}
+        options |= {"padding": padding, "return_tensors": return_tensors, **(processor_kwargs or {})}
+        if unknown := options.keys() - _BATCH_OPTIONS:
+            raise ValueError(f"processor_kwargs has {sorted(unknown)}; it takes {', '.join(sorted(_BATCH_OPTIONS))}")
         if not conversation:
             raise ValueError("the conversation is empty; give at least one message")
         if not tokenize:
@@ -219,8 +242,7 @@ class Emu3Processor(ProcessorMixin):
         outputs = self._assemble(
             [self._fill(prompt, texts, split_special_tokens) for prompt in rendered],
             images if any(images) else None,
-            padding=padding,
-            return_tensors=return_tensors,
+            **options,
         )
         return outputs if return_dict else outputs["input_ids"]
 
@@ -302,11 +324,17 @@ class Emu3Processor(ProcessorMixin):
         sizes: Sequence[tuple[int, int]] = (),
         *,
         add_special_tokens: bool = True,
+        truncation: bool | str = False,
+        max_length: int | None = None,
         return_tensors: str | None = None,
         images_kwargs: Mapping[str, Any] | None = None,
         **padding: Any,
     ) -> BatchFeature:
         """Ids of `prompts` with `images` at their marks; `sizes` in tokens of the pictures that they ask for."""
+        if truncation not in (True, False, "longest_first", "do_not_truncate"):
+            raise ValueError(f"truncation={truncation!r} is unknown; give True or False")
+        if truncation in (True, "longest_first") and max_length is None:
+            raise ValueError("truncation=True needs max_length, the number of tokens to cut at")
         _check_counts([parts.count(self.image_token_id) for parts in prompts], images)
         data: dict[str, Any] = {}
         picture_sizes: list[tuple[int, int]] = []
@@ -327,10 +355,15 @@ class Emu3Processor(ProcessorMixin):
                         ids += self._picture_ids(*next(remaining)) if token == self.image_token_id else [token]
             bos = self.tokenizer.bos_token_id
             rows.append([bos, *ids] if add_special_tokens and ids[:1] != [bos] else ids)
+        ends = [self._size_ids(*size) for size in sizes] or [[] for _ in rows]
+        if truncation in (True, "longest_first") and max_length is not None:
+            rows = [self._cut(ids, max_length - len(end)) for ids, end in zip(rows, ends, strict=True)]
+        rows = [ids + end for ids, end in zip(rows, ends, strict=True)]
         if sizes:
-            rows = [[*ids, *self._size_ids(*size)] for ids, size in zip(rows, sizes, strict=True)]
             data["image_sizes"] = [list(size) for size in sizes]
-        return BatchFeature(data={**self._pad(rows, **padding), **data}, tensor_type=return_tensors)
+        return BatchFeature(
+            data={**self._pad(rows, max_length=max_length, **padding), **data}, tensor_type=return_tensors
+        )
 
     def _pad(
         self,
@@ -359,6 +392,16 @@ class Emu3Processor(ProcessorMixin):
             input_ids.append([*fill, *ids] if left else [*ids, *fill])
             attention_mask.append([*masked, *attended] if left else [*attended, *masked])
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The first `length` ids; ValueError where nothing would be left, or a picture be cut."""
+        kept, cut = ids[: max(0, length)], ids[max(0, length) :]
+        if cut and (not kept or self.image_token_id in cut or self.tokenizer.eoi_token_id in cut):
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens cannot be cut to {length}: a picture would be cut, or no text be left; "
+                "raise max_length, or give smaller pictures"
+            )
+        return kept
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -17,7 +17,7 @@ from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
 from emu3 import cli
 from emu3.checkpoints.convert import RefusedTensorsError, convert
-from emu3.checkpoints.inspect import inspect, read_config, released_kind
+from emu3.checkpoints.inspect import Release, inspect, read_config, release_of
 from emu3.checkpoints.load import load_model
 
 LAYOUTS = ("documented", "legacy", "baai")
@@ -264,9 +264,9 @@ def test_info_of_the_original_layout(original, checkpoints) -> None:
 
 
 def test_released_models_are_known_by_their_numbers() -> None:
-    assert released_kind({}) == ("Emu3-Gen", ("draw",))
-    assert released_kind({"max_position_embeddings": 131072, "vocab_size": 184622}) == ("Emu3-Chat", ("read",))
-    assert released_kind({"max_position_embeddings": 9216, "vocab_size": 489}) is None
+    assert release_of({}) == Release("Emu3-Gen", ("draw",))
+    assert release_of({"max_position_embeddings": 131072, "vocab_size": 184622}) == Release("Emu3-Chat", ("read",))
+    assert release_of({"max_position_embeddings": 9216, "vocab_size": 489}) is None
 
 
 def test_the_command_converts_and_reports(original, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,16 @@ def test_contact_sheet_shows_every_picture_enlarged() -> None:
     assert sheet.getpixel((MARGIN + 8 * SCALE + MARGIN + 1, MARGIN + 1)) == (0, 0, 255)
 
 
+def test_a_long_caption_stays_under_its_picture() -> None:
+    pictures = [Image.new("RGB", (48, 48), "red")] * 2
+    sheet = np.asarray(contact_sheet(pictures, ["a photo of a purple backpack and an orange umbrella", ""]))
+    below = sheet[MARGIN + 48 * SCALE :]
+    first, second = np.split(below, [MARGIN + 48 * SCALE + MARGIN // 2], axis=1)
+    inked = (first < 128).any((1, 2)).astype(int)
+    assert (np.diff(inked, prepend=0) == 1).sum() == 2  # lines
+    assert second.min() == 255
+
+
 def test_evaluating_the_shipped_checkpoint(tmp_path) -> None:
     report = evaluate("nano", count=4, output=tmp_path)
     values = report.to_dict()

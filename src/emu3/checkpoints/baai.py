@@ -220,6 +220,7 @@ def generation_config(config: Emu3Config) -> GenerationConfig:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file as transformers writes its own: two spaces, characters as they are."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

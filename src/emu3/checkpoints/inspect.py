@@ -39,6 +39,22 @@ _GROUP = 128
 
 
 @dataclass(frozen=True)
+class Release:
+    """A released model and its `abilities`, of "draw" and "read"."""
+
+    name: str
+    abilities: tuple[str, ...]
+
+
+# What was released, by context: the three have the same shapes, but were trained with, and say, different lengths.
+_RELEASES = {
+    9216: Release("Emu3-Gen", ("draw",)),
+    131072: Release("Emu3-Chat", ("read",)),
+    5120: Release("Emu3-Stage1", ("draw", "read")),
+}
+
+
+@dataclass(frozen=True)
 class TensorHeader:
     """One tensor as its file announces it: `bytes` bytes from byte `start` on; `dtype` as in safetensors, "F32"."""
 
@@ -224,7 +240,7 @@ def inspect(folder: Path) -> CheckpointInfo:
     has_text, has_vision = set(folders) != {"vision"}, set(folders) != {"language"}
     context, vocabulary = text.get("max_position_embeddings", 9216), text.get("vocab_size", 184622)
     stages = vision.get("channel_multiplier", vision.get("ch_mult", (1, 2, 2, 4)))
-    kind, abilities = _kind(folder, text) if has_text else (None, ())
+    kind = _kind(folder, text) if has_text else None
     files = [file for place in folders.values() for file in place.iterdir() if file.is_file()]
     return CheckpointInfo(
         path=str(folder),
@@ -245,31 +261,28 @@ def inspect(folder: Path) -> CheckpointInfo:
         min_pixels=pictures.get("min_pixels"),
         max_pixels=pictures.get("max_pixels"),
         tokenizer_files=tuple(sorted(file.name for file in files if "token" in file.name)),
-        kind=kind,
-        abilities=abilities,
+        kind=kind.name if kind else None,
+        abilities=kind.abilities if kind else (),
         missing=tuple(
             part for part, there in (("language model", has_text), ("vision tokenizer", has_vision)) if not there
         ),
     )
 
 
-def released_kind(text_config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    """Which released model a language model's config has the numbers of, and what that can do; None for another."""
-    release = (text_config.get("vocab_size", 184622), text_config.get("num_hidden_layers", 32))
-    if release != (184622, 32):
+def release_of(text_config: Mapping[str, Any]) -> Release | None:
+    """The released model whose language model has this config's vocabulary, depth and context; None for another."""
+    if (text_config.get("vocab_size", 184622), text_config.get("num_hidden_layers", 32)) != (184622, 32):
         return None
-    # The three have the same shapes. They were trained with, and say, different lengths.
-    return {
-        9216: ("Emu3-Gen", ("draw",)),
-        131072: ("Emu3-Chat", ("read",)),
-        5120: ("Emu3-Stage1", ("draw", "read")),
-    }.get(text_config.get("max_position_embeddings", 9216))
+    return _RELEASES.get(text_config.get("max_position_embeddings", 9216))
 
 
-def _kind(folder: Path, text: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    if folder == NANO:
-        return "unified", ("draw", "read")
-    return released_kind(text) or (None, ())
+def releases_that(ability: str) -> str:
+    """The released models that can "draw" or "read", as words."""
+    return " or ".join(release.name for release in _RELEASES.values() if ability in release.abilities)
+
+
+def _kind(folder: Path, text: Mapping[str, Any]) -> Release | None:
+    return Release("unified", ("draw", "read")) if folder == NANO else release_of(text)
 
 
 def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
 
 Drawing is judged from the pixels by `emu3.evaluation.judge`. The ceiling is what the judge says of the true scenes
-after
-encoding and decoding: no drawing could score better. Answers and captions count when they are right to the letter.
+after encoding and decoding: no drawing could score better. Answers and captions count when they are right to the
+letter.
 """
 
 from __future__ import annotations
@@ -143,9 +143,14 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
         folder: a checkpoint's folder or name.
         count: prompts for each drawing task, questions of each kind, and captions.
         seed: of the prompts and of the pictures.
-        output: folder for a contact sheet of each task, and the report as JSON and Markdown.
+        output: folder for a contact sheet of each task, and the report as Markdown.
+
+    Raises:
+        ValueError: there is no such checkpoint, or one that only draws or only reads.
     """
     pipeline = Emu3Pipeline.from_pretrained(folder)
+    pipeline.require("draw")
+    pipeline.require("read")
     console = Console(stderr=True)  # stdout is for the report
     prompts = {task: evaluation_prompts(task, count, seed) for task in TASKS}
     drawing: dict[str, Score] = {}

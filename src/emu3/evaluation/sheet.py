@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 4
 MARGIN = 8
-CAPTION_HEIGHT = 20
+CAPTION_SIZE = 12
+CAPTION_HEIGHT = 36
 
 
 def contact_sheet(
@@ -21,11 +22,24 @@ def contact_sheet(
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(CAPTION_SIZE)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left = MARGIN + index % columns * cell_width
         top = MARGIN + index // columns * cell_height
         enlarged = picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top))
         color = "black" if right is None else "green" if right[index] else "red"
-        pen.text((left, top + height + 4), caption, fill=color)
+        pen.text((left, top + height + 4), _wrapped(caption, font, width), fill=color, font=font, spacing=2)
     return sheet
+
+
+def _wrapped(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The caption in lines of at most `width` pixels, where no word is longer."""
+    lines: list[str] = []
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)

@@ -62,6 +62,7 @@ class Emu3Model(Emu3PreTrainedModel):
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
     # Codes must not depend on the precision of the language model.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["vqmodel"]  # what quantizers leave as it is
 
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config)
@@ -220,6 +221,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
     }
     output_modalities = ("image", "text")
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel"]  # what quantizers leave as it is
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
 
     def __init__(self, config: Emu3Config) -> None:

@@ -123,6 +123,8 @@ def eager_attention(
 
 
 class Emu3Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
     def __init__(self, config: Emu3TextConfig, layer_idx: int) -> None:
         super().__init__()
         heads, groups = config.num_attention_heads, cast(int, config.num_key_value_heads)
@@ -185,6 +187,8 @@ class Emu3MLP(nn.Module):
 
 
 class Emu3DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and with a residual; Emu3 drops out of both residuals."""
+
     def __init__(self, config: Emu3TextConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Emu3Attention(config, layer_idx)

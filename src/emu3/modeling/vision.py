@@ -47,6 +47,7 @@ class Emu3VQVAEModelOutput(BaseModelOutputWithPooling):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation as everywhere in the tokenizer: 32 groups."""
     return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
 
 
@@ -93,10 +94,13 @@ def norm_for(channels: int, latent_channels: int | None) -> nn.Module:
 
 
 def apply_norm(norm: nn.Module, x_BCHW: Tensor, quantized_BZhw: Tensor | None) -> Tensor:
+    """A norm of `norm_for`, with the quantized latents where it takes them."""
     return cast(Tensor, norm(x_BCHW) if quantized_BZhw is None else norm(x_BCHW, quantized_BZhw))
 
 
 class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions behind norms, and a residual; conditioned on the quantized latents in the decoder."""
+
     def __init__(self, in_channels: int, out_channels: int, latent_channels: int | None = None) -> None:
         super().__init__()
         self.norm1 = norm_for(in_channels, latent_channels)
@@ -113,6 +117,8 @@ class ResnetBlock(nn.Module):
 
 
 class TemporalResnetBlock(nn.Module):
+    """Two causal 3-D convolutions behind batch norms, and a residual."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm3d(channels)
@@ -154,6 +160,8 @@ class AttentionBlock(nn.Module):
 
 
 class MiddleBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
     def __init__(self, config: Emu3VQVAEConfig, channels: int, latent_channels: int | None = None) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, latent_channels)
@@ -179,6 +187,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles height and width."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -211,6 +221,8 @@ class Stage(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """The stages of the encoder, from the highest resolution to the lowest."""
+
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
         self.down = nn.ModuleList()
@@ -231,6 +243,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """The stages of the decoder, from the lowest resolution to the highest."""
+
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
         stages = []
@@ -252,6 +266,7 @@ class UpBlock(nn.Module):
 
 
 def temporal_stages(config: Emu3VQVAEConfig) -> int:
+    """How often the number of frames is halved. ValueError where the factor is no power of two."""
     stages = int(math.log2(config.temporal_downsample_factor))
     if 2**stages != config.temporal_downsample_factor:
         raise ValueError(f"temporal_downsample_factor must be a power of two, got {config.temporal_downsample_factor}")
@@ -281,6 +296,8 @@ class TemporalUpsample(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures to latents before quantization: a 2-D part for each frame, then a temporal one."""
+
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
         channels = config.base_channels * config.channel_multiplier[-1]
@@ -308,6 +325,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Codebook vectors to pictures: a temporal part, then a 2-D one for each frame."""
+
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
         channels = config.base_channels * config.channel_multiplier[-1]
