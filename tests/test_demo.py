@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from emu3 import Emu3Pipeline
+from emu3.evaluation.sheet import CAPTION_HEIGHT
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
@@ -25,7 +26,7 @@ def test_the_demo_draws_collects_and_describes(
     for index, picture in enumerate(expected):
         with Image.open(folder / f"{index + 1}.png") as written:
             assert written.tobytes() == picture.tobytes()
-        left, top = 8 + index % 3 * (4 * 48 + 8), 8 + index // 3 * (4 * 48 + 28)
+        left, top = 8 + index % 3 * (4 * 48 + 8), 8 + index // 3 * (4 * 48 + CAPTION_HEIGHT + 8)
         enlarged = sheet.crop((left, top, left + 4 * 48, top + 4 * 48))
         assert enlarged.resize((48, 48), Image.Resampling.NEAREST).tobytes() == picture.tobytes()
     for request in ("Describe the picture.", "What color is the cat?"):

@@ -68,6 +68,28 @@ def test_weighted_loss_is_the_weighted_mean_of_the_models_own():
     assert targets.tolist() == ids[:, 1:][counts].tolist()
 
 
+def test_visual_ids_start_as_sums_of_their_factors():
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a photo of a red car"], 260, 24)
+    vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
+    model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=len(tokenizer), pad_token_id=vocabulary.pad))
+    tables = (model.model.embed_tokens.weight.data, model.lm_head.weight.data)
+    before = [table.clone() for table in tables]
+    language.share_factors(model, vocabulary, [4, 3, 2])
+    lo, hi = vocabulary.visual_span
+    for table, old in zip(tables, before, strict=True):
+        assert torch.equal(table[:lo], old[:lo])
+        assert torch.equal(table[hi:], old[hi:])
+        grid = table[lo:hi].unflatten(0, (4, 3, 2))
+        for axis in range(3):  # a step along one factor is the same whatever the others are
+            steps = grid.diff(dim=axis).movedim(axis, 0).flatten(1, 2)
+            torch.testing.assert_close(steps, steps[:, :1].expand_as(steps), atol=1e-6, rtol=0)
+        assert len(table[lo:hi].unique(dim=0)) == 24
+        assert float(table[lo:hi].std() / old[lo:hi].std()) == pytest.approx(1.0, abs=0.25)
+    with pytest.raises(ValueError, match=r"\[5, 5\] do not multiply to the 24 codes"):
+        language.share_factors(model, vocabulary, [5, 5])
+
+
 def test_optimizers_share_the_parameters_out():
     model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=30, pad_token_id=0))
     muon, adam = language.optimizers_for(model, LanguageRecipe(model={}, vision=""))
@@ -136,11 +158,25 @@ def test_a_step_without_a_source_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_factors_of_embeddings_that_are_learned_already_are_refused(tmp_path):
+    recipe = LanguageRecipe(model=MODEL, vision="", start_from="../language", code_factors=[4, 4], steps=0)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        language.train(recipe, tmp_path)
+
+
 class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="drawing and reading"),
+        pytest.param({"draw_share": 0.0, "turns": 2, "weights": {"read_visual": 0.0}}, id="answers only"),
+        pytest.param({"code_factors": [4, 4]}, id="factors"),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, changes):
     torch.manual_seed(0)
     Emu3VQVAE(Emu3VQVAEConfig(**VISION)).save_pretrained(tmp_path / "vision")
     # The recipe's own tokenizer reads thousands of captions.
@@ -158,6 +194,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         warmup=2,
         save_every=3,
         report_every=1,
+        **changes,
     )
     language.train(recipe, tmp_path / "whole")
     save = language.save_state
@@ -179,6 +216,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("whole", "resumed")]
     whole, resumed = ([{**json.loads(line), "tokens_per_second": 0} for line in log] for log in logs)
     assert whole == resumed
+    assert all(np.isfinite([*line.values()]).all() for line in whole)
     assert [line["step"] for line in whole] == [1, 2, 3, 4, 5, 6]
     loaded = Emu3ForCausalLM.from_pretrained(tmp_path / "resumed" / "language")
     assert loaded.config._attn_implementation == "sdpa"

@@ -1,16 +1,31 @@
 """The vision tokenizer's training."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from emu3.data.scenes import contains_held_out
+from emu3.data.scenes import BACKGROUNDS, COLORS, TASKS, Scene, SceneObject, contains_held_out, sample_scene
+from emu3.data.sprites import mask
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import vision
-from emu3.training.vision import CodebookAverages, Trainee, VisionRecipe, k_means, learning_rate, psnr, scene_batch
+from emu3.training.codebook import CodebookAverages, Design, k_means
+from emu3.training.recipe import read_recipe
+from emu3.training.vision import (
+    Trainee,
+    VisionRecipe,
+    learning_rate,
+    pixels_of,
+    psnr,
+    training_scenes,
+)
 
+NANO = Path(__file__).parents[2] / "recipes" / "nano"
 MODEL = {
     "codebook_size": 16,
     "base_channels": 32,
@@ -24,8 +39,12 @@ MODEL = {
 @pytest.fixture
 def few_pictures(monkeypatch):
     """At most 16 pictures a batch, where the evaluation at the end takes 256."""
-    whole = scene_batch
-    monkeypatch.setattr(vision, "scene_batch", lambda seed, step, size: whole(seed, step, min(size, 16)))
+    whole = training_scenes
+
+    def few(sizes, seed, step, count):
+        return whole(sizes, seed, step, min(count, 16))
+
+    monkeypatch.setattr(vision, "training_scenes", few)
 
 
 class Killed(Exception):
@@ -95,17 +114,97 @@ def test_psnr():
     assert psnr(target + 5.0, target) == pytest.approx(20 * 0.30103, abs=1e-3)  # pixels are clipped to 1
 
 
-def test_batches_depend_on_seed_and_step_only(monkeypatch):
-    held_out = []
-    render = vision.render
-    monkeypatch.setattr(vision, "render", lambda scene: held_out.append(contains_held_out(scene)) or render(scene))
-    first = scene_batch(0, 5, 8)
-    assert torch.equal(first, scene_batch(0, 5, 8))
-    assert not torch.equal(first, scene_batch(0, 6, 8)[..., : first.shape[2], : first.shape[3]])
-    assert first.min() >= -1
-    assert first.max() <= 1
-    assert len(held_out) == 24
-    assert not any(held_out)
+def test_batches_depend_on_seed_and_step_only():
+    sizes = [[48, 48], [32, 40]]
+    batches = {step: training_scenes(sizes, 0, step, 8) for step in range(20)}
+    assert batches == {step: training_scenes(sizes, 0, step, 8) for step in range(20)}
+    assert batches[5] != training_scenes(sizes, 1, 5, 8)
+    assert {(scene.height, scene.width) for scenes in batches.values() for scene in scenes} == {(48, 48), (32, 40)}
+    assert not any(contains_held_out(scene) for scenes in batches.values() for scene in scenes)
+
+
+def test_pixels_of_scenes():
+    pixels = pixels_of([Scene((), "sky"), Scene((SceneObject("heart", "red", 0, 0),), "white")])
+    assert pixels.shape == (2, 3, 48, 48)
+    torch.testing.assert_close(
+        pixels[0], (torch.tensor(BACKGROUNDS["sky"]) / 127.5 - 1)[:, None, None].expand(3, 48, 48)
+    )
+    torch.testing.assert_close(pixels[1, :, 8, 8], torch.tensor(COLORS["red"]) / 127.5 - 1)
+
+
+@pytest.fixture(scope="module")
+def design():
+    torch.manual_seed(0)
+    return Design.of(32)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(TASKS))
+def test_a_designed_code_says_what_its_cell_shows(design, seed, task):
+    scene = sample_scene(task, np.random.default_rng(seed), "test")
+    codes = design.codes(scene)
+    tone = 2.0 * ([*BACKGROUNDS].index(scene.background) - 1)
+    plain = [*[0.0] * 16, *(2 * c / 127.5 - 2 for c in BACKGROUNDS[scene.background]), tone]
+    cells = np.full((12, 12), None)
+    for thing in scene.objects:
+        alphas = mask(thing.noun).reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(4, 4, 16)
+        for row, column in np.ndindex(4, 4):
+            cells[thing.y // 4 + row, thing.x // 4 + column] = (alphas[row, column], COLORS[thing.color])
+    shapes = design.codebook_KE[::27, :16]
+    for code, cell in zip(codes.flat, cells.flat, strict=True):
+        vector = design.codebook_KE[code].tolist()
+        alphas, color = cell if cell is not None else (np.zeros(16), None)
+        nearest = int((shapes - torch.from_numpy(alphas).float()).square().sum(1).argmin())
+        if nearest == 0 or not alphas.any():
+            assert vector == pytest.approx(plain)
+        else:
+            ink = [2 * c / 127.5 - 2 for c in color]
+            assert vector == pytest.approx([*shapes[nearest].tolist(), *ink, tone])
+
+
+def test_the_codes_that_occur_are_told_apart(design):
+    scenes = [scene for step in range(40) for scene in training_scenes([[48, 48]], 0, step, 8)]
+    vectors = design.codebook_KE[np.unique([design.codes(scene) for scene in scenes])]
+    assert len(vectors) > 500
+    assert (torch.cdist(vectors, vectors) + 9 * torch.eye(len(vectors))).min() > 0.4
+
+
+def test_nanos_recipes_agree_on_the_design():
+    vision, language = (read_recipe(NANO / f"{name}.toml") for name in ("vision-regular", "language"))
+    assert language["code_factors"] == [vision["shapes"], 1 + len(COLORS), len(BACKGROUNDS)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shapes": 1}, "at least 2"),
+        (
+            {"shapes": 2},
+            "makes 54 codes of 20 dimensions; set codebook_size to 54, embed_dim and latent_channels to 20",
+        ),
+    ],
+)
+def test_a_design_that_does_not_fit_is_refused(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        vision.train(VisionRecipe(model=MODEL, **changes), tmp_path)
+
+
+def test_towards_a_design(design):
+    torch.manual_seed(0)
+    trainee = Trainee(vision.Emu3VQVAEConfig(**MODEL | {"codebook_size": 864, "embed_dim": 20, "latent_channels": 20}))
+    trainee.eval()
+    trainee.tokenizer.quantize.embedding.weight.data.copy_(design.codebook_KE)
+    scenes = training_scenes([[48, 48]], 0, 0, 2)
+    codes = torch.from_numpy(np.stack([design.codes(scene) for scene in scenes]))
+    wanted = design.codebook_KE[codes].permute(0, 3, 1, 2)[:, None]
+    recipe = VisionRecipe({}, commitment=2.0)
+    loss, output, pixels = trainee.losses(scenes, recipe, True, design)
+    with torch.no_grad(), vision.autocast():
+        torch.testing.assert_close(output, trainee.tokenizer.pixels(wanted, single=True).float())
+        apart = (trainee.tokenizer.latents(pixels)[1].float() - wanted).square().mean()
+    rebuilt = (output - pixels).square().mean() + 0.2 * (output - pixels).abs().mean()
+    assert float(loss.detach()) == pytest.approx(float((rebuilt + 2.0 * apart).detach()), rel=1e-4)
+    assert torch.equal(trainee.tokenizer.quantize.embedding.weight, design.codebook_KE)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -113,8 +212,7 @@ def test_gradients_pass_the_quantizer(quantized):
     torch.manual_seed(0)
     recipe = VisionRecipe(model=MODEL)
     trainee = Trainee(vision.Emu3VQVAEConfig(**MODEL)).train()
-    pixels = scene_batch(0, 0, 2)
-    loss, output = trainee.losses(pixels, recipe, quantized)
+    loss, output, pixels = trainee.losses(training_scenes(recipe.sizes, 0, 0, 2), recipe, quantized)
     loss.backward()
     assert output.shape == pixels.shape
     assert trainee.tokenizer.encoder.conv_in.weight.grad.abs().max() > 0
@@ -125,7 +223,10 @@ def test_gradients_pass_the_quantizer(quantized):
     "changes",
     [
         pytest.param({"continuous_steps": 2}, id="k-means before"),
-        pytest.param({"continuous_steps": 4, "locality": 0.5}, id="k-means after, locality"),
+        pytest.param({"continuous_steps": 4}, id="k-means after"),
+        pytest.param(
+            {"shapes": 2, "model": MODEL | {"codebook_size": 54, "embed_dim": 20, "latent_channels": 20}}, id="designed"
+        ),
         pytest.param(
             {"continuous_steps": 2, "codebook_decay": 0.1, "model": MODEL | {"codebook_size": 400}},
             id="codes restarted before and after",

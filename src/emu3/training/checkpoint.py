@@ -55,6 +55,7 @@ def assemble(recipe: CheckpointRecipe, beside: Path, folder: Path) -> None:
     # A loader that follows the configuration computes in float32: float16 is how the weights travel.
     for part in (config, cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)):
         part.dtype = torch.float32
+        part.name_or_path = ""  # where it was on the machine that trained it
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     image_processor = Emu3ImageProcessor(

@@ -5,6 +5,7 @@ Only the codes are stored, one safetensors file a source; scenes are drawn again
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,11 @@ class SceneSource:
 
 @torch.no_grad()
 def encoded(tokenizer: Emu3VQVAE, source: SceneSource, folder: Path) -> NDArray[np.int16]:
-    """Codes (count, h, w) of a source, from `folder` where an earlier call stored them."""
-    path = folder / f"codes-{source.name}.safetensors"
+    """Codes (count, h, w) of a source, from `folder` where an earlier call with the same tokenizer stored them."""
+    digest = hashlib.sha256()
+    for tensor in tokenizer.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    path = folder / f"codes-{source.name}-{digest.hexdigest()[:8]}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         batches = []

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, N targets, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -46,9 +47,11 @@ class LanguageRecipe:
         texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
         text_entries: size of the text tokenizer.
         sources: arguments of `SceneSource` and of `Use`. All pictures of a batch are of one source.
+        code_factors: sizes of the factors whose product the codebook is; see `share_factors`. Not with `start_from`.
         start_from: folder with a trained language model, relative to the output folder; None: from scratch.
         steps, batch_size, seed: length of the run.
         draw_share: share of batches that draw; the others read.
+        turns: most questions about one picture.
         learning_rate, embedding_learning_rate: of the layers' matrices (Muon), and of all else (AdamW).
         warmup, decay_share: steps of rising rate; share of the steps with falling rate.
         weights: arguments of `Weights`.
@@ -60,11 +63,13 @@ class LanguageRecipe:
     texts: list[str] = field(default_factory=list)
     text_entries: int = 1024
     sources: list[dict[str, Any]] = field(default_factory=list)
+    code_factors: Sequence[int] | None = None
     start_from: str | None = None
     seed: int = 0
     steps: int = 6000
     batch_size: int = 48
     draw_share: float = 0.6
+    turns: int = 4
     learning_rate: float = 2e-3
     embedding_learning_rate: float = 4e-3
     weight_decay: float = 0.05
@@ -131,6 +136,7 @@ def corpus() -> Iterator[str]:
 
 
 def text_tokenizer(recipe: LanguageRecipe, folder: Path, codebook_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the corpus and the recipe's files, with ids for so many visual codes."""
     texts = [(folder / path).resolve().read_text() for path in recipe.texts]
     return train_tokenizer([*corpus(), *texts], recipe.text_entries, codebook_size)
 
@@ -184,7 +190,34 @@ def weighted_loss(
     return (losses_N * weights_N).sum() / weights_N.sum(), losses_N.detach(), targets_N
 
 
+@torch.no_grad()
+def share_factors(model: Emu3ForCausalLM, vocabulary: Vocabulary, factors: Sequence[int]) -> None:
+    """Starts each visual id as the sum of a vector for each of its code's factors, in embedding and head.
+
+    So a shape in one colour says from the start what it is in another, and need not be learned for each.
+
+    Args:
+        factors: sizes, the one that varies slowest with the code first.
+
+    Raises:
+        ValueError: the factors do not multiply to the size of the codebook.
+    """
+    if math.prod(factors) != vocabulary.codebook_size:
+        raise ValueError(
+            f"code_factors {list(factors)} do not multiply to the {vocabulary.codebook_size} codes there are"
+        )
+    for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+        visual = table[slice(*vocabulary.visual_span)]
+        scale = float(visual.std()) / len(factors) ** 0.5
+        total = torch.zeros(*factors, table.shape[1])
+        for axis, size in enumerate(factors):
+            shape = [size if other == axis else 1 for other in range(len(factors))]
+            total += scale * torch.randn(*shape, table.shape[1])
+        visual.copy_(total.flatten(0, -2))
+
+
 def optimizers_for(model: nn.Module, recipe: LanguageRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for all else."""
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
     return [
@@ -207,6 +240,10 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     for step in range(recipe.steps):
         if not any(use.covers(step) for _, use in sources):
             raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
+    if recipe.start_from is not None and recipe.code_factors is not None:
+        raise ValueError(
+            "start_from brings embeddings of its own, so code_factors would do nothing; leave one of them out"
+        )
     torch.manual_seed(recipe.seed)
     vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve())
     tokenizer = text_tokenizer(recipe, folder, vision.config.codebook_size)
@@ -220,6 +257,8 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
         eos_token_id=vocabulary.eos,
     )
     model = Emu3ForCausalLM(config)
+    if recipe.code_factors is not None:
+        share_factors(model, vocabulary, recipe.code_factors)
     if recipe.start_from is not None:
         start = Emu3ForCausalLM.from_pretrained((folder / recipe.start_from).resolve())
         model.load_state_dict(start.state_dict())
@@ -227,7 +266,7 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     config._attn_implementation = "emu3_causal"
     run_layers = torch.compile(model.model.run_layers) if recipe.compile else model.model.run_layers
     stock = [(source, encoded(vision, source, folder / "codes"), use) for source, use in sources]
-    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights))
+    builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights), turns=recipe.turns)
     optimizers = optimizers_for(model, recipe)
     step = load_state(folder, model, optimizers)
     log = Log(folder)
@@ -247,7 +286,8 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
         step += 1
         tokens += ids.numel()
         visual = targets >= vocabulary.visual_base
-        recent[kind].append(float(losses[visual].mean()))
+        if visual.any():
+            recent[kind].append(float(losses[visual].mean()))
         if kind == "read":
             recent["answer"].append(float(losses[targets < vocabulary.pad].mean()))
         if step % recipe.report_every == 0:

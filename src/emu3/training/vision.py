@@ -1,13 +1,11 @@
-"""Training the vision tokenizer: reconstruction, commitment, and a codebook kept by moving averages.
+"""Training the vision tokenizer: reconstruction, commitment, and a codebook that is found or designed.
 
-Two things make codes easy to predict for a language model. They are local: each picture is encoded a second time with
-one side replaced by another picture's, and latents on the kept side are pulled together, so that a glyph has the same
-codes wherever it stands and plain background needs a handful of codes. And the codebook goes where the error is:
-unused codes restart at latents that lie far from their code.
+Found: first an autoencoder without quantization, then k-means of its latents as the first codebook, then vector
+quantization with straight-through gradients (arXiv 1711.00937), the codebook following its members by exponential
+moving averages, codes that nobody uses restarted at latents that lie far from their code.
 
-First an autoencoder without quantization, then k-means of its latents as the first codebook, then vector quantization
-with straight-through gradients (arXiv 1711.00937), the codebook following its members by exponential moving averages,
-codes that nobody uses restarted.
+Designed: the code of every cell is given (`Design`), the encoder is trained towards these codes and the decoder from
+them. To the model that comes out it is a codebook like any other.
 
 Shapes: B batch, C channels, H W pixels, h w code rows and columns, T = 1, E code dimensions, N vectors, K codes.
 """
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,12 @@ from emu3.data.scenes import (
 )
 from emu3.data.sprites import ICON, NOUNS
 from emu3.modeling.vision import Emu3VQVAE
+from emu3.training.codebook import CodebookAverages, Design, k_means
 from emu3.training.precision import autocast
 from emu3.training.state import Log, load_state, save_state
+
+# Height and width of a batch: mostly the square, sometimes another ratio of the same area.
+SIZES = ((48, 48),) * 6 + ((40, 56), (56, 40), (36, 64), (64, 36))
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,15 @@ class VisionRecipe:
         model: arguments of `Emu3VQVAEConfig`.
         seed: of weights and data.
         steps, batch_size: length of the run.
-        continuous_steps: steps without quantization at the start.
+        sizes: height and width of the pictures of a batch are one of these.
+        continuous_steps: steps without quantization at the start, where the codebook is found.
         learning_rate: peak; warm-up over 100 steps, then cosine to a twentieth.
         commitment: weight of the pull of latents towards their codes.
-        codebook_decay: of the moving averages.
-        restart_below: a code whose average use a batch falls below this is restarted.
-        locality: weight of the pull between latents of a picture and of its half-replaced twin.
-        start_from: folder with a trained tokenizer, relative to the output folder, whose weights but not whose
-            codebook to start from; None: from scratch.
+        codebook_decay: of the moving averages that find a codebook.
+        restart_below: a code whose average use a batch falls below this is restarted, where the codebook is found.
+        shapes: of a designed codebook; None: it is found.
+        start_from: folder with a trained tokenizer, relative to the output folder, whose weights of the same
+            shape, but not whose codebook, to start from; None: from scratch.
         report_every, save_every: steps.
     """
 
@@ -66,19 +70,16 @@ class VisionRecipe:
     seed: int = 0
     steps: int = 6000
     batch_size: int = 32
+    sizes: Sequence[Sequence[int]] = SIZES
     continuous_steps: int = 1500
     learning_rate: float = 1e-3
     commitment: float = 0.25
     codebook_decay: float = 0.99
     restart_below: float = 0.02
-    locality: float = 0.0
+    shapes: int | None = None
     start_from: str | None = None
     report_every: int = 50
     save_every: int = 500
-
-
-# Height and width of a batch: mostly the square, sometimes another ratio of the same area.
-SIZES = ((48, 48),) * 6 + ((40, 56), (56, 40), (36, 64), (64, 36))
 
 
 def crowd(rng: np.random.Generator, height: int, width: int) -> Scene:
@@ -97,15 +98,19 @@ def crowd(rng: np.random.Generator, height: int, width: int) -> Scene:
     return scene
 
 
-def scene_batch(seed: int, step: int, size: int) -> Tensor:
-    """Rendered training scenes of one step, float (B, C, H, W) in [-1, 1]."""
+def training_scenes(sizes: Sequence[Sequence[int]], seed: int, step: int, count: int) -> list[Scene]:
+    """The scenes of one step, all of one of the sizes, nothing held out."""
     rng = np.random.default_rng([seed, step])
-    height, width = SIZES[rng.integers(len(SIZES))]
-    tasks = [TASKS[index] for index in rng.integers(len(TASKS), size=size)]
-    scenes = [
+    height, width = sizes[rng.integers(len(sizes))]
+    tasks = [TASKS[index] for index in rng.integers(len(TASKS), size=count)]
+    return [
         crowd(rng, height, width) if index % 2 else sample_scene(task, rng, "train", height, width)
         for index, task in enumerate(tasks)
     ]
+
+
+def pixels_of(scenes: list[Scene]) -> Tensor:
+    """Rendered scenes, float (B, C, H, W) in [-1, 1]."""
     pictures = np.stack([render(scene) for scene in scenes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
@@ -114,80 +119,6 @@ def psnr(pixels: Tensor, target: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1], mean over pictures."""
     error_B = (pixels.clamp(-1, 1) - target).square().flatten(1).mean(1).clamp_min(1e-10)
     return float((10 * torch.log10(4.0 / error_B)).mean())
-
-
-class CodebookAverages(nn.Module):
-    """Moving averages of how often each code is used, and of the sum of its members."""
-
-    def __init__(self, codes: int, dimensions: int) -> None:
-        super().__init__()
-        self.uses = nn.Buffer(torch.ones(codes))
-        self.sums = nn.Buffer(torch.zeros(codes, dimensions))
-
-    @torch.no_grad()
-    def start(self, codebook_KE: Tensor) -> None:
-        self.uses.fill_(1.0)
-        self.sums.copy_(codebook_KE)
-
-    @torch.no_grad()
-    def update(
-        self, codebook_KE: Tensor, latents_NE: Tensor, codes_N: Tensor, decay: float, restart_below: float
-    ) -> None:
-        uses = torch.zeros_like(self.uses).index_add_(0, codes_N, torch.ones_like(codes_N, dtype=self.uses.dtype))
-        self.uses.lerp_(uses, 1 - decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes_N, latents_NE), 1 - decay)
-        codebook_KE.copy_(self.sums / self.uses.clamp_min(1e-5)[:, None])
-        dead = (self.uses < restart_below).nonzero().flatten()
-        if len(dead):
-            codebook_KE[dead] = far_members(latents_NE, codebook_KE[codes_N], len(dead))
-            self.uses[dead] = 1.0
-            self.sums[dead] = codebook_KE[dead]
-
-
-def far_members(vectors_NE: Tensor, centres_NE: Tensor, count: int) -> Tensor:
-    """`count` of the vectors, drawn with odds that grow with the squared distance from their centre (k-means++)."""
-    odds = (vectors_NE - centres_NE).square().sum(1) + 1e-12
-    return vectors_NE[odds.multinomial(count, replacement=True)]
-
-
-@torch.no_grad()
-def k_means(vectors_NE: Tensor, clusters: int, rounds: int = 20) -> Tensor:
-    """Centres (K, E) of `vectors_NE`; empty clusters restart at far members.
-
-    Started by k-means++ (Arthur & Vassilvitskii, 2007): most latents are plain background, so random members would
-    spend most of the codebook on it.
-    """
-    first = vectors_NE[torch.randint(len(vectors_NE), (1,))]
-    chosen, distances_N = [first], (vectors_NE - first).square().sum(1)
-    for _ in range(clusters - 1):
-        chosen.append(vectors_NE[(distances_N + 1e-12).multinomial(1)])
-        distances_N = torch.minimum(distances_N, (vectors_NE - chosen[-1]).square().sum(1))
-    centres = torch.cat(chosen)
-    for _ in range(rounds):
-        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in vectors_NE.split(4096)])
-        counts = torch.bincount(nearest, minlength=clusters)
-        centres = torch.zeros_like(centres).index_add_(0, nearest, vectors_NE) / counts.clamp_min(1)[:, None]
-        empty = (counts == 0).nonzero().flatten()
-        if len(empty):
-            centres[empty] = far_members(vectors_NE, centres[nearest], len(empty))
-    return centres
-
-
-def half_replaced(pixels_BCHW: Tensor, rng: np.random.Generator) -> tuple[Tensor, tuple[slice, slice]]:
-    """Each picture with its top or left part replaced by another's, and the rows and columns of codes that are kept.
-
-    The kept part begins one code behind the seam, where pixels of both sides meet in one code's neighbourhood.
-    """
-    axis = int(rng.integers(2))
-    cells = pixels_BCHW.shape[2 + axis] // LATTICE
-    seam = int(rng.integers(cells // 4, cells * 3 // 4))
-    pieces = [slice(None)] * 4
-    pieces[2 + axis] = slice(0, seam * LATTICE)
-    twins = pixels_BCHW.clone()
-    twins[tuple(pieces)] = pixels_BCHW.roll(1, 0)[tuple(pieces)]
-    kept = [slice(None), slice(None)]
-    kept[axis] = slice(seam + 1, None)
-    return twins, (kept[0], kept[1])
 
 
 class Trainee(nn.Module):
@@ -204,30 +135,29 @@ class Trainee(nn.Module):
         found = []
         with torch.no_grad(), autocast():
             for index in range(64):
-                latents = self.tokenizer.latents(scene_batch(recipe.seed + 1, index, recipe.batch_size))[1]
+                pixels = pixels_of(training_scenes(recipe.sizes, recipe.seed + 1, index, recipe.batch_size))
+                latents = self.tokenizer.latents(pixels)[1]
                 found.append(latents.float().movedim(2, -1).flatten(0, -2)[::4])
         codebook = self.tokenizer.quantize.embedding.weight
         codebook.data.copy_(k_means(torch.cat(found), len(codebook)))
         self.averages.start(codebook.data)
 
     def losses(
-        self, pixels_BCHW: Tensor, recipe: VisionRecipe, quantized: bool, rng: np.random.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and reconstruction of a batch; moves the codebook when `quantized` and training. `rng` places seams."""
-        commitment = locality = pixels_BCHW.new_zeros(())
+        self, scenes: list[Scene], recipe: VisionRecipe, quantized: bool, design: Design | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, reconstruction and truth of a batch. Moves a codebook without design when `quantized` and training."""
+        pixels_BCHW = pixels_of(scenes)
+        codebook = self.tokenizer.quantize.embedding.weight
+        commitment = pixels_BCHW.new_zeros(())
         with autocast():
-            if recipe.locality and rng is not None:
-                twins, (rows, columns) = half_replaced(pixels_BCHW, rng)
-                both = self.tokenizer.latents(torch.cat((pixels_BCHW, twins)))[1].float()
-                latents, twin_latents = both.chunk(2)
-                apart = (latents - twin_latents)[..., rows, columns]
-                locality = apart.square().mean() / latents.detach().var()
-            else:
-                latents = self.tokenizer.latents(pixels_BCHW)[1].float()
+            latents = self.tokenizer.latents(pixels_BCHW)[1].float()
         passed = latents
-        if quantized:
+        if design is not None:
+            codes = torch.from_numpy(np.stack([design.codes(scene) for scene in scenes]))
+            passed = codebook.detach()[codes].movedim(-1, 1)[:, None]
+            commitment = F.mse_loss(latents, passed)
+        elif quantized:
             codes = self.tokenizer.quantize(latents.detach())
-            codebook = self.tokenizer.quantize.embedding.weight
             vectors = codebook.detach()[codes].movedim(-1, 2)
             commitment = F.mse_loss(latents, vectors)
             passed = latents + (vectors - latents).detach()
@@ -239,10 +169,11 @@ class Trainee(nn.Module):
         with autocast():
             pixels = self.tokenizer.pixels(passed, single=True).float()
         reconstruction = F.mse_loss(pixels, pixels_BCHW) + 0.2 * F.l1_loss(pixels, pixels_BCHW)
-        return reconstruction + recipe.commitment * commitment + recipe.locality * locality, pixels
+        return reconstruction + recipe.commitment * commitment, pixels, pixels_BCHW
 
 
 def learning_rate(recipe: VisionRecipe, step: int) -> float:
+    """The rate of a step: rising, then falling as a cosine."""
     warm = min(1.0, (step + 1) / 100)
     return recipe.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
 
@@ -250,12 +181,23 @@ def learning_rate(recipe: VisionRecipe, step: int) -> float:
 def train(recipe: VisionRecipe, folder: Path) -> None:
     """Runs the recipe to its end, from its last saved state if any; leaves the tokenizer in `folder/vision`."""
     torch.manual_seed(recipe.seed)
-    trainee = Trainee(Emu3VQVAEConfig(**recipe.model))
+    config = Emu3VQVAEConfig(**recipe.model)
+    trainee = Trainee(config)
     tokenizer = trainee.tokenizer
+    design = None if recipe.shapes is None else Design.of(recipe.shapes)
+    if design is not None:
+        codes, dimensions = design.codebook_KE.shape
+        if (config.codebook_size, config.embed_dim) != (codes, dimensions):
+            raise ValueError(
+                f"shapes={recipe.shapes} makes {codes} codes of {dimensions} dimensions; set codebook_size to {codes}, "
+                f"embed_dim and latent_channels to {dimensions}"
+            )
+        tokenizer.quantize.embedding.weight.data.copy_(design.codebook_KE)
     if recipe.start_from is not None:
         start = Emu3VQVAE.from_pretrained((folder / recipe.start_from).resolve()).state_dict()
-        learned_before = {name: tensor for name, tensor in start.items() if not name.startswith("quantize.")}
-        tokenizer.load_state_dict({**tokenizer.state_dict(), **learned_before})
+        fresh = tokenizer.state_dict()
+        kept = {name: tensor for name, tensor in start.items() if name in fresh and tensor.shape == fresh[name].shape}
+        tokenizer.load_state_dict({**fresh, **kept, "quantize.embedding.weight": fresh["quantize.embedding.weight"]})
     learned = [parameter for name, parameter in tokenizer.named_parameters() if not name.startswith("quantize.")]
     optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     step = load_state(folder, trainee, [optimizer])
@@ -265,24 +207,24 @@ def train(recipe: VisionRecipe, folder: Path) -> None:
     while step < recipe.steps:
         # What is drawn at random depends on the step alone, so that a resumed run goes on bit for bit.
         torch.manual_seed(recipe.seed * 1_000_003 + step)
-        if step == recipe.continuous_steps:
+        if design is None and step == recipe.continuous_steps:
             trainee.start_codebook(recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        pixels = scene_batch(recipe.seed, step, recipe.batch_size)
-        seams = np.random.default_rng([recipe.seed, step, 1])
-        loss, output = trainee.losses(pixels, recipe, step >= recipe.continuous_steps, seams)
+        scenes = training_scenes(recipe.sizes, recipe.seed, step, recipe.batch_size)
+        loss, output, pixels = trainee.losses(scenes, recipe, step >= recipe.continuous_steps, design)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         step += 1
         if step % recipe.report_every == 0:
+            in_use = {} if design else {"codes_in_use": int((trainee.averages.uses > recipe.restart_below).sum())}
             log.write(
                 step=step,
                 loss=float(loss.detach()),
                 psnr=psnr(output.detach(), pixels),
-                codes_in_use=int((trainee.averages.uses > recipe.restart_below).sum()),
+                **in_use,
                 pictures_per_second=(step - seen) * recipe.batch_size / (time.monotonic() - began),
             )
         if step % recipe.save_every == 0 or step == recipe.steps:
@@ -290,5 +232,5 @@ def train(recipe: VisionRecipe, folder: Path) -> None:
     trainee.eval()
     tokenizer.save_pretrained(folder / "vision")
     with torch.no_grad():
-        pixels = scene_batch(recipe.seed + 2, 0, 256)
-        log.write(step=step, evaluation_psnr=psnr(trainee.losses(pixels, recipe, True)[1], pixels))
+        _, output, pixels = trainee.losses(training_scenes(recipe.sizes, recipe.seed + 2, 0, 256), recipe, True)
+        log.write(step=step, evaluation_psnr=psnr(output, pixels))
