@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from emu3.processing import Message
 if TYPE_CHECKING:
     from PIL import Image
 
+    from emu3.configuration import Emu3TextConfig
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
@@ -73,7 +74,7 @@ class Emu3Pipeline:
 
         folder = resolve(name, download=download)
         model = load_model(folder, dtype=dtype, device=device)
-        release = release_of(model.config.text_config.to_dict())
+        release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
         # By its name too: one that was trained further has the same numbers, and other abilities.
         known = release is not None and Path(name).name.startswith(release.name)
         return cls(model, load_processor(folder), release=release if known else None)

@@ -101,7 +101,7 @@ def crowd(rng: np.random.Generator, height: int, width: int) -> Scene:
 def training_scenes(sizes: Sequence[Sequence[int]], seed: int, step: int, count: int) -> list[Scene]:
     """The scenes of one step, all of one of the sizes, nothing held out."""
     rng = np.random.default_rng([seed, step])
-    height, width = sizes[rng.integers(len(sizes))]
+    height, width = sizes[int(rng.integers(len(sizes)))]
     tasks = [TASKS[index] for index in rng.integers(len(TASKS), size=count)]
     return [
         crowd(rng, height, width) if index % 2 else sample_scene(task, rng, "train", height, width)
