@@ -45,7 +45,8 @@ def outcomes(source: Path) -> dict[tuple[str, str], str]:
     results.unlink(missing_ok=True)
     tests = source / "test_emu3.py"
     tests.write_text((HERE / "models.py").read_text())
-    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", ".", "--tb=short", f"--junit-xml={results}"]
+    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", ".", "-W", "ignore", "--tb=short"]
+    options.append(f"--junit-xml={results}")
     subprocess.run([sys.executable, "-m", "pytest", "-q", *options, tests], cwd=source)
     found = {}
     for case in ElementTree.parse(results).iter("testcase"):
