@@ -21,6 +21,15 @@ PICTURES = [
 ]
 ANSWERS = ["a red cat", "a blue dog", "a red car", "a blue tree"]
 
+RUN = {
+    "max_steps": 4,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
 
 def conversation(answer):
     asked = {"role": "user", "content": "What is it?"}
@@ -50,18 +59,7 @@ def test_trainer_trains_saves_and_resumes(tiny_checkpoint, tmp_path):
 
     def run(folder, checkpoint=None):
         model = Emu3ForConditionalGeneration.from_pretrained(tiny_checkpoint)
-        arguments = TrainingArguments(
-            str(folder),
-            max_steps=4,
-            save_steps=2,
-            logging_steps=1,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            remove_unused_columns=False,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        arguments = TrainingArguments(str(folder), **RUN, save_steps=2, learning_rate=1e-2, remove_unused_columns=False)
         data = list(zip(PICTURES, ANSWERS, strict=True))
         Trainer(model, arguments, train_dataset=data, data_collator=samples).train(resume_from_checkpoint=checkpoint)
         return model
@@ -90,24 +88,8 @@ def test_trl_fine_tunes_on_pairs_of_picture_and_text(tmp_path):
     processor = Emu3Processor.from_pretrained(folder)
     model = Emu3ForConditionalGeneration.from_pretrained(folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    arguments = SFTConfig(
-        str(tmp_path),
-        max_steps=4,
-        save_steps=4,
-        logging_steps=1,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = SFTTrainer(
-        model,
-        args=arguments,
-        train_dataset=rows(PICTURES),
-        processing_class=processor,
-    )
+    arguments = SFTConfig(str(tmp_path), **RUN, save_steps=4, learning_rate=1e-3, bf16=False)
+    trainer = SFTTrainer(model, args=arguments, train_dataset=rows(PICTURES), processing_class=processor)
     batches = [trainer.data_collator(list(rows(pictures))) for pictures in (PICTURES, PICTURES[::-1])]
     with torch.no_grad():
         first, swapped = (float(model.eval()(**batch).loss) for batch in batches)
