@@ -170,7 +170,7 @@ def test_the_codes_that_occur_are_told_apart(design):
 
 
 def test_nanos_recipes_agree_on_the_design():
-    vision, language = (read_recipe(NANO / f"{name}.toml") for name in ("vision-regular", "language"))
+    vision, language = (read_recipe(NANO / f"{name}.toml") for name in ("vision", "language"))
     assert language["code_factors"] == [vision["shapes"], 1 + len(COLORS), len(BACKGROUNDS)]
 
 
@@ -198,7 +198,8 @@ def test_towards_a_design(design):
     codes = torch.from_numpy(np.stack([design.codes(scene) for scene in scenes]))
     wanted = design.codebook_KE[codes].permute(0, 3, 1, 2)[:, None]
     recipe = VisionRecipe({}, commitment=2.0)
-    loss, output, pixels = trainee.losses(scenes, recipe, True, design)
+    pixels = pixels_of(scenes)
+    loss, output = trainee.losses(pixels, recipe, True, codes)
     with torch.no_grad(), vision.autocast():
         torch.testing.assert_close(output, trainee.tokenizer.pixels(wanted, single=True).float())
         apart = (trainee.tokenizer.latents(pixels)[1].float() - wanted).square().mean()
@@ -212,7 +213,8 @@ def test_gradients_pass_the_quantizer(quantized):
     torch.manual_seed(0)
     recipe = VisionRecipe(model=MODEL)
     trainee = Trainee(vision.Emu3VQVAEConfig(**MODEL)).train()
-    loss, output, pixels = trainee.losses(training_scenes(recipe.sizes, 0, 0, 2), recipe, quantized)
+    pixels = pixels_of(training_scenes(recipe.sizes, 0, 0, 2))
+    loss, output = trainee.losses(pixels, recipe, quantized)
     loss.backward()
     assert output.shape == pixels.shape
     assert trainee.tokenizer.encoder.conv_in.weight.grad.abs().max() > 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from emu3.data.scenes import TASKS, Scene, Task, render, sample_scene
 from emu3.modeling.vision import Emu3VQVAE
+from emu3.training.ahead import made_ahead
 
 BATCH = 64
 
@@ -51,20 +54,28 @@ class SceneSource:
         return f"{self.height}x{self.width}-{tasks}-{self.count}-{self.seed}"
 
 
+def pictures(source: SceneSource, start: int) -> Tensor:
+    """Up to 64 pictures of a source from index `start` on, uint8 (B, H, W, 3)."""
+    indices = range(start, min(start + BATCH, source.count))
+    return torch.from_numpy(np.stack([render(source.scene(index)[1]) for index in indices]))
+
+
 @torch.no_grad()
 def encoded(tokenizer: Emu3VQVAE, source: SceneSource, folder: Path) -> NDArray[np.int16]:
     """Codes (count, h, w) of a source, from `folder` where an earlier call with the same tokenizer stored them."""
     digest = hashlib.sha256()
     for tensor in tokenizer.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.cpu().numpy().tobytes())
     path = folder / f"codes-{source.name}-{digest.hexdigest()[:8]}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        batches = []
-        for start in track(range(0, source.count, BATCH), description=f"encoding {source.name}"):
-            indices = range(start, min(start + BATCH, source.count))
-            pictures = np.stack([render(source.scene(index)[1]) for index in indices])
-            pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            batches.append(tokenizer.quantize(tokenizer.latents(pixels)[1])[:, 0].numpy().astype(np.int16))
-        save_file({"codes": np.concatenate(batches)}, path)
+        parts = []
+        device = tokenizer.quantize.embedding.weight.device
+        starts = range(0, source.count, BATCH)
+        drawn = made_ahead(partial(pictures, source), starts)
+        for pictures_BHWC in track(drawn, total=len(starts), description=f"encoding {source.name}"):
+            pixels = pictures_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            codes = tokenizer.quantize(tokenizer.latents(pixels)[1])[:, 0]
+            parts.append(codes.cpu().numpy().astype(np.int16))
+        save_file({"codes": np.concatenate(parts)}, path)
     return load_file(path)["codes"]

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +30,9 @@ from emu3.data.scenes import TASKS, Scene, Task, sample_scene
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
+from emu3.training.ahead import made_ahead
 from emu3.training.codes import SceneSource, encoded
-from emu3.training.precision import autocast
+from emu3.training.precision import autocast, training_device
 from emu3.training.sequences import SYSTEM, SequenceBuilder, Weights, collate
 from emu3.training.state import Log, load_state, save_state
 from emu3.vocabulary import Vocabulary
@@ -47,15 +48,15 @@ class LanguageRecipe:
         texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
         text_entries: size of the text tokenizer.
         sources: arguments of `SceneSource` and of `Use`. All pictures of a batch are of one source.
-        code_factors: sizes of the factors whose product the codebook is; see `share_factors`. Not with `start_from`.
-        start_from: folder with a trained language model, relative to the output folder; None: from scratch.
+        code_factors: sizes of the factors whose product the codebook is; see `share_factors`.
         steps, batch_size, seed: length of the run.
         draw_share: share of batches that draw; the others read.
         turns: most questions about one picture.
         learning_rate, embedding_learning_rate: of the layers' matrices (Muon), and of all else (AdamW).
         warmup, decay_share: steps of rising rate; share of the steps with falling rate.
         weights: arguments of `Weights`.
-        compile: whether to compile the layers; needs a C++ compiler.
+        compile: whether to compile the layers where the CPU trains; needs a C++ compiler. A GPU waits longer for the
+            compiler than it gains at the sizes that are trained here.
     """
 
     model: dict[str, Any]
@@ -64,7 +65,6 @@ class LanguageRecipe:
     text_entries: int = 1024
     sources: list[dict[str, Any]] = field(default_factory=list)
     code_factors: Sequence[int] | None = None
-    start_from: str | None = None
     seed: int = 0
     steps: int = 6000
     batch_size: int = 48
@@ -141,24 +141,22 @@ def text_tokenizer(recipe: LanguageRecipe, folder: Path, codebook_size: int) -> 
     return train_tokenizer([*corpus(), *texts], recipe.text_entries, codebook_size)
 
 
-def batches(
+def batch(
     recipe: LanguageRecipe, stock: list[Stock], builder: SequenceBuilder, step: int
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Kind, ids and weights (B, S) of each step from `step` on."""
-    while True:
-        rng = np.random.default_rng([recipe.seed, step])
-        kind = "draw" if rng.random() < recipe.draw_share else "read"
-        shares = np.array([use.share if use.covers(step) else 0.0 for _, _, use in stock])
-        source, codes, use = stock[rng.choice(len(stock), p=shares / shares.sum())]
-        samples = []
-        for index in rng.integers(source.count, size=recipe.batch_size):
-            task, scene = source.scene(int(index))
-            if kind == "draw":
-                samples.append(builder.drawing(scene, use.words(scene, task, rng), codes[index], rng))
-            else:
-                samples.append(builder.reading(scene, codes[index], rng))
-        yield kind, *collate(samples, builder.vocabulary.pad)
-        step += 1
+) -> tuple[str, Tensor, Tensor]:
+    """Kind, ids and weights (B, S) of a step."""
+    rng = np.random.default_rng([recipe.seed, step])
+    kind = "draw" if rng.random() < recipe.draw_share else "read"
+    shares = np.array([use.share if use.covers(step) else 0.0 for _, _, use in stock])
+    source, codes, use = stock[rng.choice(len(stock), p=shares / shares.sum())]
+    samples = []
+    for index in rng.integers(source.count, size=recipe.batch_size):
+        task, scene = source.scene(int(index))
+        if kind == "draw":
+            samples.append(builder.drawing(scene, use.words(scene, task, rng), codes[index], rng))
+        else:
+            samples.append(builder.reading(scene, codes[index], rng))
+    return kind, *collate(samples, builder.vocabulary.pad)
 
 
 def causal_attention(
@@ -181,7 +179,7 @@ def weighted_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss by weight; the loss (N,) and the id (N,) of every target that counts."""
     with autocast():
-        positions = torch.arange(ids_BS.shape[1] - 1)[None]
+        positions = torch.arange(ids_BS.shape[1] - 1, device=ids_BS.device)[None]
         hidden = run_layers(model.model.embed_tokens(ids_BS[:, :-1]), None, positions)
         counts = weights_BS[:, 1:] > 0
         logits_NV = model.lm_head(hidden[counts])
@@ -240,12 +238,9 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     for step in range(recipe.steps):
         if not any(use.covers(step) for _, use in sources):
             raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
-    if recipe.start_from is not None and recipe.code_factors is not None:
-        raise ValueError(
-            "start_from brings embeddings of its own, so code_factors would do nothing; leave one of them out"
-        )
     torch.manual_seed(recipe.seed)
-    vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve())
+    device = training_device()
+    vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve()).to(device)
     tokenizer = text_tokenizer(recipe, folder, vision.config.codebook_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
@@ -259,12 +254,13 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     model = Emu3ForCausalLM(config)
     if recipe.code_factors is not None:
         share_factors(model, vocabulary, recipe.code_factors)
-    if recipe.start_from is not None:
-        start = Emu3ForCausalLM.from_pretrained((folder / recipe.start_from).resolve())
-        model.load_state_dict(start.state_dict())
-    ALL_ATTENTION_FUNCTIONS.register("emu3_causal", cast(Any, causal_attention))
-    config._attn_implementation = "emu3_causal"
-    run_layers = torch.compile(model.model.run_layers) if recipe.compile else model.model.run_layers
+    model.to(device)
+    if device.type == "cpu":
+        ALL_ATTENTION_FUNCTIONS.register("emu3_causal", cast(Any, causal_attention))
+        config._attn_implementation = "emu3_causal"
+    run_layers = model.model.run_layers
+    if recipe.compile and device.type == "cpu":
+        run_layers = torch.compile(run_layers)
     stock = [(source, encoded(vision, source, folder / "codes"), use) for source, use in sources]
     builder = SequenceBuilder(tokenizer, vocabulary, Weights(**recipe.weights), turns=recipe.turns)
     optimizers = optimizers_for(model, recipe)
@@ -273,12 +269,14 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     began, tokens = time.monotonic(), 0
     recent: dict[str, list[float]] = {"draw": [], "read": [], "answer": []}  # losses: drawn and read pictures, answers
     model.train()
-    for kind, ids, weights in islice(batches(recipe, stock, builder, step), recipe.steps - step):
+    for kind, ids, weights in made_ahead(partial(batch, recipe, stock, builder), range(step, recipe.steps)):
+        # What is drawn at random depends on the step alone, so that a resumed run goes on bit for bit.
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
         for optimizer, rate in zip(optimizers, (recipe.learning_rate, recipe.embedding_learning_rate), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_factor(recipe, step)
             optimizer.zero_grad(set_to_none=True)
-        loss, losses, targets = weighted_loss(model, run_layers, ids, weights)
+        loss, losses, targets = weighted_loss(model, run_layers, ids.to(device), weights.to(device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -1,8 +1,13 @@
-"""Mixed precision where the processor multiplies bfloat16 in hardware; elsewhere it would be slower than float32."""
+"""Where training computes; and mixed precision where bfloat16 is multiplied in hardware, which is slower elsewhere."""
 
 from __future__ import annotations
 
 import torch
+
+
+def training_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_fast_bfloat16() -> bool:
@@ -12,5 +17,4 @@ def has_fast_bfloat16() -> bool:
 
 def autocast() -> torch.autocast:
     """Context of mixed precision, or of nothing where bfloat16 is slow."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=has_fast_bfloat16())
+    return torch.autocast(training_device().type, dtype=torch.bfloat16, enabled=has_fast_bfloat16())

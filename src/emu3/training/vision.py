@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from emu3.data.scenes import (
 )
 from emu3.data.sprites import ICON, NOUNS
 from emu3.modeling.vision import Emu3VQVAE
+from emu3.training.ahead import made_ahead
 from emu3.training.codebook import CodebookAverages, Design, k_means
-from emu3.training.precision import autocast
+from emu3.training.precision import autocast, training_device
 from emu3.training.state import Log, load_state, save_state
 
 # Height and width of a batch: mostly the square, sometimes another ratio of the same area.
@@ -61,8 +63,6 @@ class VisionRecipe:
         codebook_decay: of the moving averages that find a codebook.
         restart_below: a code whose average use a batch falls below this is restarted, where the codebook is found.
         shapes: of a designed codebook; None: it is found.
-        start_from: folder with a trained tokenizer, relative to the output folder, whose weights of the same
-            shape, but not whose codebook, to start from; None: from scratch.
         report_every, save_every: steps.
     """
 
@@ -77,7 +77,6 @@ class VisionRecipe:
     codebook_decay: float = 0.99
     restart_below: float = 0.02
     shapes: int | None = None
-    start_from: str | None = None
     report_every: int = 50
     save_every: int = 500
 
@@ -109,6 +108,13 @@ def training_scenes(sizes: Sequence[Sequence[int]], seed: int, step: int, count:
     ]
 
 
+def batch(recipe: VisionRecipe, design: Design | None, step: int) -> tuple[Tensor, Tensor | None]:
+    """The pictures (B, C, H, W) of a step, and their codes (B, h, w) by the design."""
+    scenes = training_scenes(recipe.sizes, recipe.seed, step, recipe.batch_size)
+    codes = None if design is None else torch.from_numpy(np.stack([design.codes(scene) for scene in scenes]))
+    return pixels_of(scenes), codes
+
+
 def pixels_of(scenes: list[Scene]) -> Tensor:
     """Rendered scenes, float (B, C, H, W) in [-1, 1]."""
     pictures = np.stack([render(scene) for scene in scenes])
@@ -133,28 +139,29 @@ class Trainee(nn.Module):
     def start_codebook(self, recipe: VisionRecipe) -> None:
         """k-means of the latents of 64 batches."""
         found = []
+        codebook = self.tokenizer.quantize.embedding.weight
         with torch.no_grad(), autocast():
             for index in range(64):
                 pixels = pixels_of(training_scenes(recipe.sizes, recipe.seed + 1, index, recipe.batch_size))
-                latents = self.tokenizer.latents(pixels)[1]
+                latents = self.tokenizer.latents(pixels.to(codebook.device))[1]
                 found.append(latents.float().movedim(2, -1).flatten(0, -2)[::4])
-        codebook = self.tokenizer.quantize.embedding.weight
         codebook.data.copy_(k_means(torch.cat(found), len(codebook)))
         self.averages.start(codebook.data)
 
     def losses(
-        self, scenes: list[Scene], recipe: VisionRecipe, quantized: bool, design: Design | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, reconstruction and truth of a batch. Moves a codebook without design when `quantized` and training."""
-        pixels_BCHW = pixels_of(scenes)
+        self, pixels_BCHW: Tensor, recipe: VisionRecipe, quantized: bool, codes_Bhw: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and reconstruction of a batch, towards codes if some are given.
+
+        Without, the codebook moves when `quantized` and training.
+        """
         codebook = self.tokenizer.quantize.embedding.weight
         commitment = pixels_BCHW.new_zeros(())
         with autocast():
             latents = self.tokenizer.latents(pixels_BCHW)[1].float()
         passed = latents
-        if design is not None:
-            codes = torch.from_numpy(np.stack([design.codes(scene) for scene in scenes]))
-            passed = codebook.detach()[codes].movedim(-1, 1)[:, None]
+        if codes_Bhw is not None:
+            passed = codebook.detach()[codes_Bhw].movedim(-1, 1)[:, None]
             commitment = F.mse_loss(latents, passed)
         elif quantized:
             codes = self.tokenizer.quantize(latents.detach())
@@ -169,7 +176,7 @@ class Trainee(nn.Module):
         with autocast():
             pixels = self.tokenizer.pixels(passed, single=True).float()
         reconstruction = F.mse_loss(pixels, pixels_BCHW) + 0.2 * F.l1_loss(pixels, pixels_BCHW)
-        return reconstruction + recipe.commitment * commitment, pixels, pixels_BCHW
+        return reconstruction + recipe.commitment * commitment, pixels
 
 
 def learning_rate(recipe: VisionRecipe, step: int) -> float:
@@ -186,33 +193,31 @@ def train(recipe: VisionRecipe, folder: Path) -> None:
     tokenizer = trainee.tokenizer
     design = None if recipe.shapes is None else Design.of(recipe.shapes)
     if design is not None:
-        codes, dimensions = design.codebook_KE.shape
-        if (config.codebook_size, config.embed_dim) != (codes, dimensions):
+        size, dimensions = design.codebook_KE.shape
+        if (config.codebook_size, config.embed_dim) != (size, dimensions):
             raise ValueError(
-                f"shapes={recipe.shapes} makes {codes} codes of {dimensions} dimensions; set codebook_size to {codes}, "
+                f"shapes={recipe.shapes} makes {size} codes of {dimensions} dimensions; set codebook_size to {size}, "
                 f"embed_dim and latent_channels to {dimensions}"
             )
         tokenizer.quantize.embedding.weight.data.copy_(design.codebook_KE)
-    if recipe.start_from is not None:
-        start = Emu3VQVAE.from_pretrained((folder / recipe.start_from).resolve()).state_dict()
-        fresh = tokenizer.state_dict()
-        kept = {name: tensor for name, tensor in start.items() if name in fresh and tensor.shape == fresh[name].shape}
-        tokenizer.load_state_dict({**fresh, **kept, "quantize.embedding.weight": fresh["quantize.embedding.weight"]})
+    device = training_device()
+    trainee.to(device)
     learned = [parameter for name, parameter in tokenizer.named_parameters() if not name.startswith("quantize.")]
     optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     step = load_state(folder, trainee, [optimizer])
     log = Log(folder)
     began, seen = time.monotonic(), step
     trainee.train()
-    while step < recipe.steps:
+    for pixels, codes in made_ahead(partial(batch, recipe, design), range(step, recipe.steps)):
         # What is drawn at random depends on the step alone, so that a resumed run goes on bit for bit.
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         if design is None and step == recipe.continuous_steps:
             trainee.start_codebook(recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        scenes = training_scenes(recipe.sizes, recipe.seed, step, recipe.batch_size)
-        loss, output, pixels = trainee.losses(scenes, recipe, step >= recipe.continuous_steps, design)
+        pixels = pixels.to(device)
+        codes = None if codes is None else codes.to(device)
+        loss, output = trainee.losses(pixels, recipe, step >= recipe.continuous_steps, codes)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -232,5 +237,6 @@ def train(recipe: VisionRecipe, folder: Path) -> None:
     trainee.eval()
     tokenizer.save_pretrained(folder / "vision")
     with torch.no_grad():
-        _, output, pixels = trainee.losses(training_scenes(recipe.sizes, recipe.seed + 2, 0, 256), recipe, True)
+        pixels = pixels_of(training_scenes(recipe.sizes, recipe.seed + 2, 0, 256)).to(device)
+        _, output = trainee.losses(pixels, recipe, True)
         log.write(step=step, evaluation_psnr=psnr(output, pixels))
