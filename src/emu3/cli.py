@@ -143,14 +143,22 @@ def evaluate(
 
 @app.command()
 def info(
-    path: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id in the local cache.")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id.")],
+    download: Annotated[
+        bool, typer.Option("--download", help="Ask the hub about a hub id; fetches settings and headers, no weights.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint holds, from its headers, without loading it."""
-    from emu3.checkpoints import resolve
-    from emu3.checkpoints.inspect import inspect
+    from dataclasses import replace
 
-    found = inspect(resolve(path))
+    from emu3.checkpoints.inspect import inspect
+    from emu3.checkpoints.outline import outline
+
+    with outline(checkpoint, download) as folder:
+        found = inspect(folder)
+    if download:
+        found = replace(found, path=checkpoint)
     if as_json:
         _print_json(found.to_dict())
         return

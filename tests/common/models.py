@@ -70,12 +70,15 @@ class Tester:
 
 
 class CausalLM(ModelTesterMixin):
+    test_can_init_all_missing_weights_before_2023 = True  # the year is read from a header that our files lack
+
     def setUp(self):
         self.model_tester = Tester(self.library, pictures=False)
 
 
 class Multimodal(ModelTesterMixin):
     _is_composite = True
+    test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
         self.model_tester = Tester(self.library, pictures=True)

@@ -57,6 +57,9 @@ def test_get_image_features(pair):
         assert torch.equal(a, b)
     tokens = pair.ours.model.get_image_tokens(**pictures)
     assert torch.equal(torch.cat(ours.pooler_output), pair.ours.get_input_embeddings()(tokens))
+    outputs = pair.ours.get_image_features(**pictures, return_dict=False)
+    assert isinstance(outputs, tuple)
+    assert torch.equal(torch.cat(outputs[ours.to_tuple().index(ours.pooler_output)]), torch.cat(ours.pooler_output))
 
 
 @torch.no_grad()

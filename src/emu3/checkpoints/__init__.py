@@ -28,9 +28,14 @@ def resolve(name: str | Path, download: bool = False) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"{str(name)!r} is a file; a checkpoint is the folder that holds config.json")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name):
+    if isinstance(name, str) and is_hub_id(name):
         return _from_hub(name, download)
     raise ValueError(f"unknown checkpoint {str(name)!r}: give 'nano', an existing folder, or a hub id 'owner/name'")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name means a repository of the hub: `owner/name`, and no folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
 
 
 def _from_hub(name: str, download: bool) -> Path:

@@ -96,6 +96,7 @@ class Emu3Model(Emu3PreTrainedModel):
         """
         return torch.cat(self._encode(pixel_values, image_sizes)[1])
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor, **kwargs: Any) -> Emu3VQVAEModelOutput:
         """Embeddings of the token ids of pictures.
 
@@ -103,7 +104,8 @@ class Emu3Model(Emu3PreTrainedModel):
             pixel_values, image_sizes: as of `get_image_tokens`.
 
         Returns:
-            The vision tokenizer's output; `pooler_output` is a tuple with (tokens, E) for each picture.
+            The vision tokenizer's output, or a tuple with `return_dict=False`; `pooler_output` is a tuple with
+            (tokens, E) for each picture.
         """
         encoded, ids = self._encode(pixel_values, image_sizes)
         encoded.pooler_output = cast(Any, tuple(self.get_input_embeddings()(picture) for picture in ids))
@@ -194,7 +196,8 @@ class Emu3Model(Emu3PreTrainedModel):
         if pixel_values is not None:
             if image_sizes is None:
                 raise ValueError("pixel_values need image_sizes: pass on both from the processor")
-            features = torch.cat(cast(Any, self.get_image_features(pixel_values, image_sizes).pooler_output))
+            pictures = self.get_image_features(pixel_values, image_sizes, return_dict=True)
+            features = torch.cat(cast(Any, pictures.pooler_output))
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features.to(inputs_embeds))
         return self.text_model(
@@ -244,6 +247,10 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
     def vocabulary_mapping(self) -> Emu3ImageVocabularyMapping:
         """Codes and ids of visual tokens."""
         return self.model.vocabulary_mapping
+
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor, **kwargs: Any) -> Emu3VQVAEModelOutput:
+        """See `Emu3Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     def decode_image_tokens(self, image_tokens: Tensor, height: int, width: int) -> Tensor:
         """See `Emu3Model.decode_image_tokens`."""
