@@ -136,7 +136,15 @@ def test_several_prompts_are_numbered_and_keep_their_settings(
 ) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out-1.png", "out-2.png"]
     settings = {"model": str(tiny_checkpoint), "version": __version__, "negative_prompt": None, "ratio": "1:1"}
-    settings |= {"guidance_scale": 3.0, "top_k": 2048, "top_p": 1.0, "temperature": 1.0, "height": 16, "width": 24}
+    settings |= {
+        "guidance_scale": 3.0,
+        "top_k": 2048,
+        "top_p": 1.0,
+        "decoding": "raster",
+        "temperature": 1.0,
+        "height": 16,
+        "width": 24,
+    }
     for number, (record, prompt) in enumerate(zip(drawn, ["a red car", "a cat <image>"], strict=True)):
         with Image.open(record.pop("path")) as written:
             assert json.loads(written.text["emu3"]) == record == {**settings, "prompt": prompt, "seed": 7 + number}

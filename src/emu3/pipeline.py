@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ import torch
 from emu3.checkpoints import resolve
 from emu3.checkpoints.inspect import Release, release_of, releases_that
 from emu3.generation.decoders import Decoder
+from emu3.generation.decoders.named import decoder_named
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.engine import Engine
 from emu3.generation.events import Event, Finished
@@ -41,14 +42,14 @@ class Emu3Pipeline:
     Args:
         model: in evaluation mode.
         processor: the checkpoint's own.
-        decoder: how tokens are decided.
+        compiled: whether to compile the layers; see `Engine`.
         release: which of the released models it is, where that is known.
     """
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
-    decoder: Decoder = field(default_factory=RasterDecoder)
     release: Release | None = None
+    compiled: bool = False
 
     @classmethod
     def from_pretrained(
@@ -58,6 +59,7 @@ class Emu3Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         download: bool = False,
+        compiled: bool = False,
     ) -> Emu3Pipeline:
         """Load "nano", which is part of the package, a folder, or a hub id `owner/name`.
 
@@ -66,6 +68,7 @@ class Emu3Pipeline:
             device: where the model runs.
             dtype: of its weights.
             download: whether a hub id may be fetched; otherwise it must be in the local cache.
+            compiled: whether to compile the layers, which pays for many pictures; see `Engine`.
 
         Raises:
             ValueError: there is no such checkpoint, or its files do not fit together.
@@ -77,7 +80,7 @@ class Emu3Pipeline:
         release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
         # By its name too: one that was trained further has the same numbers, and other abilities.
         known = release is not None and Path(name).name.startswith(release.name)
-        return cls(model, load_processor(folder), release=release if known else None)
+        return cls(model, load_processor(folder), release=release if known else None, compiled=compiled)
 
     def image(
         self,
@@ -87,11 +90,12 @@ class Emu3Pipeline:
         image_area: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | Callable[[float], float] = 3.0,
         top_k: int = 2048,
         top_p: float = 1.0,
         temperature: float = 1.0,
         seed: int | Sequence[int] | None = None,
+        decoding: str | Decoder = "raster",
         on_event: Callable[[Event], object] | None = None,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt, together in one batch.
@@ -102,10 +106,12 @@ class Emu3Pipeline:
             ratio: "width:height"; with `image_area` it sets the size.
             image_area: in pixels; None is what the model was trained on.
             height, width: in pixels, in place of ratio and area; multiples of the vision tokenizer's factor.
-            guidance_scale: how closely to follow the words; 1 is no guidance, and half the work.
+            guidance_scale: how closely to follow the words; 1 is no guidance, and half the work. Or a function of
+                progress, from 0 to 1.
             top_k, top_p, temperature: see `Sampling`. Temperature 0 takes the likeliest token, whatever the seed.
             seed: picture i has seed + i, or its own of a list. A picture depends on its seed, not on the batch. None
                 draws new ones.
+            decoding: "raster", "zipar", "zipar:WINDOW", "jacobi", "jacobi:WINDOW", or a decoder. See docs/draw.md.
             on_event: is called with the engine's events; its requests are numbered like the prompts.
 
         Returns:
@@ -128,7 +134,8 @@ class Emu3Pipeline:
             Request(ids, grammar, sampling, guidance, own_seed)
             for ids, own_seed in zip(prompt_ids, _seeds(seed, len(texts)), strict=True)
         ]
-        return [self._decode(ids, grammar) for ids in self._run(requests, on_event)]
+        decoder = decoder_named(decoding) if isinstance(decoding, str) else decoding
+        return [self._decode(ids, grammar) for ids in self._run(requests, decoder, on_event)]
 
     def chat(
         self,
@@ -173,7 +180,7 @@ class Emu3Pipeline:
             seed=_seeds(seed, 1)[0],
             max_new_tokens=max_new_tokens,
         )
-        (ids,) = self._run([request], on_event)
+        (ids,) = self._run([request], RasterDecoder(), on_event)
         return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def require(self, ability: str) -> None:
@@ -182,10 +189,12 @@ class Emu3Pipeline:
             what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
             raise ValueError(f"{self.release.name} does not {what}; load {releases_that(ability)}")
 
-    def _run(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[tuple[int, ...]]:
+    def _run(
+        self, requests: list[Request], decoder: Decoder, on_event: Callable[[Event], object] | None
+    ) -> list[tuple[int, ...]]:
         """The ids of each request."""
         finished = {}
-        for event in Engine(self.model, self.decoder).stream(requests):
+        for event in Engine(self.model, decoder, compiled=self.compiled).stream(requests):
             if on_event is not None:
                 on_event(event)
             if isinstance(event, Finished):

@@ -5,31 +5,53 @@ import torch
 from emu3.generation.cache import SlotCache
 
 
-def filled(batch, new, seed):
-    return torch.randn(2, batch, 3, new, 4, generator=torch.Generator().manual_seed(seed))
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_tokens_land_in_the_slot_of_their_position():
-    cache = SlotCache.allocate(layers=2, rows=2, heads=3, slots=6, width=4)
-    positions = torch.tensor([[0, 1], [3, 4]])
-    keys, values = filled(2, 2, 0)
-    read_keys, read_values = cache.at(positions, end=5).update(keys, values, 1)
-    assert read_keys.shape == (2, 3, 5, 4)
-    assert torch.equal(read_keys[0, :, :2], keys[0])
-    assert torch.equal(read_values[1, :, 3:], values[1])
-    assert read_keys[0, :, 2:].count_nonzero() == read_keys[1, :, :3].count_nonzero() == 0
-    assert cache.keys_LBKCD[0].count_nonzero() == 0
+def whole(rows, slots):
+    """A cache of two layers, all of it written."""
+    cache = SlotCache.allocate(layers=2, rows=rows, heads=3, slots=slots, width=4)
+    for number, tensor in enumerate(cache.keys + cache.values):
+        tensor.copy_(random(rows, 3, slots, 4, seed=number))
+    cache.filled_BC.fill_(True)
+    return cache
 
 
-def test_queries_see_their_row_up_to_themselves():
-    view = SlotCache.allocate(1, 2, 1, 4, 1).at(torch.tensor([[0, 1], [2, 3]]), end=4)
-    assert view.mask().int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0]]], [[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+def test_places_are_those_of_row_head_and_slot():
+    cache = SlotCache.allocate(layers=2, rows=4, heads=3, slots=6, width=4)
+    places, _ = cache.fill(torch.tensor([3, 1]), torch.tensor([[0, 2], [4, 5]]), end=6)
+    new = random(2, 2, 3, 4)  # B S K D
+    cache.keys[1].view(-1, 4).index_copy_(0, places, new.view(-1, 4))
+    assert torch.equal(cache.keys[1][3, :, [0, 2]], new[0].transpose(0, 1))
+    assert torch.equal(cache.keys[1][1, :, 4:], new[1].transpose(0, 1))
+    assert cache.keys[1].count_nonzero() == new.numel()
+    assert cache.filled_BC.int().tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1], [0] * 6, [1, 0, 1, 0, 0, 0]]
 
 
-def test_kept_rows_keep_their_content():
-    cache = SlotCache.allocate(1, 3, 3, 2, 4)
-    keys, values = filled(3, 2, 1)
-    cache.at(torch.arange(2).expand(3, 2), end=2).update(keys, values, 0)
-    kept = cache.keep([2, 0])
-    assert torch.equal(kept.keys_LBKCD[0], keys[[2, 0]])
-    assert torch.equal(kept.values_LBKCD[0], values[[2, 0]])
+def test_queries_see_what_is_filled_up_to_themselves():
+    cache, rows = SlotCache.allocate(1, 2, 1, 5, 1), torch.arange(2)
+    _, first = cache.fill(rows, torch.tensor([[0, 1], [0, 3]]), end=4)
+    assert first.int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 0, 0, 1]]]
+    # A slot before others is filled late; what repeats a token sees the same.
+    _, second = cache.fill(rows, torch.tensor([[4, 4], [1, 4]]), end=5)
+    assert second.int().tolist() == [[[1, 1, 0, 0, 1]] * 2, [[1, 1, 0, 0, 0], [1, 1, 0, 1, 1]]]
+
+
+def test_compacted_rows_keep_their_content():
+    cache, before = whole(4, 3), whole(4, 3)
+    cache.filled_BC[3, 1] = False
+    cache.compact([1, 3])
+    for now, then in zip(cache.keys + cache.values, before.keys + before.values, strict=True):
+        assert torch.equal(now[:2], then[[1, 3]])
+    assert cache.filled_BC.int().tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_a_prefix_is_copied():
+    cache, before = whole(2, 4), whole(2, 4)
+    cache.filled_BC[1] = False
+    cache.copy_prefix(0, 1, 3)
+    for now, then in zip(cache.keys + cache.values, before.keys + before.values, strict=True):
+        assert torch.equal(now[1, :, :3], then[0, :, :3])
+        assert torch.equal(now[1, :, 3:], then[1, :, 3:])
+    assert cache.filled_BC.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

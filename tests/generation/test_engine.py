@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from emu3.generation.decoders import Batch
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, RowDone, Started, Tokens
 from emu3.generation.grammar import GridGrammar
@@ -121,12 +122,16 @@ def test_scoring_what_was_drawn_reproduces_every_choice(model, mixed, together):
 
 def test_forced_tokens_cost_no_forward(model, vocabulary, monkeypatch):
     """A picture takes one forward a visual token; its rows' ends ride along."""
-    calls, run_layers = [], model.model.text_model.run_layers
-    counting = lambda embeds, *rest: calls.append(embeds.shape[1]) or run_layers(embeds, *rest)  # noqa: E731
-    monkeypatch.setattr(model.model.text_model, "run_layers", counting)
+    calls, feed = [], Batch.feed
+
+    def counting(batch, tokens, rows=None):
+        calls.append(max(len(ids) for ids, _ in tokens))
+        return feed(batch, tokens, rows)
+
+    monkeypatch.setattr(Batch, "feed", counting)
     request = picture(vocabulary, (5, 6), 3, 4)
     finished(model, [request])
-    assert calls == [len(request.prompt_ids), 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1]
+    assert calls == [len(request.prompt_ids) - 1, 1, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1]
 
 
 def test_events_tell_the_whole_story(model, mixed, together):

@@ -42,7 +42,6 @@ def test_guidance_on_a_slice_gives_the_probabilities_of_guidance_on_everything(s
     whole = processor(None, conditional)
     sliced = guide(conditional[:, 5:12], unconditional[:, 5:12], scale)
     torch.testing.assert_close(sliced.softmax(-1), whole[:, 5:12].softmax(-1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(guide(conditional, unconditional, scale), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_draw_follows_the_probabilities():

@@ -1,16 +1,16 @@
-"""Keys and values, preallocated; a token's slot is its position in its row.
+"""Keys and values, preallocated; a token's slot is its position in its row, whenever it is computed.
 
     row 0 (prompt of 3)   p p p g g g . .      p prompt, g generated, . free
-    row 1 (prompt of 5)   p p p p p g g .
+    row 1 (prompt of 5)   p p p p p g . g      a slot may be skipped, and filled later
 
-Rows of different lengths need no padding mask: a query at position q sees the slots up to q of its own row. What
-padding writes beyond a row's end is overwritten before any query can see it.
+Rows of different lengths need no padding mask: a query at position q sees the filled slots up to q of its own row.
 
-L layers, B rows, K key-value heads, S new tokens, C slots, D head width.
+B rows, K key-value heads, S new tokens, C slots, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SlotCache:
-    """Keys and values (L, B, K, C, D) of a batch."""
+    """Keys and values (B, K, C, D) of each layer, and which slots hold something: bool (B, C)."""
 
-    keys_LBKCD: Tensor
-    values_LBKCD: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    filled_BC: Tensor
 
     @classmethod
     def allocate(
@@ -36,41 +37,49 @@ class SlotCache:
         device: torch.device | None = None,
     ) -> SlotCache:
         """Make an empty cache for `rows` rows of up to `slots` tokens, with `heads` key-value heads of `width`."""
-        shape = (layers, rows, heads, slots, width)
         # Zeros, because masked slots are still multiplied, and what lies in fresh memory may be a NaN.
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        keys, values = (
+            tuple(torch.zeros(rows, heads, slots, width, dtype=dtype, device=device) for _ in range(layers))
+            for _ in range(2)
+        )
+        return cls(keys, values, torch.zeros(rows, slots, dtype=torch.bool, device=device))
+
+    @property
+    def rows(self) -> int:
+        """How many rows there is room for."""
+        return self.filled_BC.shape[0]
 
     @property
     def slots(self) -> int:
         """The most tokens that a row holds."""
-        return self.keys_LBKCD.shape[3]
+        return self.filled_BC.shape[1]
 
-    def keep(self, rows: list[int]) -> SlotCache:
-        """A cache of these rows only, in this order."""
-        return SlotCache(self.keys_LBKCD[:, rows], self.values_LBKCD[:, rows])
+    def compact(self, kept: Sequence[int]) -> None:
+        """Move these rows, which ascend, to the front in their order, and empty all others."""
+        for new, old in enumerate(kept):
+            if new != old:
+                for tensor_BKCD in self.keys + self.values:
+                    tensor_BKCD[new] = tensor_BKCD[old]
+                self.filled_BC[new] = self.filled_BC[old]
+        self.filled_BC[len(kept) :] = False
 
-    def at(self, positions_BS: Tensor, end: int) -> CacheView:
-        """A view for one forward, whose tokens have these positions; attention reads the slots before `end`."""
-        return CacheView(self, positions_BS, end)
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Take over the first `length` tokens of another row."""
+        for tensor_BKCD in self.keys + self.values:
+            tensor_BKCD[target, :, :length] = tensor_BKCD[source, :, :length]
+        self.filled_BC[target, :length] = self.filled_BC[source, :length]
 
+    def fill(self, rows_B: Tensor, slots_BS: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Mark slots as filled, and say where their keys and values go and what their queries may see.
 
-@dataclass(frozen=True, eq=False)
-class CacheView:
-    """What one forward writes to and reads from; has the `update` of transformers' caches."""
+        A token may stand in a row twice, as padding does: then both write the same.
 
-    cache: SlotCache
-    positions_BS: Tensor
-    end: int
-
-    def update(self, keys_BKSD: Tensor, values_BKSD: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (B, K, S, D) and return all up to `end`: (B, K, end, D) each."""
-        rows_B1 = torch.arange(len(self.positions_BS), device=self.positions_BS.device)[:, None]
-        keys_BKCD, values_BKCD = self.cache.keys_LBKCD[layer_idx], self.cache.values_LBKCD[layer_idx]
-        keys_BKCD[rows_B1, :, self.positions_BS] = keys_BKSD.transpose(1, 2)
-        values_BKCD[rows_B1, :, self.positions_BS] = values_BKSD.transpose(1, 2)
-        return keys_BKCD[:, :, : self.end], values_BKCD[:, :, : self.end]
-
-    def mask(self) -> Tensor:
-        """Which slots each query may see: bool (B, 1, S, end)."""
-        slots_C = torch.arange(self.end, device=self.positions_BS.device)
-        return slots_C <= self.positions_BS[:, None, :, None]
+        Returns:
+            Places (B * S * K,) in the flattened keys of a layer, tokens before heads; bool (B, S, end).
+        """
+        self.filled_BC[rows_B[:, None], slots_BS] = True
+        heads_K = torch.arange(self.keys[0].shape[1], device=slots_BS.device)
+        heads_BK = rows_B[:, None] * len(heads_K) + heads_K
+        places_BSK = heads_BK[:, None] * self.slots + slots_BS[..., None]
+        slots_C = torch.arange(end, device=slots_BS.device)
+        return places_BSK.flatten(), self.filled_BC[rows_B, None, :end] & (slots_C <= slots_BS[..., None])

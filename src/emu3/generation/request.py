@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from emu3.generation.grammar import GridGrammar
@@ -15,17 +16,18 @@ class Guidance:
 
     Args:
         negative_ids: ids of the prompt to move away from; for a picture, with the same image prefix as the prompt.
-        scale: 1 is no guidance.
+        scale: a number, or a function from progress, 0 at the first token and towards 1 at the last, to a number. At
+            1, which is no guidance, the negative prompt is not run.
 
     Raises:
         ValueError: a scale that is not finite.
     """
 
     negative_ids: tuple[int, ...]
-    scale: float = 3.0
+    scale: float | Callable[[float], float] = 3.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
+        if not callable(self.scale) and not math.isfinite(self.scale):
             raise ValueError(f"guidance scale must be a finite number, got {self.scale}")
 
 
@@ -60,13 +62,37 @@ class Request:
             if self.grammar is not None and ids[-1] != self.grammar.vocabulary.img:
                 start = self.grammar.vocabulary.img
                 raise ValueError(f"a prompt to draw after ends with the image start {start}, not {ids[-1]}")
+        if self.guidance is not None and callable(self.guidance.scale) and self.grammar is None:
+            raise ValueError("a schedule of guidance needs a picture, whose length is known; give a text a number")
         if self.max_new_tokens is not None and (self.max_new_tokens < 1 or self.grammar is not None):
             raise ValueError(f"max_new_tokens is at least 1 and for text only, got {self.max_new_tokens}")
 
     @property
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """The prompts to run: the conditional one, and the negative one under guidance."""
-        return (self.prompt_ids,) if self.guidance is None else (self.prompt_ids, self.guidance.negative_ids)
+        if self.guidance is None or self.guidance.scale == 1:
+            return (self.prompt_ids,)
+        return (self.prompt_ids, self.guidance.negative_ids)
+
+    def scale(self, k: int) -> float | None:
+        """The scale of guidance at position k; None where there is no negative row."""
+        if self.guidance is None or self.guidance.scale == 1:
+            return None
+        if not callable(self.guidance.scale):
+            return self.guidance.scale
+        assert self.grammar is not None
+        scale = self.guidance.scale(k / self.grammar.length)
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance scale must be a finite number, got {scale} at token {k}")
+        return scale
+
+    def slots(self, context: int) -> int:
+        """The most tokens that a row of this request takes in the cache of a model with a context of so many tokens.
+
+        Raises:
+            ValueError: the prompt and what must follow do not fit.
+        """
+        return max(map(len, self.rows)) + self.budget(context)
 
     def budget(self, context: int) -> int:
         """The most tokens that this request emits from a model with a context of so many tokens.

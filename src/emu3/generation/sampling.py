@@ -44,10 +44,11 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on log-probabilities: (B, V). A scale of 1 is the conditional distribution."""
-    conditional_BV = conditional_BV.log_softmax(-1)
-    unconditional_BV = unconditional_BV.log_softmax(-1)
-    return unconditional_BV + scale * (conditional_BV - unconditional_BV)
+    """Classifier-free guidance: logits (B, V). A scale of 1 is the conditional distribution.
+
+    On logits rather than log-probabilities, which differ by a constant a row that no choice depends on.
+    """
+    return torch.lerp(unconditional_BV, conditional_BV, scale)
 
 
 def restrict(logits_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -64,6 +65,13 @@ def restrict(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits_BV
 
 
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution (B, V) to choose from; at temperature 0 all of it on the most likely id."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    return restrict(logits_BV, sampling).softmax(-1)
+
+
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     """Choose one index (B,) of each row of logits (B, V), with one number from [0, 1) a row (unused at temperature 0).
 
@@ -72,7 +80,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    cumulative_BV = restrict(logits_BV, sampling).softmax(-1).cumsum(-1)
+    cumulative_BV = probabilities(logits_BV, sampling).cumsum(-1)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
 

@@ -1,139 +1,202 @@
-"""Decoders: values with one method, which take a batch from one forward to the next.
+"""Decoders: values with one method, which take a batch through one forward.
 
-B rows of a forward, S tokens a row, E model width, V vocabulary.
+A token's position k counts from 0 behind the prompt, so that the tokens of a prompt have negative ones. A decoder says
+which tokens a step feeds and which positions it decides from what comes out:
+
+    prompt  a photo of a cat <img>   v  v  v EOL  v  v  v EOL EOF ...
+    k                  -3 -2 -1      0  1  2  3   4  5  6  7   8
+
+B rows of a forward, S tokens a row, E model width, N positions to decide, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emu3.generation.cache import SlotCache
+from emu3.generation.forward import Forward
 from emu3.generation.request import Request
-from emu3.generation.sampling import uniform_noise
+from emu3.generation.sampling import Sampling, choose, guide, uniform_noise
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
+UNDECIDED = -1
 
-@dataclass(frozen=True, eq=False)
-class Sequence:
+
+@dataclass(eq=False)
+class Running:
     """A request on its way.
 
-    Args:
+    Attributes:
         request: what was asked for.
-        number: its place in the caller's list.
+        number: its name in events.
         budget: the most tokens that it emits.
-        noise: one number in [0, 1) for each of them, on the CPU.
-        cached: tokens in the cache, for each of the request's rows.
-        pending: tokens that the cache still lacks, for each of the request's rows.
-        emitted: number of tokens emitted so far; the position of the next one.
-        new: the tokens that the last step emitted.
+        noise_K: one number in [0, 1) for each of them.
+        ids_K: the tokens; those that the grammar forces are known from the start.
+        prefilled: tokens of the prompt that are in the cache, for each row; all but the last will be.
+        steps: how many steps it has decoded.
+        emitted: how many tokens have been reported.
+        new: what the last step decided: positions, each with its id and the forced ones behind it.
+        memory: what the decoder keeps between steps.
     """
 
     request: Request
     number: int
     budget: int
-    noise: Tensor
-    cached: tuple[int, ...]
-    pending: tuple[tuple[int, ...], ...]
+    noise_K: NDArray[np.float32]
+    ids_K: NDArray[np.int64]
+    prefilled: list[int]
+    steps: int = 0
     emitted: int = 0
-    new: tuple[int, ...] = ()
+    new: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    memory: object = None
 
     @classmethod
-    def begin(cls, request: Request, number: int, context: int) -> Sequence:
-        """A sequence with nothing emitted yet, for a model with a context of so many tokens."""
+    def begin(cls, request: Request, number: int, context: int) -> Running:
+        """A request with nothing decided yet, for a model with a context of so many tokens.
+
+        Raises:
+            ValueError: it does not fit.
+        """
         budget = request.budget(context)
-        noise = uniform_noise(request.seed, budget)
-        return cls(request, number, budget, noise, cached=(0,) * len(request.rows), pending=request.rows)
+        ids_K = np.full(budget, UNDECIDED)
+        if request.grammar is not None:
+            lo_K, hi_K = request.grammar.span(np.arange(budget))
+            ids_K = np.where(hi_K == lo_K + 1, lo_K, UNDECIDED)
+        noise_K = uniform_noise(request.seed, budget).numpy()
+        return cls(request, number, budget, noise_K, ids_K, prefilled=[0] * len(request.rows))
 
-    def span(self, vocab_size: int) -> tuple[int, int]:
-        """The ids lo..hi-1 that may come next."""
-        return (0, vocab_size) if self.request.grammar is None else self.request.grammar.span(self.emitted)
-
-    def emit(self, id_: int) -> Sequence:
-        """Take the chosen id, and the forced ones that follow it: they need no forward of their own."""
-        ids, grammar = [id_], self.request.grammar
-        while grammar is not None and (k := self.emitted + len(ids)) < self.budget and grammar.is_forced(k):
-            ids.append(grammar.span(k)[0])
-        return replace(
-            self,
-            cached=tuple(done + len(fed) for done, fed in zip(self.cached, self.pending, strict=True)),
-            pending=(tuple(ids),) * len(self.pending),
-            emitted=self.emitted + len(ids),
-            new=tuple(ids),
-        )
+    def decide(self, k: int, id_: int) -> None:
+        """Take the id at position k; the forced ones behind it are reported with it."""
+        self.ids_K[k] = id_
+        end = k + 1
+        if self.request.grammar is not None:
+            while end < self.budget and self.request.grammar.is_forced(end):
+                end += 1
+        ids = tuple(self.ids_K[k:end].tolist())
+        self.new.append((k, ids))
+        self.emitted += len(ids)
 
 
-@dataclass(frozen=True, eq=False)
-class State:
-    """A batch between two forwards. Rows of the cache are the rows of the sequences, in order."""
+class Plan(NamedTuple):
+    """What one step does for a sequence.
+
+    Attributes:
+        feeds: positions whose tokens go in.
+        wants: positions to decide, each behind the index among `feeds` of the token before it.
+        guesses: ids at positions that are fed though they are not decided.
+    """
+
+    feeds: Sequence[int]
+    wants: Sequence[tuple[int, int]]
+    guesses: Mapping[int, int] = {}
+
+
+def next_in_order(sequence: Running) -> Plan:
+    """Feeds what was emitted last, forced tokens included, and decides the position behind it."""
+    first = sequence.new[-1][0] if sequence.new else -1
+    return Plan(range(first, sequence.emitted), [(sequence.emitted - 1 - first, sequence.emitted)])
+
+
+@dataclass(eq=False)
+class Batch:
+    """Sequences that step together. Rows of the cache are the rows of the sequences, in order."""
 
     model: Emu3ForConditionalGeneration
     cache: SlotCache
-    sequences: tuple[Sequence, ...]
+    forward: Forward
+    sequences: list[Running]
 
-    @classmethod
-    def begin(cls, model: Emu3ForConditionalGeneration, requests: list[Request]) -> State:
-        """A batch with nothing in the cache yet.
+    def feed(self, tokens: Sequence[tuple[Sequence[int], Sequence[int]]], rows: Sequence[int] | None = None) -> Tensor:
+        """Run ids at slots, both given for each of the rows (None: the first): hidden states (B, S, E)."""
+        longest = max(len(ids) for ids, _ in tokens)
+        # A shorter row repeats its last token, which writes the same again.
+        ids, slots = ([[*row, *[row[-1]] * (longest - len(row))] for row in each] for each in zip(*tokens, strict=True))
+        end = 1 + max(max(row) for row in slots)
+        return self.forward(self.cache, torch.tensor(ids), torch.tensor(slots), rows, end)
 
-        Raises:
-            ValueError: a request does not fit the model's context.
-        """
-        config, head = model.model.text_model.config, model.lm_head.weight
-        context = config.max_position_embeddings
-        sequences = tuple(Sequence.begin(request, number, context) for number, request in enumerate(requests))
-        cache = SlotCache.allocate(
-            layers=config.num_hidden_layers,
-            rows=sum(len(s.pending) for s in sequences),
-            heads=config.num_key_value_heads or config.num_attention_heads,
-            slots=max((len(prompt) + s.budget for s in sequences for prompt in s.pending), default=0),
-            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=head.dtype,
-            device=head.device,
-        )
-        return cls(model, cache, sequences)
+    def run(self, plans: Sequence[Plan]) -> Tensor:
+        """Feed what the plans of all sequences say: hidden states (B, S, E)."""
+        tokens: list[tuple[Sequence[int], Sequence[int]]] = []
+        for sequence, plan in zip(self.sequences, plans, strict=True):
+            ids = [plan.guesses.get(k, int(sequence.ids_K[k])) for k in plan.feeds if k >= 0]
+            for prompt in sequence.request.rows:
+                before = [prompt[k] for k in plan.feeds if k < 0]
+                tokens.append((before + ids, [len(prompt) + k for k in plan.feeds]))
+            sequence.steps += 1
+            sequence.new = []
+        return self.feed(tokens)
 
-    def forward(self) -> Tensor:
-        """Run the pending tokens of all rows: hidden states (B, E) after the last of each."""
-        pending = [ids for sequence in self.sequences for ids in sequence.pending]
-        cached = [count for sequence in self.sequences for count in sequence.cached]
-        longest = max(map(len, pending))
-        # Shorter rows are padded behind their last token, where nothing sees them; any id will do. A sequence's last
-        # token is never fed, so the last slot of the cache is free for padding that would go beyond it.
-        ids_BS = torch.tensor([ids + (0,) * (longest - len(ids)) for ids in pending], device=self.device)
-        last_B = torch.tensor([len(ids) - 1 for ids in pending], device=self.device)
-        positions_BS = torch.tensor(cached, device=self.device)[:, None] + torch.arange(longest, device=self.device)
-        positions_BS = positions_BS.clamp(max=self.cache.slots - 1)
-        text_model = self.model.model.text_model
-        view = self.cache.at(positions_BS, end=min(max(cached) + longest, self.cache.slots))
-        hidden_BSE: Tensor = text_model.run_layers(text_model.embed_tokens(ids_BS), view.mask(), positions_BS, view)
-        return hidden_BSE[torch.arange(len(pending), device=self.device), last_B]
+    def places(self, plans: Sequence[Plan]) -> list[list[tuple[int, int]]]:
+        """Where in (B, S) the tokens before each sequence's wanted positions are, in its conditional row."""
+        found, row = [], 0
+        for sequence, plan in zip(self.sequences, plans, strict=True):
+            found.append([(row, index) for index, _ in plan.wants])
+            row += len(sequence.request.rows)
+        return found
 
-    def logits(self, hidden_BE: Tensor, lo: int, hi: int) -> Tensor:
-        """Logits (B, hi - lo) in float32 of the ids lo..hi-1 only: a slice of the head's weight is a view."""
-        head_VE: Tensor = self.model.lm_head.weight
-        return (hidden_BE @ head_VE[lo:hi].T).float()
+    def logits(
+        self, hidden_BSE: Tensor, places: Sequence[tuple[int, int]], span: tuple[int, int], scale: float | None
+    ) -> Tensor:
+        """Logits (N, V) in float32 of the ids lo..hi-1 only, guided by the row behind each if there is a scale."""
+        rows, indices = (list(each) for each in zip(*places, strict=True))
+        if scale is not None:
+            rows, indices = rows + [row + 1 for row in rows], indices * 2
+        head_VE: Tensor = self.model.lm_head.weight[slice(*span)]  # a view
+        logits_NV = (hidden_BSE[rows, indices] @ head_VE.T).float()
+        if scale is None:
+            return logits_NV
+        conditional_NV, unconditional_NV = logits_NV.chunk(2)
+        return guide(conditional_NV, unconditional_NV, scale)
 
-    def keep(self, sequences: list[Sequence]) -> State:
-        """The batch reduced to some of its sequences."""
-        numbers = {sequence.number for sequence in sequences}
-        rows = [sequence.number for sequence in self.sequences for _ in sequence.pending]
-        kept = [row for row, number in enumerate(rows) if number in numbers]
-        return replace(self, cache=self.cache.keep(kept), sequences=tuple(sequences))
+    def decide(self, plans: Sequence[Plan]) -> None:
+        """Run the plans, and choose an id for every position that they want."""
+        hidden_BSE = self.run(plans)
+        self.choose(hidden_BSE, list(zip(self.sequences, plans, self.places(plans), strict=True)))
+
+    def choose(self, hidden_BSE: Tensor, planned: Sequence[tuple[Running, Plan, list[tuple[int, int]]]]) -> None:
+        """Choose an id for every position that these sequences want, given the places before them."""
+        # Positions that choose alike, from the same ids, share the head, the sorting and the draw.
+        groups: defaultdict[tuple[tuple[int, int], float | None, Sampling], list[tuple[tuple[int, int], Running, int]]]
+        groups = defaultdict(list)
+        for sequence, plan, places in planned:
+            for place, (_, k) in zip(places, plan.wants, strict=True):
+                key = (self.span(sequence.request, k), sequence.request.scale(k), sequence.request.sampling)
+                groups[key].append((place, sequence, k))
+        chosen = []
+        for (span, scale, sampling), members in groups.items():
+            logits_NV = self.logits(hidden_BSE, [place for place, _, _ in members], span, scale)
+            noise_N = torch.tensor([sequence.noise_K[k] for _, sequence, k in members], device=logits_NV.device)
+            chosen.append(choose(logits_NV, sampling, noise_N) + span[0])
+        if not chosen:
+            return
+        # The one wait for the device in a step.
+        decided = [(sequence, k) for members in groups.values() for _, sequence, k in members]
+        for (sequence, k), id_ in zip(decided, torch.cat(chosen).tolist(), strict=True):
+            sequence.decide(k, id_)
+
+    def span(self, request: Request, k: int) -> tuple[int, int]:
+        """The ids lo..hi-1 that may stand at position k."""
+        return (0, len(self.model.lm_head.weight)) if request.grammar is None else request.grammar.span(k)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.cache.keys_LBKCD.device
+        return self.cache.filled_BC.device
 
 
 class Decoder(Protocol):
     """A way to decode."""
 
-    def step(self, state: State) -> State:
-        """Run one forward; every sequence of the new state has at least one token in `new`, in order of position."""
+    def step(self, batch: Batch) -> None:
+        """Run one forward; fills `new` of every sequence, in order of position."""
         ...

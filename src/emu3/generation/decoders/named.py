@@ -1,0 +1,24 @@
+"""Decoders by name: "raster", "zipar", "jacobi", the last two perhaps with their window behind a colon ("zipar:7")."""
+
+from __future__ import annotations
+
+from emu3.generation.decoders import Decoder
+from emu3.generation.decoders.jacobi import JacobiDecoder
+from emu3.generation.decoders.raster import RasterDecoder
+from emu3.generation.decoders.zipar import ZipARDecoder
+
+_WITH_WINDOW: dict[str, type[ZipARDecoder] | type[JacobiDecoder]] = {"zipar": ZipARDecoder, "jacobi": JacobiDecoder}
+
+
+def decoder_named(name: str) -> Decoder:
+    """The decoder of a name. ValueError for an unknown one, or a window that is no number above 0."""
+    kind, colon, window = name.partition(":")
+    if kind == "raster" and not colon:
+        return RasterDecoder()
+    if kind not in _WITH_WINDOW:
+        raise ValueError(f"unknown decoding {name!r}: give raster, zipar, zipar:WINDOW, jacobi or jacobi:WINDOW")
+    if not colon:
+        return _WITH_WINDOW[kind]()
+    if not window.isdecimal():
+        raise ValueError(f"decoding {name!r}: the window must be a whole number above 0, as in {kind}:8")
+    return _WITH_WINDOW[kind](int(window))

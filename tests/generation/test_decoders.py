@@ -1,0 +1,277 @@
+"""ZipAR and Jacobi decoding: their schedules, what they must agree with, and their distributions."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emu3.generation.decoders.jacobi import JacobiDecoder, couple
+from emu3.generation.decoders.named import decoder_named
+from emu3.generation.decoders.raster import RasterDecoder
+from emu3.generation.decoders.zipar import ZipARDecoder, wavefront
+from emu3.generation.engine import Engine
+from emu3.generation.events import Finished, RowDone, Tokens
+from emu3.generation.grammar import GridGrammar
+from emu3.generation.request import Guidance, Request
+from emu3.generation.sampling import GREEDY, Sampling
+
+WARM = Sampling(1.3, top_k=12, top_p=0.95)
+
+
+def request(vocabulary, height, width, frames=1, sampling=WARM, seed=0, scale=3.0):
+    prompt = (vocabulary.bos, 5, 6, 7 + seed, vocabulary.boi, 1, vocabulary.img)
+    guidance = None if scale is None else Guidance((vocabulary.bos, vocabulary.boi, 1, vocabulary.img), scale)
+    return Request(prompt, GridGrammar(height, width, frames, vocabulary), sampling, guidance, seed)
+
+
+def finished(model, decoder, requests):
+    events = [event for event in Engine(model, decoder).stream(requests) if isinstance(event, Finished)]
+    return [event.ids for event in sorted(events, key=lambda event: event.request)]
+
+
+@pytest.fixture(scope="module")
+def mixed(vocabulary):
+    """Pictures and clips of many sizes, and texts."""
+    sizes = [(3, 4, 1), (2, 1, 1), (1, 2, 1), (4, 3, 1), (2, 3, 3), (5, 5, 1), (1, 1, 4)]
+    pictures = [
+        request(vocabulary, *size, seed=seed, scale=[3.0, None, 1.5][seed % 3]) for seed, size in enumerate(sizes)
+    ]
+    texts = [Request((vocabulary.bos, n), None, WARM, None, n, max_new_tokens=9 + n) for n in range(2)]
+    return [*pictures[:3], texts[0], *pictures[3:], texts[1]]
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9))
+def test_a_wavefront_decides_everything_once_and_feeds_it_in_time(height, width, frames, window):
+    grammar = GridGrammar(height, width, frames)
+    s = min(window, width)
+    steps = frames * ((height - 1) * s + width)
+    decided_at, fed_at = {}, {}
+    for step in range(steps):
+        plan = wavefront(grammar, window, step)
+        assert list(plan.feeds) == sorted(plan.feeds)
+        for k in plan.feeds:
+            assert k not in fed_at
+            fed_at[k] = step
+        for index, k in plan.wants:
+            assert plan.feeds[index] == k - 1
+            decided_at[k] = step
+    visual = [k for k in range(grammar.length) if not grammar.is_forced(k)]
+    assert sorted(decided_at) == visual
+    # The ends of the last row and frame, and of the picture, are never needed.
+    assert sorted(fed_at) == list(range(-1, visual[-1]))
+    for k, step in decided_at.items():
+        frame, in_frame = divmod(k, grammar.frame_length)
+        row, column = divmod(in_frame, width + 1)
+        assert step == frame * ((height - 1) * s + width) + row * s + column
+        # A token is fed after it was decided, and right then: what comes after may look at it.
+        assert fed_at.get(k, step + 1) == step + 1
+        if row:
+            above = k - width - 1 + min(s - 1, width - 1 - column)
+            assert decided_at[above] < step or s > width
+
+
+def test_a_window_as_wide_as_the_row_is_raster(model, mixed):
+    expected = finished(model, RasterDecoder(), mixed)
+    assert finished(model, ZipARDecoder(window=9), mixed) == expected
+    one_row = [each for each in mixed if each.grammar is None or each.grammar.height == 1]
+    assert finished(model, ZipARDecoder(window=1), one_row) == finished(model, RasterDecoder(), one_row)
+
+
+@pytest.mark.parametrize("decoder", [ZipARDecoder(1), ZipARDecoder(2), ZipARDecoder(), JacobiDecoder(3)])
+def test_whatever_decides_pictures_are_complete_and_neighbours_do_not_matter(model, mixed, decoder):
+    together = finished(model, decoder, mixed)
+    for each, ids in zip(mixed, together, strict=True):
+        if each.grammar is not None:
+            lo, hi = each.grammar.span(np.arange(len(ids)))
+            assert len(ids) == each.grammar.length
+            assert ((lo <= np.array(ids)) & (np.array(ids) < hi)).all()
+    assert [finished(model, decoder, [each])[0] for each in mixed] == together
+
+
+def test_a_narrow_window_takes_fewer_steps(model, vocabulary):
+    drawn = request(vocabulary, 6, 6)
+    raster, steps = finished(model, RasterDecoder(), [drawn]), []
+
+    class Counting(ZipARDecoder):
+        def step(self, batch):
+            steps.append(len(batch.sequences))
+            super().step(batch)
+
+    assert finished(model, Counting(2), [drawn]) != raster
+    assert len(steps) == 6 + 5 * 2
+
+
+def test_rows_are_reported_as_they_are_done(model, vocabulary):
+    drawn = request(vocabulary, 4, 3)
+    for decoder in (ZipARDecoder(1), JacobiDecoder(4)):
+        events = list(Engine(model, decoder).stream([drawn]))
+        tokens = [event for event in events if isinstance(event, Tokens)]
+        at = {k: id_ for event in tokens for k, id_ in enumerate(event.ids, event.position)}
+        assert tuple(at[k] for k in range(drawn.grammar.length)) == events[-1].ids
+        assert sum(len(event.ids) for event in tokens) == drawn.grammar.length
+        assert [event.row for event in events if isinstance(event, RowDone)] == [0, 1, 2, 3]
+        for event in tokens:
+            positions = range(event.position, event.position + len(event.ids))
+            assert event.forced == tuple(drawn.grammar.is_forced(k) for k in positions)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_greedy_jacobi_is_greedy_raster(model, mixed, window):
+    greedy = [replace(each, sampling=GREEDY) for each in mixed]
+    assert finished(model, JacobiDecoder(window), greedy) == finished(model, RasterDecoder(), greedy)
+
+
+def chi_square(counts, expected):
+    """Per degree of freedom."""
+    seen = expected > 0
+    assert not counts[~seen].any()
+    return float(((counts - expected)[seen] ** 2 / expected[seen]).sum() / (seen.sum() - 1))
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 1000))
+def test_coupled_drafts_are_distributed_as_the_new_probabilities(seed):
+    random = torch.Generator().manual_seed(seed)
+    p, q = torch.rand(2, 6, generator=random).pow(3)
+    p, q = p / p.sum(), q / q.sum()
+    count = 40_000
+    drafts = q.multinomial(count, replacement=True, generator=random)
+    tokens, kept = couple(p.expand(count, -1), drafts, q.expand(count, -1), *torch.rand(2, count, generator=random))
+    assert chi_square(tokens.bincount(minlength=6).numpy(), count * p.numpy()) < 4
+    assert float(kept.float().mean()) == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.02)
+    assert torch.equal(tokens[kept], drafts[kept])
+
+
+class Toy:
+    """A model of pictures of one row, of `length` tokens of `size` kinds, with any dependence on what went before: many
+    pictures at once, in the place of a batch."""
+
+    def __init__(self, size, length, seed):
+        random = torch.Generator().manual_seed(seed)
+        self.size, self.length = size, length
+        self.tables = [torch.randn(size**n, size, generator=random).mul(1.5).softmax(-1) for n in range(length)]
+
+    def probabilities(self, ids):
+        """After each token of (R, n) ids: (R, n + 1, V), as far as the row goes."""
+        index, found = torch.zeros(len(ids), dtype=torch.long), []
+        for n in range(min(ids.shape[1] + 1, self.length)):
+            found.append(self.tables[n][index])
+            if n < ids.shape[1]:
+                index = index * self.size + ids[:, n]
+        return torch.stack(found, 1)
+
+    def distribution(self):
+        whole = torch.ones(1)
+        for table in self.tables:
+            whole = (whole[:, None] * table).flatten()
+        return whole
+
+
+def draw_by_jacobi(toy, window, count, seed, stale):
+    """Rows decided by the rule of `JacobiDecoder`; `stale` keeps the old q of a draft that was kept, which is wrong."""
+    random, outcomes = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        decided, drafts = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+        proposals = torch.empty(0, toy.size)
+        while len(decided) < toy.length:
+            fresh = min(window, toy.length - len(decided)) - len(drafts)
+            drafts = torch.cat((drafts, torch.randint(toy.size, (fresh,), generator=random)))
+            proposals = torch.cat((proposals, torch.full((fresh, toy.size), 1 / toy.size)))
+            fed = torch.cat((decided, drafts))[None, :-1]
+            new = toy.probabilities(fed)[0, len(decided) :]
+            tokens, kept = couple(new, drafts, proposals, *torch.rand(2, len(drafts), generator=random))
+            first = (~kept).nonzero()
+            passed = min(int(first[0]) + 1 if len(first) else len(kept), len(kept))
+            proposals = torch.where(kept[:, None], proposals, new)[passed:] if stale else new[passed:]
+            decided, drafts = torch.cat((decided, tokens[:passed])), tokens[passed:]
+        outcomes.append(decided)
+    powers = toy.size ** torch.arange(toy.length - 1, -1, -1)
+    return (torch.stack(outcomes) * powers).sum(1).bincount(minlength=toy.size**toy.length)
+
+
+def test_the_toy_tells_the_right_rule_from_the_published_one():
+    """With the q that a kept draft was drawn from long ago, outcomes drift; with the p just computed they do not."""
+    toy, count = Toy(3, 4, seed=1), 12_000
+    expected = count * toy.distribution().numpy()
+    right, wrong = (draw_by_jacobi(toy, 3, count, 0, stale).numpy() for stale in (False, True))
+    assert chi_square(right, expected) < 1.4
+    assert chi_square(wrong, expected) > 2.0
+
+
+def test_the_decoder_has_the_distribution_of_the_model(vocabulary):
+    """The decoder itself, on a batch that answers from the toy's tables."""
+    toy, count = Toy(3, 4, seed=2), 6_000
+    lo = vocabulary.visual_base
+    ids = replace(vocabulary, codebook_size=3)
+    grammar = GridGrammar(1, 4, vocabulary=ids)
+
+    class ToyBatch:
+        device = torch.device("cpu")
+
+        def __init__(self, sequences):
+            self.sequences = sequences
+
+        def run(self, plans):
+            self.known = [
+                {k: plan.guesses.get(k, int(sequence.ids_K[k])) - lo for k in range(max(plan.feeds) + 1)}
+                for sequence, plan in zip(self.sequences, plans, strict=True)
+            ]
+            return torch.empty(0)
+
+        def places(self, plans):
+            return [[(n, k) for _, k in plan.wants] for n, plan in enumerate(plans)]
+
+        def logits(self, hidden, places, span, scale):
+            rows = [torch.tensor([[self.known[n][j] for j in range(k)]], dtype=torch.long) for n, k in places]
+            return torch.stack([toy.probabilities(row)[0, -1].log() for row in rows])
+
+        def span(self, request, k):
+            return request.grammar.span(k)
+
+        def choose(self, hidden, planned):
+            assert not planned
+
+    from emu3.generation.decoders import Running
+
+    outcomes = np.zeros(3**4)
+    requests = [Request((ids.bos, ids.img), grammar, Sampling(top_k=0), None, seed) for seed in range(count)]
+    batch = ToyBatch([Running.begin(each, n, 99) for n, each in enumerate(requests)])
+    decoder = JacobiDecoder(3)
+    while batch.sequences:
+        decoder.step(batch)
+        for sequence in batch.sequences:
+            if sequence.emitted == sequence.budget:
+                outcomes[int("".join(str(id_ - lo) for id_ in sequence.ids_K[:4]), 3)] += 1
+        batch.sequences = [sequence for sequence in batch.sequences if sequence.emitted < sequence.budget]
+    assert outcomes.sum() == count
+    assert chi_square(outcomes, count * toy.distribution().numpy()) < 1.4
+
+
+def test_decoders_by_name():
+    assert decoder_named("raster") == RasterDecoder()
+    assert decoder_named("zipar") == ZipARDecoder(None)
+    assert decoder_named("zipar:7") == ZipARDecoder(7)
+    assert decoder_named("jacobi:32") == JacobiDecoder(32)
+    for name in ("", "zip", "raster:2", "zipar:", "zipar:-1", "jacobi:x"):
+        with pytest.raises(ValueError, match="decoding"):
+            decoder_named(name)
+    for name in ("zipar:0", "jacobi:0"):
+        with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+            decoder_named(name)
+
+
+def test_jacobi_decides_several_tokens_a_forward_where_drafts_pass(model, vocabulary):
+    """Greedy drafts settle, as the iteration's fixed point is the sequence; so it takes fewer steps than tokens."""
+    steps = []
+
+    class Counting(JacobiDecoder):
+        def step(self, batch):
+            steps.append(1)
+            super().step(batch)
+
+    drawn = request(vocabulary, 5, 6, sampling=GREEDY)
+    finished(model, Counting(8), [drawn])
+    assert len(steps) < 30
