@@ -1,5 +1,6 @@
 """ZipAR and Jacobi decoding: their schedules, what they must agree with, and their distributions."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emu3.generation import forward
+from emu3.generation.decoders import Running
 from emu3.generation.decoders.jacobi import JacobiDecoder, couple
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.decoders.raster import RasterDecoder
@@ -234,8 +237,6 @@ def test_the_decoder_has_the_distribution_of_the_model(vocabulary):
         def choose(self, hidden, planned):
             assert not planned
 
-    from emu3.generation.decoders import Running
-
     outcomes = np.zeros(3**4)
     requests = [Request((ids.bos, ids.img), grammar, Sampling(top_k=0), None, seed) for seed in range(count)]
     batch = ToyBatch([Running.begin(each, n, 99) for n, each in enumerate(requests)])
@@ -275,3 +276,16 @@ def test_jacobi_decides_several_tokens_a_forward_where_drafts_pass(model, vocabu
     drawn = request(vocabulary, 5, 6, sampling=GREEDY)
     finished(model, Counting(8), [drawn])
     assert len(steps) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs a C++ compiler")
+@pytest.mark.parametrize("few_layers", [0, 8])
+def test_compiled_layers_decide_the_same(model, mixed, monkeypatch, few_layers):
+    """Layer by layer, and all as one."""
+    monkeypatch.setattr(forward, "_FEW_LAYERS", few_layers)
+    expected = finished(model, ZipARDecoder(2), mixed[:4])
+    engine = Engine(model, ZipARDecoder(2), compiled=True)
+    events = [event for event in engine.stream(mixed[:4]) if isinstance(event, Finished)]
+    assert [event.ids for event in sorted(events, key=lambda event: event.request)] == expected

@@ -77,7 +77,7 @@ class SlotCache:
         Returns:
             Places (B * S * K,) in the flattened keys of a layer, tokens before heads; bool (B, S, end).
         """
-        self.filled_BC[rows_B[:, None], slots_BS] = True
+        self.filled_BC.view(-1).index_fill_(0, (rows_B[:, None] * self.slots + slots_BS).flatten(), True)
         heads_K = torch.arange(self.keys[0].shape[1], device=slots_BS.device)
         heads_BK = rows_B[:, None] * len(heads_K) + heads_K
         places_BSK = heads_BK[:, None] * self.slots + slots_BS[..., None]

@@ -22,6 +22,7 @@ from emu3.generation.decoders import Batch, Decoder, Running
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.events import Event, Finished, RowDone, Started, Tokens
 from emu3.generation.forward import Forward
+from emu3.generation.graphs import RecordedForward
 from emu3.generation.request import Request
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Engine:
         decoder: which tokens a step decides.
         rows: most rows of the cache; a request under guidance takes two. What does not fit waits.
         chunk: most tokens of a prompt that one step feeds.
-        compiled: whether to compile the layers for the steps; needs a C++ compiler, and takes a while at first.
+        compiled: whether to compile the layers for the steps, and on a GPU to record them (CUDA graphs); takes a
+            while at first, and needs a C++ compiler on a CPU.
     """
 
     model: Emu3ForConditionalGeneration
@@ -96,7 +98,9 @@ class Session:
             device=head.device,
         )
         self.engine = engine
-        self.batch = Batch(model, cache, Forward.of(text_model, slots, engine.compiled), [])
+        forward = Forward.of(text_model, slots, engine.compiled)
+        recorded = engine.compiled and head.device.type == "cuda"
+        self.batch = Batch(model, cache, RecordedForward(forward) if recorded else forward, [])
         self.waiting: deque[Running] = deque()
         # Behind the batch's rows in the cache, first come, first served: so those that decode stay together.
         self.prefilling: list[Running] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,14 @@ Product = Callable[[Tensor], Tensor]
 _ANGLES_CHANGE = ("dynamic", "longrope")
 # With so many queries a fused kernel is faster than two products; with few, its preparations take longer than they.
 _MANY_QUERIES = 256
+_FEW_LAYERS = 8
 
 
 class Layer(NamedTuple):
     """What a layer computes with. A matrix that is not a plain one (quantized, adapted) is called as a module."""
 
     attention_norm: RMSNorm
+    scaling: float
     query_key_value: Product
     output: Product
     feed_forward_norm: RMSNorm
@@ -48,6 +50,7 @@ class Layer(NamedTuple):
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             layer.input_layernorm,
+            attention.scaling,
             joined([attention.q_proj, attention.k_proj, attention.v_proj]),
             joined([attention.o_proj]),
             layer.post_attention_layernorm,
@@ -114,7 +117,14 @@ class Forward:
     @classmethod
     def of(cls, text_model: Emu3TextModel, slots: int, compiled: bool = False) -> Forward:
         """The forward of a model for caches of so many slots; compiled, it needs a C++ compiler."""
-        run = torch.compile(run_layers, dynamic=True, options={"cpp_wrapper": True}) if compiled else run_layers
+        run: Callable[..., Tensor] = run_layers
+        if compiled:
+            on_cpu = text_model.embed_tokens.weight.device.type == "cpu"
+            options: dict[str, Any] = {"cpp_wrapper": on_cpu}  # kernels called from C++; a GPU's are recorded instead
+            compile_ = partial(torch.compile, dynamic=True, options=options)
+            # All layers as one are faster where calls cost most, but compiling takes minutes for many.
+            few = len(text_model.layers) <= _FEW_LAYERS
+            run = compile_(run_layers) if few else partial(run_layers, run=compile_(run_layer))
         layers = tuple(
             Layer.of(cast("Emu3DecoderLayer", layer))
             for layer in text_model.layers[: text_model.config.num_hidden_layers]
@@ -149,23 +159,29 @@ class Forward:
         else:
             cos_BSD, sin_BSD = self.cos_CD[slots_BS], self.sin_CD[slots_BS]
         bias_BSC = torch.zeros_like(mask_BSC, dtype=hidden_BSE.dtype).masked_fill_(~mask_BSC, -torch.inf)
-        run = self.run if rows is None else run_layers
-        attention = cast("Emu3DecoderLayer", self.text_model.layers[0]).self_attn
-        groups = attention.num_key_value_groups
+        heads, groups = cache.keys[0].shape[1], self.groups
         bias_BQC = bias_BSC.repeat(1, groups, 1) if groups > 1 else bias_BSC
-        return run(
+        bias = bias_BQC[:, None]
+        if bias_BQC.shape[1] < _MANY_QUERIES:
+            bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
+        run = self.run if rows is None else run_layers
+        hidden_BSE = run(
             self.layers,
-            self.text_model.norm,
-            attention.scaling,
             hidden_BSE,
             cos_BSD[:, :, None],
             sin_BSD[:, :, None],
-            bias_BQC,
+            bias,
             places_N,
             cache.keys,
             cache.values,
             None if rows is None else rows_B,
         )
+        return _normed(hidden_BSE, self.text_model.norm)
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key-value head."""
+        return cast("Emu3DecoderLayer", self.text_model.layers[0]).self_attn.num_key_value_groups
 
 
 def _angles(text_model: Emu3TextModel, slots_BS: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,63 +192,79 @@ def _angles(text_model: Emu3TextModel, slots_BS: Tensor, like: Tensor) -> tuple[
 
 def run_layers(
     layers: Sequence[Layer],
-    norm: RMSNorm,
-    scaling: float,
     hidden_BSE: Tensor,
     cos_BS1D: Tensor,
     sin_BS1D: Tensor,
-    bias_BQC: Tensor,
+    bias: Tensor,
     places_N: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     rows_B: Tensor | None,
+    run: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """All layers and the last norm: hidden states (B, S, E).
+    """One layer after the other: hidden states (B, S, E). Arguments as of `run_layer`, or what `run` names instead.
 
     Args:
-        layers, norm, scaling: of the model.
-        hidden_BSE: embeddings.
-        cos_BS1D, sin_BS1D: of their slots; see `Forward`.
-        bias_BQC: added to the scores of a key-value head: 0 or -inf.
-        places_N, keys, values: where keys and values go; see `SlotCache.fill`.
+        keys, values: the cache's of each layer.
+    """
+    for layer, keys_BKCD, values_BKCD in zip(layers, keys, values, strict=True):
+        hidden_BSE = (run or run_layer)(
+            layer, hidden_BSE, cos_BS1D, sin_BS1D, bias, places_N, keys_BKCD, values_BKCD, rows_B
+        )
+    return hidden_BSE
+
+
+def run_layer(
+    layer: Layer,
+    hidden_BSE: Tensor,
+    cos_BS1D: Tensor,
+    sin_BS1D: Tensor,
+    bias: Tensor,
+    places_N: Tensor,
+    keys_BKCD: Tensor,
+    values_BKCD: Tensor,
+    rows_B: Tensor | None,
+) -> Tensor:
+    """Attention and feed-forward: hidden states (B, S, E).
+
+    Args:
+        layer: of the model.
+        hidden_BSE: embeddings, or what the layer before gave.
+        cos_BS1D, sin_BS1D: of the tokens' slots; see `Forward`.
+        bias: added to the scores, 0 or -inf: (B * K, Q, end), or for many queries (B, 1, Q, end).
+        places_N, keys_BKCD, values_BKCD: where keys and values go; see `SlotCache.fill`.
         rows_B: of the cache; None for the first B.
     """
     batch, length = hidden_BSE.shape[:2]
-    heads, width, queries, end = keys[0].shape[1], keys[0].shape[3], *bias_BQC.shape[1:]
+    heads, width, queries, end = keys_BKCD.shape[1], keys_BKCD.shape[3], bias.shape[-2], bias.shape[-1]
     groups = queries // length
-    bias_BKQC = bias_BQC[:, None].expand(-1, heads, -1, -1)
-    bias_MQC = bias_BKQC.reshape(batch * heads, queries, end)
-    for layer, keys_BKCD, values_BKCD in zip(layers, keys, values, strict=True):
-        mixed_BSE = layer.query_key_value(_normed(hidden_BSE, layer.attention_norm))
-        both_BSND, value_BSKD = mixed_BSE.view(batch, length, (groups + 2) * heads, width).split(
-            ((groups + 1) * heads, heads), 2
+    mixed_BSE = layer.query_key_value(_normed(hidden_BSE, layer.attention_norm))
+    both_BSND, value_BSKD = mixed_BSE.view(batch, length, (groups + 2) * heads, width).split(
+        ((groups + 1) * heads, heads), 2
+    )
+    halves = both_BSND[..., width // 2 :], both_BSND[..., : width // 2]  # `roll` costs several times as much
+    both_BSND = torch.addcmul(both_BSND * cos_BS1D, torch.cat(halves, -1), sin_BS1D)
+    query_BSND, key_BSKD = both_BSND.split((groups * heads, heads), 2)
+    keys_BKCD.view(-1, width).index_copy_(0, places_N, key_BSKD.reshape(-1, width))
+    values_BKCD.view(-1, width).index_copy_(0, places_N, value_BSKD.reshape(-1, width))
+    keys_BKCD, values_BKCD = (
+        cached[:batch, :, :end] if rows_B is None else cached[rows_B, :, :end] for cached in (keys_BKCD, values_BKCD)
+    )
+    # (B, S, K * G, D) -> (B, K, G * S, D)
+    query_BKQD = query_BSND.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4)
+    query_BKQD = query_BKQD.reshape(batch, heads, queries, width)
+    if bias.ndim == 3:
+        query_MQD, keys_MCD = query_BKQD.flatten(0, 1), keys_BKCD.flatten(0, 1)
+        scores_MQC = torch.baddbmm(bias, query_MQD, keys_MCD.transpose(1, 2), alpha=layer.scaling)
+        mixed_BKQD = torch.bmm(scores_MQC.softmax(-1), values_BKCD.flatten(0, 1))
+    else:
+        mixed_BKQD = F.scaled_dot_product_attention(
+            query_BKQD, keys_BKCD, values_BKCD, attn_mask=bias.expand(-1, heads, -1, -1), scale=layer.scaling
         )
-        halves = both_BSND[..., width // 2 :], both_BSND[..., : width // 2]  # `roll` costs several times as much
-        both_BSND = torch.addcmul(both_BSND * cos_BS1D, torch.cat(halves, -1), sin_BS1D)
-        query_BSND, key_BSKD = both_BSND.split((groups * heads, heads), 2)
-        keys_BKCD.view(-1, width).index_copy_(0, places_N, key_BSKD.reshape(-1, width))
-        values_BKCD.view(-1, width).index_copy_(0, places_N, value_BSKD.reshape(-1, width))
-        keys_BKCD, values_BKCD = (
-            cached[:batch, :, :end] if rows_B is None else cached[rows_B, :, :end]
-            for cached in (keys_BKCD, values_BKCD)
-        )
-        # (B, S, K * G, D) -> (B, K, G * S, D)
-        query_BKQD = query_BSND.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4)
-        query_BKQD = query_BKQD.reshape(batch, heads, queries, width)
-        if queries < _MANY_QUERIES:
-            scores_MQC = torch.baddbmm(
-                bias_MQC, query_BKQD.flatten(0, 1), keys_BKCD.flatten(0, 1).transpose(1, 2), alpha=scaling
-            )
-            mixed_BKQD = torch.bmm(scores_MQC.softmax(-1), values_BKCD.flatten(0, 1))
-        else:
-            mixed_BKQD = F.scaled_dot_product_attention(
-                query_BKQD, keys_BKCD, values_BKCD, attn_mask=bias_BKQC, scale=scaling
-            )
-        mixed_BSE = mixed_BKQD.view(batch, heads, groups, length, width).permute(0, 3, 1, 2, 4)
-        hidden_BSE = hidden_BSE + layer.output(mixed_BSE.reshape(batch, length, groups * heads * width))
-        gate_BSF, up_BSF = layer.gate_up(_normed(hidden_BSE, layer.feed_forward_norm)).chunk(2, -1)
-        hidden_BSE = hidden_BSE + layer.down(layer.activation(gate_BSF) * up_BSF)
-    return _normed(hidden_BSE, norm)
+    mixed_BSE = mixed_BKQD.view(batch, heads, groups, length, width).permute(0, 3, 1, 2, 4)
+    hidden_BSE = hidden_BSE + layer.output(mixed_BSE.reshape(batch, length, groups * heads * width))
+    gate_BSF, up_BSF = layer.gate_up(_normed(hidden_BSE, layer.feed_forward_norm)).chunk(2, -1)
+    return hidden_BSE + layer.down(layer.activation(gate_BSF) * up_BSF)
 
 
 def _normed(x: Tensor, norm: RMSNorm) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from emu3.generation.cache import SlotCache
 from emu3.generation.forward import Forward
+from emu3.generation.graphs import RecordedForward
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling, choose, guide, uniform_noise
 
@@ -113,7 +114,7 @@ class Batch:
 
     model: Emu3ForConditionalGeneration
     cache: SlotCache
-    forward: Forward
+    forward: Forward | RecordedForward
     sequences: list[Running]
 
     def feed(self, tokens: Sequence[tuple[Sequence[int], Sequence[int]]], rows: Sequence[int] | None = None) -> Tensor:

@@ -1,0 +1,74 @@
+"""Forwards recorded once and replayed: on a GPU a step of a small batch waits for its launches otherwise.
+
+A recording fits one shape only, so lengths are rounded up: tokens a row to a power of two, the slots that attention
+reads to a multiple of `SLOTS`.
+
+B rows, S tokens a row, E model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emu3.generation.cache import SlotCache
+from emu3.generation.forward import Forward
+
+SLOTS = 2048
+# Longer ones are prompts, whose shapes hardly come back.
+MOST_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A recorded forward: what it reads, and where its result will be."""
+
+    graph: torch.cuda.CUDAGraph
+    ids_BS: Tensor
+    slots_BS: Tensor
+    hidden_BSE: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedForward:
+    """A forward over one cache, with the call of `Forward`. The result is overwritten by the next call."""
+
+    forward: Forward
+    recordings: dict[tuple[int, int, int], Recording] = field(default_factory=dict)
+
+    def __call__(
+        self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, rows: Sequence[int] | None, end: int
+    ) -> Tensor:
+        """See `Forward.__call__`."""
+        batch, length = ids_BS.shape
+        if rows is not None or length > MOST_TOKENS:
+            return self.forward(cache, ids_BS, slots_BS, rows, end)
+        # More of what padding is already: a row's last token again.
+        more = (1 << (length - 1).bit_length()) - length
+        ids_BS, slots_BS = (F.pad(each[:, None], (0, more), mode="replicate")[:, 0] for each in (ids_BS, slots_BS))
+        end = min(cache.slots, -(-end // SLOTS) * SLOTS)
+        key = (batch, ids_BS.shape[1], end)
+        if key not in self.recordings:
+            self.recordings[key] = self._record(cache, ids_BS, slots_BS, end)
+        recording = self.recordings[key]
+        recording.ids_BS.copy_(ids_BS)
+        recording.slots_BS.copy_(slots_BS)
+        recording.graph.replay()
+        return recording.hidden_BSE[:, :length]
+
+    def _record(self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, end: int) -> Recording:
+        ids_BS, slots_BS = ids_BS.to(cache.filled_BC.device), slots_BS.to(cache.filled_BC.device)
+        # Once for real, off the main stream: what is compiled or allocated at first use must not be in a recording.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.forward(cache, ids_BS, slots_BS, None, end)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden_BSE = self.forward(cache, ids_BS, slots_BS, None, end)
+        return Recording(graph, ids_BS, slots_BS, hidden_BSE)
