@@ -60,6 +60,7 @@ class Emu3Pipeline:
         dtype: torch.dtype = torch.float32,
         download: bool = False,
         compiled: bool = False,
+        int8: bool = False,
     ) -> Emu3Pipeline:
         """Load "nano", which is part of the package, a folder, or a hub id `owner/name`.
 
@@ -69,14 +70,18 @@ class Emu3Pipeline:
             dtype: of its weights.
             download: whether a hub id may be fetched; otherwise it must be in the local cache.
             compiled: whether to compile the layers, which pays for many pictures; see `Engine`.
+            int8: whether to compute the layers in 8 bits, on a CPU; see `emu3.quantization`.
 
         Raises:
             ValueError: there is no such checkpoint, or its files do not fit together.
         """
         from emu3.checkpoints.load import load_model, load_processor
+        from emu3.quantization import quantize_int8
 
         folder = resolve(name, download=download)
         model = load_model(folder, dtype=dtype, device=device)
+        if int8:
+            quantize_int8(model.model.text_model)
         release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
         # By its name too: one that was trained further has the same numbers, and other abilities.
         known = release is not None and Path(name).name.startswith(release.name)

@@ -1,0 +1,66 @@
+"""Weights and activations in 8 bits."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from emu3.checkpoints import NANO
+from emu3.checkpoints.load import load_model
+from emu3.quantization import Int8Linear, quantize_int8
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_product_of_whole_numbers_is_exact(bias):
+    """Weights and activations that are whole 127ths of the largest of their row."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 9, bias=bias)
+    linear.weight.data = torch.randint(-127, 128, (9, 32)).float()
+    linear.weight.data[:, 0] = 127.0
+    x = torch.randint(-127, 128, (3, 5, 32)) * torch.tensor([0.01, 1.0, 30.0])[:, None, None]
+    x[..., 1] = torch.tensor([1.27, -127.0, 3810.0])[:, None]
+    torch.testing.assert_close(Int8Linear(linear)(x), linear(x), rtol=1e-5, atol=1e-2)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    low, x = Int8Linear(nn.Linear(64, 16)), torch.randn(5, 64)
+    assert torch.equal(low(x)[2], low(torch.cat((1e4 * x[:2], x[2:])))[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_error_is_that_of_eight_bits(dtype):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 64).to(dtype), torch.randn(7, 256).to(dtype)
+    exact, found = linear(x), Int8Linear(linear)(x)
+    assert found.dtype == dtype
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 0.03
+
+
+@torch.no_grad()
+def test_nano_says_nearly_the_same_in_eight_bits():
+    """How far the probabilities of the next token move, and how often the best one stays."""
+    model = load_model(NANO)
+    low = copy.deepcopy(model)
+    quantize_int8(low.model.text_model)
+    layer = low.model.text_model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, Int8Linear)
+    assert isinstance(layer.mlp.down_proj, Int8Linear)
+    assert type(low.lm_head) is nn.Linear
+    generator = torch.Generator().manual_seed(0)
+    lo, hi = model.model.vocabulary.visual_span
+    ids = torch.randint(lo, hi, (4, 60), generator=generator)
+    exact, found = (each(input_ids=ids).logits[..., lo:hi].softmax(-1) for each in (model, low))
+    assert float((exact - found).abs().sum(-1).mean()) / 2 < 0.1
+    assert float((exact.argmax(-1) == found.argmax(-1)).float().mean()) > 0.9
+
+
+def test_it_is_for_cpus():
+    with torch.device("meta"):
+        model = nn.Module()
+        model.embed_tokens = nn.Embedding(2, 2)
+    with pytest.raises(ValueError, match="int8 is for CPUs, and the model is on meta"):
+        quantize_int8(model)
