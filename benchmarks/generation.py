@@ -82,7 +82,7 @@ def requests(model: Emu3ForConditionalGeneration, side: int, pictures: int, seed
 
 
 def theirs(model: Any, ours: Emu3ForConditionalGeneration, side: int, pictures: int, tokens: int) -> float:
-    """Seconds of `generate` for so many tokens of each picture."""
+    """Seconds of `generate` for whole pictures, scaled up from so many tokens of each."""
     vocabulary = ours.model.vocabulary
     prompt, negative = (torch.tensor([ids] * pictures) for ids in requests(ours, side, 1, 0)[0].rows)
     visual = torch.arange(*vocabulary.visual_span).tolist()
@@ -101,21 +101,26 @@ def theirs(model: Any, ours: Emu3ForConditionalGeneration, side: int, pictures: 
             return (vocabulary.pad,)
         return (vocabulary.eol,) if offset % (side + 1) == 0 else visual
 
-    start = time.perf_counter()
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        negative_prompt_ids=negative,
-        negative_prompt_attention_mask=torch.ones_like(negative),
-        guidance_scale=3.0,
-        do_sample=True,
-        top_k=2048,
-        max_new_tokens=tokens,
-        eos_token_id=vocabulary.eos,
-        pad_token_id=vocabulary.pad,
-        prefix_allowed_tokens_fn=allowed,
-    )
-    return time.perf_counter() - start
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            negative_prompt_ids=negative,
+            negative_prompt_attention_mask=torch.ones_like(negative),
+            guidance_scale=3.0,
+            do_sample=True,
+            top_k=2048,
+            max_new_tokens=count,
+            eos_token_id=vocabulary.eos,
+            pad_token_id=vocabulary.pad,
+            prefix_allowed_tokens_fn=allowed,
+        )
+        return time.perf_counter() - start
+
+    whole = side * (side + 1) + 3
+    # Of a picture's part, the prompt is taken off before it is scaled up.
+    return run(whole) if tokens >= whole else (run(tokens + 4) - run(4)) / tokens * whole
 
 
 def ours(model: Emu3ForConditionalGeneration, decoder: Counting, side: int, pictures: int, compiled: bool) -> float:
@@ -145,7 +150,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--decoding", nargs="+", default=["raster", "zipar", "jacobi"])
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--int8", action="store_true", help="for ours; the peer stays in float32")
+    parser.add_argument("--int8", action="store_true", help="for the layers of ours")
+    for whose in ("dtype", "peer-dtype"):
+        parser.add_argument(f"--{whose}", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-tokens", type=int, help="of each picture; default: all for nano, 24 for wide")
     arguments = parser.parse_args()
@@ -153,13 +160,11 @@ def main() -> None:
     model, side = (load_model(NANO), 12) if arguments.model == "nano" else (wide(), 16)
     whole = side * (side + 1) + 3
     tokens = arguments.peer_tokens or (whole if arguments.model == "nano" else 24)
-    peer, pictures = peer_of(model), arguments.pictures
+    peer, pictures = peer_of(model).to(getattr(torch, arguments.peer_dtype)), arguments.pictures
+    model = copy.deepcopy(model).to(getattr(torch, arguments.dtype))
     if arguments.int8:
-        model = copy.deepcopy(model)
         quantize_int8(model.model.text_model)
-    runs: dict[str, Callable[[], float]] = {
-        "transformers": warmed(lambda: theirs(peer, model, side, pictures, tokens) * whole / tokens)
-    }
+    runs: dict[str, Callable[[], float]] = {"transformers": warmed(lambda: theirs(peer, model, side, pictures, tokens))}
     decoders = {name: Counting(name) for name in arguments.decoding}
     for name, decoder in decoders.items():
         runs[name] = warmed(lambda decoder=decoder: ours(model, decoder, side, pictures, arguments.compiled))  # type: ignore[misc]
@@ -174,6 +179,8 @@ def main() -> None:
         "tokens": whole,
         "compiled": arguments.compiled,
         "int8": arguments.int8,
+        "dtype": arguments.dtype,
+        "peer_dtype": arguments.peer_dtype,
         "runs": {
             name: {
                 "seconds": [round(each, 4) for each in times],
@@ -191,7 +198,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     kind = "compiled" if arguments.compiled else "eager"
-    precision = "int8, the peer float32" if arguments.int8 else "float32"
+    precision = f"{arguments.dtype}{' with int8 layers' if arguments.int8 else ''} (the peer {arguments.peer_dtype})"
     print(f"{arguments.model}, {pictures} at once, {whole} tokens each, {precision}, {kind}")
     print(
         f"{result['cpu']}, {result['threads']} threads; "

@@ -78,7 +78,17 @@ def joined(modules: Sequence[nn.Module]) -> Product:
         first, *others = modules
         return lambda x: torch.cat([module(x) for module in modules], -1) if others else cast(Tensor, first(x))
     weights = [cast(nn.Parameter, module.weight) for module in modules]
-    return partial(F.linear, weight=_in_one_piece(weights))
+    return partial(product, weight=_in_one_piece(weights))
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` without a bias: (..., I) to (..., O)."""
+    rows = x.numel() // x.shape[-1]
+    # For a few rows and a large matrix in float32, the CPU's library picks a kernel that is half as fast as that for
+    # the same product the other way round.
+    if 8 <= rows <= 32 and weight.numel() > 2**22 and x.dtype == torch.float32 and x.device.type == "cpu":
+        return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def _in_one_piece(weights: Sequence[nn.Parameter]) -> Tensor:

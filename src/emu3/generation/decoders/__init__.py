@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emu3.generation.cache import SlotCache
-from emu3.generation.forward import Forward
+from emu3.generation.forward import Forward, product
 from emu3.generation.graphs import RecordedForward
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling, choose, guide, uniform_noise
@@ -153,7 +153,7 @@ class Batch:
         if scale is not None:
             rows, indices = rows + [row + 1 for row in rows], indices * 2
         head_VE: Tensor = self.model.lm_head.weight[slice(*span)]  # a view
-        logits_NV = (hidden_BSE[rows, indices] @ head_VE.T).float()
+        logits_NV = product(hidden_BSE[rows, indices], head_VE).float()
         if scale is None:
             return logits_NV
         conditional_NV, unconditional_NV = logits_NV.chunk(2)
