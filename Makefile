@@ -24,7 +24,9 @@ lint: .venv/.installed  ## style, types, import directions
 	$(BIN)/lint-imports
 
 bench: .venv/.installed  ## speed, as a ratio against transformers on the same weights
-	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/generation.py nano
+	$(BIN)/python benchmarks/generation.py wide --rounds 2
+	$(BIN)/python benchmarks/vision.py
 
 nano: .venv/.installed  ## train the shipped checkpoint again; hours on two cores
 	set -e; for recipe in vision language checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
