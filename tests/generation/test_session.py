@@ -184,7 +184,7 @@ def test_what_never_fits_is_refused(model, vocabulary):
         alone(model, endless)
 
 
-def test_the_model_can_be_trained_after_it_was_run(model, vocabulary):
+def test_the_model_can_be_trained_and_saved_after_it_was_run(model, vocabulary, tmp_path):
     """Joining its matrices in one piece of memory changes neither their values nor what can be done with them."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.inference_mode():
@@ -196,3 +196,7 @@ def test_the_model_can_be_trained_after_it_was_run(model, vocabulary):
     assert attention.k_proj.weight.grad.abs().max() > 0
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
     model.zero_grad(set_to_none=True)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert again.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.items())

@@ -35,7 +35,7 @@ UNDECIDED = -1
 
 @dataclass(eq=False)
 class Running:
-    """A request on its way.
+    """A request on its way. Changes in place, since a step decides a few of thousands of tokens.
 
     Attributes:
         request: what was asked for.
