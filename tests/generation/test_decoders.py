@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3.generation import forward
@@ -134,8 +134,7 @@ def chi_square(counts, expected):
     return float(((counts - expected)[seen] ** 2 / expected[seen]).sum() / (seen.sum() - 1))
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.integers(0, 1000))
+@pytest.mark.parametrize("seed", range(5))  # fixed, as a test of chance fails by chance otherwise
 def test_coupled_drafts_are_distributed_as_the_new_probabilities(seed):
     random = torch.Generator().manual_seed(seed)
     p, q = torch.rand(2, 6, generator=random).pow(3)
