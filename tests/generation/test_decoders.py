@@ -1,4 +1,4 @@
-"""ZipAR and Jacobi decoding: their schedules, what they must agree with, and their distributions."""
+"""Predictive, ZipAR and Jacobi decoding: their schedules, what they must agree with, and their distributions."""
 
 import shutil
 from dataclasses import replace
@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3.generation import forward
-from emu3.generation.decoders import Running
+from emu3.generation.decoders import Running, Wanted
+from emu3.generation.decoders.guesses import guess_ahead
 from emu3.generation.decoders.jacobi import JacobiDecoder, couple
 from emu3.generation.decoders.named import decoder_named
+from emu3.generation.decoders.predictive import PredictiveDecoder
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.decoders.zipar import ZipARDecoder, wavefront
 from emu3.generation.engine import Engine
@@ -83,7 +85,9 @@ def test_a_window_as_wide_as_the_row_is_raster(model, mixed):
     assert finished(model, ZipARDecoder(window=1), one_row) == finished(model, RasterDecoder(), one_row)
 
 
-@pytest.mark.parametrize("decoder", [ZipARDecoder(1), ZipARDecoder(2), ZipARDecoder(), JacobiDecoder(3)])
+@pytest.mark.parametrize(
+    "decoder", [ZipARDecoder(1), ZipARDecoder(2), ZipARDecoder(), JacobiDecoder(3), PredictiveDecoder(3)]
+)
 def test_whatever_decides_pictures_are_complete_and_neighbours_do_not_matter(model, mixed, decoder):
     together = finished(model, decoder, mixed)
     for each, ids in zip(mixed, together, strict=True):
@@ -109,7 +113,7 @@ def test_a_narrow_window_takes_fewer_steps(model, vocabulary):
 
 def test_rows_are_reported_as_they_are_done(model, vocabulary):
     drawn = request(vocabulary, 4, 3)
-    for decoder in (ZipARDecoder(1), JacobiDecoder(4)):
+    for decoder in (ZipARDecoder(1), JacobiDecoder(4), PredictiveDecoder(4)):
         events = list(Engine(model, decoder).stream([drawn]))
         tokens = [event for event in events if isinstance(event, Tokens)]
         at = {k: id_ for event in tokens for k, id_ in enumerate(event.ids, event.position)}
@@ -125,6 +129,30 @@ def test_rows_are_reported_as_they_are_done(model, vocabulary):
 def test_greedy_jacobi_is_greedy_raster(model, mixed, window):
     greedy = [replace(each, sampling=GREEDY) for each in mixed]
     assert finished(model, JacobiDecoder(window), greedy) == finished(model, RasterDecoder(), greedy)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_predictive_decides_what_raster_does(model, mixed, window):
+    assert finished(model, PredictiveDecoder(window), mixed) == finished(model, RasterDecoder(), mixed)
+
+
+def test_guesses_are_what_is_known_or_the_neighbour(vocabulary):
+    """A clip of two frames of 2x3, whose first frame is decided up to its second row."""
+    lo, eol = vocabulary.visual_base, vocabulary.eol
+    sequence = Running.begin(request(vocabulary, 2, 3, frames=2), 0, 99)
+    assert guess_ahead(sequence, {}, -1, 4) == (
+        range(-1, 4),
+        [(0, 0), (1, 1), (2, 2), (4, 4)],
+        {0: lo, 1: lo, 2: lo, 4: lo},
+    )
+    for k, id_ in [(0, lo + 1), (1, lo + 2), (2, lo + 3)]:
+        sequence.decide(k, id_)
+    assert sequence.ids_K[:4].tolist() == [lo + 1, lo + 2, lo + 3, eol]
+    plan = guess_ahead(sequence, {4: lo + 7, 6: lo + 5}, 2, 5)
+    frame = sequence.request.grammar.frame_length
+    assert [k for _, k in plan.wants] == [4, 5, 6, frame, frame + 1]
+    assert plan.guesses == {4: lo + 7, 5: lo + 7, 6: lo + 5, frame: lo + 1, frame + 1: lo + 2}
+    assert all(plan.feeds[index] == k - 1 for index, k in plan.wants)
 
 
 def chi_square(counts, expected):
@@ -180,8 +208,10 @@ def draw_by_jacobi(toy, window, count, seed, stale):
         proposals = torch.empty(0, toy.size)
         while len(decided) < toy.length:
             fresh = min(window, toy.length - len(decided)) - len(drafts)
-            drafts = torch.cat((drafts, torch.randint(toy.size, (fresh,), generator=random)))
-            proposals = torch.cat((proposals, torch.full((fresh, toy.size), 1 / toy.size)))
+            for _ in range(fresh):
+                before = torch.cat((torch.zeros(1, dtype=torch.long), decided, drafts))[-1:]
+                drafts = torch.cat((drafts, before))
+                proposals = torch.cat((proposals, torch.eye(toy.size)[before]))
             fed = torch.cat((decided, drafts))[None, :-1]
             new = toy.probabilities(fed)[0, len(decided) :]
             tokens, kept = couple(new, drafts, proposals, *torch.rand(2, len(drafts), generator=random))
@@ -223,8 +253,12 @@ def test_the_decoder_has_the_distribution_of_the_model(vocabulary):
             ]
             return torch.empty(0)
 
-        def places(self, plans):
-            return [[(n, k) for _, k in plan.wants] for n, plan in enumerate(plans)]
+        def wanted(self, plans):
+            return [
+                Wanted(sequence, k, (n, k))
+                for n, (sequence, plan) in enumerate(zip(self.sequences, plans, strict=True))
+                for _, k in plan.wants
+            ]
 
         def logits(self, hidden, places, span, scale):
             rows = [torch.tensor([[self.known[n][j] for j in range(k)]], dtype=torch.long) for n, k in places]
@@ -233,8 +267,9 @@ def test_the_decoder_has_the_distribution_of_the_model(vocabulary):
         def span(self, request, k):
             return request.grammar.span(k)
 
-        def choose(self, hidden, planned):
-            assert not planned
+        def chosen(self, hidden, wanted):
+            assert not wanted
+            return []
 
     outcomes = np.zeros(3**4)
     requests = [Request((ids.bos, ids.img), grammar, Sampling(top_k=0), None, seed) for seed in range(count)]
@@ -254,20 +289,22 @@ def test_decoders_by_name():
     assert decoder_named("raster") == RasterDecoder()
     assert decoder_named("zipar") == ZipARDecoder(None)
     assert decoder_named("zipar:7") == ZipARDecoder(7)
+    assert decoder_named("predictive") == PredictiveDecoder(16)
     assert decoder_named("jacobi:32") == JacobiDecoder(32)
     for name in ("", "zip", "raster:2", "zipar:", "zipar:-1", "jacobi:x"):
         with pytest.raises(ValueError, match="decoding"):
             decoder_named(name)
-    for name in ("zipar:0", "jacobi:0"):
+    for name in ("zipar:0", "jacobi:0", "predictive:0"):
         with pytest.raises(ValueError, match="window must be at least 1, got 0"):
             decoder_named(name)
 
 
-def test_jacobi_decides_several_tokens_a_forward_where_drafts_pass(model, vocabulary):
+@pytest.mark.parametrize("kind", [JacobiDecoder, PredictiveDecoder])
+def test_several_tokens_a_forward_where_guesses_pass(model, vocabulary, kind):
     """Greedy drafts settle, as the iteration's fixed point is the sequence; so it takes fewer steps than tokens."""
     steps = []
 
-    class Counting(JacobiDecoder):
+    class Counting(kind):
         def step(self, batch):
             steps.append(1)
             super().step(batch)

@@ -102,6 +102,15 @@ class Plan(NamedTuple):
     guesses: Mapping[int, int] = {}
 
 
+class Wanted(NamedTuple):
+    """A position to decide: of a sequence, and where in the hidden states (B, S) the token before it is, in its
+    conditional row."""
+
+    sequence: Running
+    k: int
+    place: tuple[int, int]
+
+
 def next_in_order(sequence: Running) -> Plan:
     """Feeds what was emitted last, forced tokens included, and decides the position behind it."""
     first = sequence.new[-1][0] if sequence.new else -1
@@ -137,11 +146,11 @@ class Batch:
             sequence.new = []
         return self.feed(tokens)
 
-    def places(self, plans: Sequence[Plan]) -> list[list[tuple[int, int]]]:
-        """Where in (B, S) the tokens before each sequence's wanted positions are, in its conditional row."""
+    def wanted(self, plans: Sequence[Plan]) -> list[Wanted]:
+        """The positions that the plans of all sequences decide."""
         found, row = [], 0
         for sequence, plan in zip(self.sequences, plans, strict=True):
-            found.append([(row, index) for index, _ in plan.wants])
+            found += [Wanted(sequence, k, (row, index)) for index, k in plan.wants]
             row += len(sequence.request.rows)
         return found
 
@@ -161,29 +170,27 @@ class Batch:
 
     def decide(self, plans: Sequence[Plan]) -> None:
         """Run the plans, and choose an id for every position that they want."""
-        hidden_BSE = self.run(plans)
-        self.choose(hidden_BSE, list(zip(self.sequences, plans, self.places(plans), strict=True)))
+        wanted = self.wanted(plans)
+        for (sequence, k, _), id_ in zip(wanted, self.chosen(self.run(plans), wanted), strict=True):
+            sequence.decide(k, id_)
 
-    def choose(self, hidden_BSE: Tensor, planned: Sequence[tuple[Running, Plan, list[tuple[int, int]]]]) -> None:
-        """Choose an id for every position that these sequences want, given the places before them."""
+    def chosen(self, hidden_BSE: Tensor, wanted: Sequence[Wanted]) -> list[int]:
+        """An id for every position, in their order."""
         # Positions that choose alike, from the same ids, share the head, the sorting and the draw.
-        groups: defaultdict[tuple[tuple[int, int], float | None, Sampling], list[tuple[tuple[int, int], Running, int]]]
-        groups = defaultdict(list)
-        for sequence, plan, places in planned:
-            for place, (_, k) in zip(places, plan.wants, strict=True):
-                key = (self.span(sequence.request, k), sequence.request.scale(k), sequence.request.sampling)
-                groups[key].append((place, sequence, k))
+        groups: defaultdict[tuple[tuple[int, int], float | None, Sampling], list[int]] = defaultdict(list)
+        for n, (sequence, k, _) in enumerate(wanted):
+            groups[self.span(sequence.request, k), sequence.request.scale(k), sequence.request.sampling].append(n)
         chosen = []
         for (span, scale, sampling), members in groups.items():
-            logits_NV = self.logits(hidden_BSE, [place for place, _, _ in members], span, scale)
-            noise_N = torch.tensor([sequence.noise_K[k] for _, sequence, k in members], device=logits_NV.device)
-            chosen.append(choose(logits_NV, sampling, noise_N) + span[0])
+            logits_NV = self.logits(hidden_BSE, [wanted[n].place for n in members], span, scale)
+            noise = [wanted[n].sequence.noise_K[wanted[n].k] for n in members]
+            chosen.append(choose(logits_NV, sampling, torch.tensor(noise, device=logits_NV.device)) + span[0])
         if not chosen:
-            return
+            return []
         # The one wait for the device in a step.
-        decided = [(sequence, k) for members in groups.values() for _, sequence, k in members]
-        for (sequence, k), id_ in zip(decided, torch.cat(chosen).tolist(), strict=True):
-            sequence.decide(k, id_)
+        ids = torch.cat(chosen).tolist()
+        order = [n for members in groups.values() for n in members]
+        return [id_ for _, id_ in sorted(zip(order, ids, strict=True))]
 
     def span(self, request: Request, k: int) -> tuple[int, int]:
         """The ids lo..hi-1 that may stand at position k."""

@@ -5,7 +5,7 @@ max(0, p - q); what comes out is distributed as p (Leviathan et al., arXiv 2211.
 of the forward before (SJD, arXiv 2410.01699). Every position of the window is verified, not only those up to the first
 replaced one, and goes on as a draft of its new p (SCD, arXiv 2510.24211), which is the p just computed for kept drafts
 too, as in SJD-PAC (arXiv 2603.18599); with their old q the tokens drift. So drafts rarely change, and long runs of them
-pass at once.
+pass at once. A position new to the window is guessed from its neighbour, a draft of a q with all its weight there.
 
 Lossless: the tokens have the distribution of raster decoding with the same guidance and sampling, but a seed gives
 another picture. At temperature 0 it is the same picture.
@@ -15,14 +15,17 @@ N positions of the window, V legal ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.generation.decoders import UNDECIDED, Batch, Plan, Running, next_in_order
+from emu3.generation.decoders import Batch, Plan, Running, Wanted, next_in_order
+from emu3.generation.decoders.guesses import guess_ahead
 from emu3.generation.sampling import probabilities
 
 
@@ -48,14 +51,14 @@ def couple(
     return torch.where(kept_N, drafts_N, redrawn_N.clamp_max(probabilities_NV.shape[1] - 1)), kept_N
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Drafts:
-    """What a picture keeps between steps: for its next undecided positions, indices (N,) among the legal ids, and
-    their q (N, V). Positions before `cached` are in the cache as they were decided."""
+    """What a picture keeps between steps: drafts at positions to come, and their q (N, V). Those before `cached` are in
+    the cache as they were decided."""
 
     random: torch.Generator
-    drafts_N: Tensor
-    proposals_NV: Tensor
+    known: dict[int, int] = field(default_factory=dict)
+    proposals_NV: Tensor | None = None
     cached: int = -1
 
 
@@ -79,63 +82,46 @@ class JacobiDecoder:
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
         """Run one forward and verify the drafts of every picture; texts go on by one token."""
-        plans = [self._plan(sequence, batch.device) for sequence in batch.sequences]
-        hidden_BSE = batch.run(plans)
-        texts = []
-        for sequence, plan, places in zip(batch.sequences, plans, batch.places(plans), strict=True):
-            if sequence.request.grammar is None:
-                texts.append((sequence, plan, places))
-            else:
-                self._verify(batch, sequence, plan, hidden_BSE, places)
-        batch.choose(hidden_BSE, texts)
+        plans = [self._plan(sequence) for sequence in batch.sequences]
+        hidden_BSE, wanted = batch.run(plans), batch.wanted(plans)
+        for plan, (sequence, members) in zip(plans, groupby(wanted, lambda each: each.sequence), strict=True):
+            if sequence.request.grammar is not None:
+                self._verify(batch, sequence, plan, hidden_BSE, list(members))
+        texts = [each for each in wanted if each.sequence.request.grammar is None]
+        for (sequence, k, _), id_ in zip(texts, batch.chosen(hidden_BSE, texts), strict=True):
+            sequence.decide(k, id_)
 
-    def _plan(self, sequence: Running, device: torch.device) -> Plan:
-        grammar = sequence.request.grammar
-        if grammar is None:
+    def _plan(self, sequence: Running) -> Plan:
+        if sequence.request.grammar is None:
             return next_in_order(sequence)
-        lo, hi = grammar.vocabulary.visual_span
         if sequence.memory is None:
-            random = torch.Generator().manual_seed(sequence.request.seed)
-            drafts = Drafts(random, torch.empty(0, dtype=torch.long), torch.empty(0, hi - lo, device=device))
-        else:
-            drafts = cast(Drafts, sequence.memory)
-        positions = (sequence.ids_K[sequence.emitted :] == UNDECIDED).nonzero()[0][: self.window] + sequence.emitted
-        fresh = len(positions) - len(drafts.drafts_N)
-        drafts_N = torch.cat((drafts.drafts_N, torch.randint(hi - lo, (fresh,), generator=drafts.random)))
-        uniform_NV = drafts.proposals_NV.new_full((fresh, hi - lo), 1 / (hi - lo))
-        sequence.memory = replace(drafts, drafts_N=drafts_N, proposals_NV=torch.cat((drafts.proposals_NV, uniform_NV)))
-        return Plan(
-            feeds=range(drafts.cached, int(positions[-1])),
-            wants=[(int(k) - 1 - drafts.cached, int(k)) for k in positions],
-            guesses=dict(zip(positions.tolist(), (drafts_N + lo).tolist(), strict=True)),
-        )
+            sequence.memory = Drafts(torch.Generator().manual_seed(sequence.request.seed))
+        drafts = cast(Drafts, sequence.memory)
+        return guess_ahead(sequence, drafts.known, drafts.cached, self.window)
 
     def _verify(
-        self, batch: Batch, sequence: Running, plan: Plan, hidden_BSE: Tensor, places: list[tuple[int, int]]
+        self, batch: Batch, sequence: Running, plan: Plan, hidden_BSE: Tensor, wanted: Sequence[Wanted]
     ) -> None:
         request, drafts = sequence.request, cast(Drafts, sequence.memory)
-        span = batch.span(request, plan.wants[0][1])
+        lo, hi = batch.span(request, wanted[0].k)
         logits_NV = torch.cat(
             [
-                batch.logits(hidden_BSE, [place for place, _ in group], span, scale)
-                for scale, group in groupby(
-                    zip(places, plan.wants, strict=True), lambda pair: request.scale(pair[1][1])
-                )
+                batch.logits(hidden_BSE, [each.place for each in group], (lo, hi), scale)
+                for scale, group in groupby(wanted, lambda each: request.scale(each.k))
             ]
         )
         probabilities_NV = probabilities(logits_NV, request.sampling)
-        accept_N, redraw_N = torch.rand(2, len(logits_NV), generator=drafts.random).to(logits_NV.device)
-        tokens_N, kept_N = couple(
-            probabilities_NV, drafts.drafts_N.to(logits_NV.device), drafts.proposals_NV, accept_N, redraw_N
-        )
-        tokens_N, kept = tokens_N.cpu(), kept_N.tolist()
-        replaced = kept.index(False) if False in kept else len(kept)
-        decided = min(replaced + 1, len(kept))
-        for (_, k), index in zip(plan.wants, tokens_N[:decided].tolist(), strict=False):
-            sequence.decide(k, index + span[0])
+        drafts_N = torch.tensor([plan.guesses[k] - lo for _, k, _ in wanted], device=logits_NV.device)
+        proposals_NV = F.one_hot(drafts_N[len(drafts.known) :], hi - lo).to(logits_NV.dtype)
+        if drafts.proposals_NV is not None:
+            proposals_NV = torch.cat((drafts.proposals_NV, proposals_NV))
+        accept_N, redraw_N = torch.rand(2, len(wanted), generator=drafts.random).to(logits_NV.device)
+        tokens_N, kept_N = couple(probabilities_NV, drafts_N, proposals_NV, accept_N, redraw_N)
+        ids, kept = (tokens_N + lo).tolist(), kept_N.tolist()
+        passed = kept.index(False) + 1 if False in kept else len(kept)
+        decided = [(each.k, id_) for each, id_ in zip(wanted, ids, strict=True)]
+        for k, id_ in decided[:passed]:
+            sequence.decide(k, id_)
         sequence.memory = Drafts(
-            drafts.random,
-            tokens_N[decided:],
-            probabilities_NV[decided:],
-            cached=plan.wants[decided - 1][1],
+            drafts.random, dict(decided[passed:]), probabilities_NV[passed:], cached=decided[passed - 1][0]
         )

@@ -1,13 +1,18 @@
-"""Decoders by name: "raster", "zipar", "jacobi", the last two perhaps with their window behind a colon ("zipar:7")."""
+"""Decoders by name: "raster", or "predictive", "jacobi", "zipar", perhaps with a window behind a colon ("zipar:7")."""
 
 from __future__ import annotations
 
 from emu3.generation.decoders import Decoder
 from emu3.generation.decoders.jacobi import JacobiDecoder
+from emu3.generation.decoders.predictive import PredictiveDecoder
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.decoders.zipar import ZipARDecoder
 
-_WITH_WINDOW: dict[str, type[ZipARDecoder] | type[JacobiDecoder]] = {"zipar": ZipARDecoder, "jacobi": JacobiDecoder}
+_WITH_WINDOW: dict[str, type[PredictiveDecoder] | type[JacobiDecoder] | type[ZipARDecoder]] = {
+    "predictive": PredictiveDecoder,
+    "jacobi": JacobiDecoder,
+    "zipar": ZipARDecoder,
+}
 
 
 def decoder_named(name: str) -> Decoder:
@@ -16,7 +21,8 @@ def decoder_named(name: str) -> Decoder:
     if kind == "raster" and not colon:
         return RasterDecoder()
     if kind not in _WITH_WINDOW:
-        raise ValueError(f"unknown decoding {name!r}: give raster, zipar, zipar:WINDOW, jacobi or jacobi:WINDOW")
+        known = ", ".join(_WITH_WINDOW)
+        raise ValueError(f"unknown decoding {name!r}: give raster, {known}, or one of these three as NAME:WINDOW")
     if not colon:
         return _WITH_WINDOW[kind]()
     if not window.isdecimal():
