@@ -1,12 +1,13 @@
 """Drawing with emu3 against transformers' documented path: same weights, same prompt, alternating in one run.
 
-    python benchmarks/generation.py nano --pictures 1 --decoding raster zipar jacobi --rounds 5
+    python benchmarks/generation.py nano --pictures 1 --decoding raster predictive zipar --rounds 5
     python benchmarks/generation.py wide --rounds 3
 
-`nano` is the shipped checkpoint at its own size. `wide` has two decoder layers of the documented width (4096, 14336,
-32 and 8 heads, vocabulary 184,622) with random weights and draws 16x16 tokens: how the real model behaves, layer for
-layer. The peer is `generate` with the documented prefix function, guidance 3 and top-k 2048. Times are those of the
-language model alone. Prints a table, then one JSON line. `OMP_NUM_THREADS` sets the threads.
+`nano` is the shipped checkpoint at its own size, with prompts of the six tasks. `wide` has two decoder layers of the
+documented width (4096, 14336, 32 and 8 heads, vocabulary 184,622) with random weights and draws 16x16 tokens: how the
+real model behaves, layer for layer. The peer is `generate` with the documented prefix function, guidance 3 and top-k
+2048. Times are those of the language model alone. Prints a table, then one JSON line. `OMP_NUM_THREADS` sets the
+threads.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import transformers
 
-from emu3.checkpoints import NANO
-from emu3.checkpoints.load import load_model
 from emu3.configuration import Emu3Config
+from emu3.data.prompts import evaluation_prompts
+from emu3.data.scenes import TASKS
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished
@@ -33,7 +33,9 @@ from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.pipeline import Emu3Pipeline
 from emu3.quantization import quantize_int8
+from emu3.vocabulary import Vocabulary
 
 PROMPT_LENGTH, NEGATIVE_LENGTH = 16, 8
 
@@ -70,21 +72,43 @@ class Counting:
         self.decoder.step(batch)
 
 
-def requests(model: Emu3ForConditionalGeneration, side: int, pictures: int, seed: int) -> list[Request]:
+def captions_of(pipeline: Emu3Pipeline, side: int, captions: list[str]) -> list[tuple[int, ...]]:
+    area = (side * pipeline.processor.image_processor.spatial_factor) ** 2
+    inputs = pipeline.processor(text=captions, return_for_image_generation=True, ratio="1:1", image_area=area)
+    return [tuple(ids) for ids in inputs["input_ids"]]
+
+
+def requests(
+    model: Emu3ForConditionalGeneration, pipeline: Emu3Pipeline | None, side: int, pictures: int, number: int
+) -> list[Request]:
+    """Those of one round: of a pipeline, captions of the six tasks; of random weights, any ids."""
     vocabulary = model.model.vocabulary
-    words = [*range(100, 100 + PROMPT_LENGTH - 1), vocabulary.img]
-    negative = (*words[: NEGATIVE_LENGTH - 1], vocabulary.img)
+    if pipeline is None:
+        words = [*range(100, 100 + PROMPT_LENGTH - 1), vocabulary.img]
+        prompts, negative = [tuple(words)] * pictures, (*words[: NEGATIVE_LENGTH - 1], vocabulary.img)
+    else:
+        rounds = range(number * pictures, (number + 1) * pictures)
+        captions = [evaluation_prompts(TASKS[n % len(TASKS)], 1, seed=n)[0].prompt for n in rounds]
+        *prompts, negative = captions_of(pipeline, side, [*captions, ""])
     grammar = GridGrammar(side, side, vocabulary=vocabulary)
     return [
-        Request(tuple(words), grammar, Sampling(top_k=2048), Guidance(negative, 3.0), seed + number)
-        for number in range(pictures)
+        Request(prompt, grammar, Sampling(top_k=2048), Guidance(negative, 3.0), seed)
+        for seed, prompt in enumerate(prompts, number * pictures)
     ]
 
 
-def theirs(model: Any, ours: Emu3ForConditionalGeneration, side: int, pictures: int, tokens: int) -> float:
+def padded(prompts: list[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def theirs(model: Any, vocabulary: Vocabulary, wanted: list[Request], side: int, tokens: int) -> float:
     """Seconds of `generate` for whole pictures, scaled up from so many tokens of each."""
-    vocabulary = ours.model.vocabulary
-    prompt, negative = (torch.tensor([ids] * pictures) for ids in requests(ours, side, 1, 0)[0].rows)
+    prompt, mask = padded([request.rows[0] for request in wanted], vocabulary.pad)
+    negative, negative_mask = padded([request.rows[1] for request in wanted], vocabulary.pad)
     visual = torch.arange(*vocabulary.visual_span).tolist()
 
     def allowed(batch: int, ids: torch.Tensor) -> tuple[int, ...] | list[int]:
@@ -105,9 +129,9 @@ def theirs(model: Any, ours: Emu3ForConditionalGeneration, side: int, pictures: 
         start = time.perf_counter()
         model.generate(
             prompt,
-            attention_mask=torch.ones_like(prompt),
+            attention_mask=mask,
             negative_prompt_ids=negative,
-            negative_prompt_attention_mask=torch.ones_like(negative),
+            negative_prompt_attention_mask=negative_mask,
             guidance_scale=3.0,
             do_sample=True,
             top_k=2048,
@@ -123,13 +147,11 @@ def theirs(model: Any, ours: Emu3ForConditionalGeneration, side: int, pictures: 
     return run(whole) if tokens >= whole else (run(tokens + 4) - run(4)) / tokens * whole
 
 
-def ours(model: Emu3ForConditionalGeneration, decoder: Counting, side: int, pictures: int, compiled: bool) -> float:
+def ours(model: Emu3ForConditionalGeneration, decoder: Counting, wanted: list[Request], compiled: bool) -> float:
     """Seconds of the engine for whole pictures."""
-    wanted = requests(model, side, pictures, 0)
-    decoder.steps = 0
     start = time.perf_counter()
     done = [event for event in Engine(model, decoder, compiled=compiled).stream(wanted) if isinstance(event, Finished)]
-    assert len(done) == pictures
+    assert len(done) == len(wanted)
     return time.perf_counter() - start
 
 
@@ -139,16 +161,11 @@ def processor_name() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def warmed(function: Callable[[], float]) -> Callable[[], float]:
-    function()
-    return function
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["nano", "wide"], nargs="?", default="nano")
     parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--decoding", nargs="+", default=["raster", "zipar", "jacobi"])
+    parser.add_argument("--decoding", nargs="+", default=["raster", "predictive", "jacobi", "zipar"])
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--int8", action="store_true", help="for the layers of ours")
     for whose in ("dtype", "peer-dtype"):
@@ -157,21 +174,29 @@ def main() -> None:
     parser.add_argument("--peer-tokens", type=int, help="of each picture; default: all for nano, 24 for wide")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    model, side = (load_model(NANO), 12) if arguments.model == "nano" else (wide(), 16)
+    pipeline, side = (Emu3Pipeline.from_pretrained("nano"), 12) if arguments.model == "nano" else (None, 16)
+    model = wide() if pipeline is None else pipeline.model
     whole = side * (side + 1) + 3
     tokens = arguments.peer_tokens or (whole if arguments.model == "nano" else 24)
     peer, pictures = peer_of(model).to(getattr(torch, arguments.peer_dtype)), arguments.pictures
     model = copy.deepcopy(model).to(getattr(torch, arguments.dtype))
     if arguments.int8:
         quantize_int8(model.model.text_model)
-    runs: dict[str, Callable[[], float]] = {"transformers": warmed(lambda: theirs(peer, model, side, pictures, tokens))}
     decoders = {name: Counting(name) for name in arguments.decoding}
-    for name, decoder in decoders.items():
-        runs[name] = warmed(lambda decoder=decoder: ours(model, decoder, side, pictures, arguments.compiled))  # type: ignore[misc]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(arguments.rounds):
-        for name in runs if number % 2 == 0 else reversed(runs):
-            seconds[name].append(runs[name]())
+    seconds: dict[str, list[float]] = {name: [] for name in ("transformers", *decoders)}
+    for number in range(-1, arguments.rounds):  # one round more, to warm up
+        wanted = requests(model, pipeline, side, pictures, number + 1)
+        for name in seconds if number % 2 == 0 else reversed(seconds):
+            if name == "transformers":
+                elapsed = theirs(peer, model.model.vocabulary, wanted, side, tokens)
+            else:
+                elapsed = ours(model, decoders[name], wanted, arguments.compiled)
+            seconds[name].append(elapsed)
+        if number < 0:
+            seconds = {name: [] for name in seconds}
+            for decoder in decoders.values():
+                decoder.steps = 0
+    medians = {name: median(times) for name, times in seconds.items()}
     result = {
         "benchmark": "generation",
         "model": arguments.model,
@@ -184,9 +209,9 @@ def main() -> None:
         "runs": {
             name: {
                 "seconds": [round(each, 4) for each in times],
-                "tokens_per_second": round(pictures * whole / median(times), 1),
-                "steps": decoders[name].steps if name in decoders else whole,
-                "ratio": round(median(seconds["transformers"]) / median(times), 2),
+                "tokens_per_second": round(pictures * whole / medians[name], 1),
+                "steps": round(decoders[name].steps / arguments.rounds, 1) if name in decoders else whole,
+                "ratio": round(medians["transformers"] / medians[name], 2),
             }
             for name, times in seconds.items()
         },
@@ -207,7 +232,7 @@ def main() -> None:
     print(f"{'':14}{'tokens/s':>10}{'seconds (range)':>26}{'steps':>7}{'ratio':>8}")
     for name, times in seconds.items():
         run = result["runs"][name]  # type: ignore[index]
-        spread = f"{median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
+        spread = f"{medians[name]:.3f} ({min(times):.3f} to {max(times):.3f})"
         print(f"{name:14}{run['tokens_per_second']:>10}{spread:>26}{run['steps']:>7}{run['ratio']:>8.2f}")
     print(json.dumps(result))
 

@@ -63,8 +63,8 @@ def image(
     guidance: Annotated[float, typer.Option(min=0.0, help="How closely to follow the words.")] = 3.0,
     negative: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
     decoding: Annotated[
-        str, typer.Option(help="raster; zipar, faster and a little less faithful; jacobi, fewer steps, lossless.")
-    ] = "raster",
+        str, typer.Option(help="predictive, raster: same pictures; jacobi: lossless; zipar: fast; see docs/draw.md.")
+    ] = "predictive",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = 2048,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest, up to this mass.")] = 1.0,

@@ -100,7 +100,7 @@ class Emu3Pipeline:
         top_p: float = 1.0,
         temperature: float = 1.0,
         seed: int | Sequence[int] | None = None,
-        decoding: str | Decoder = "raster",
+        decoding: str | Decoder = "predictive",
         on_event: Callable[[Event], object] | None = None,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt, together in one batch.
@@ -116,7 +116,8 @@ class Emu3Pipeline:
             top_k, top_p, temperature: see `Sampling`. Temperature 0 takes the likeliest token, whatever the seed.
             seed: picture i has seed + i, or its own of a list. A picture depends on its seed, not on the batch. None
                 draws new ones.
-            decoding: "raster", "zipar", "zipar:WINDOW", "jacobi", "jacobi:WINDOW", or a decoder. See docs/draw.md.
+            decoding: "predictive" or "raster", the same tokens up to rounding; "jacobi", lossless; "zipar", close to
+                them; perhaps with a window, as in "zipar:7"; or a decoder. See docs/draw.md.
             on_event: is called with the engine's events; its requests are numbered like the prompts.
 
         Returns:
