@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from emu3.data import COLORS, NOUNS
+
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = re.compile(r"^    (emu3 .*)$", re.MULTILINE)
 ON_THE_HUB = "BAAI/"
@@ -40,3 +42,10 @@ def test_page(page: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "\n".join(script)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_page_of_drawing_names_what_nano_knows() -> None:
+    known = (DOCS / "draw.md").read_text().split("## What nano draws")[1]
+    nouns, colors = re.search(r"of these: (.*); in (.*)\. It", " ".join(known.split())).groups()
+    assert nouns.split(", ") == list(NOUNS)
+    assert re.split(", | or ", colors) == list(COLORS)

@@ -45,6 +45,10 @@ def test_nano_draws_what_it_is_asked_for(nano: Emu3Pipeline) -> None:
     assert sum(right) >= 15
 
 
+def test_nano_draws_the_same_in_every_exact_order(nano: Emu3Pipeline) -> None:
+    assert np.array_equal(*(pixels(nano.image(PROMPT, seed=5, decoding=way)[0]) for way in ("raster", "predictive")))
+
+
 def test_nano_draws_in_other_ratios(nano: Emu3Pipeline) -> None:
     wide, tall = (
         nano.image("a photo of a dog", ratio="4:3", seed=3),

@@ -214,7 +214,15 @@ def test_chat_at_a_temperature_follows_its_seed(pipeline):
         ({"ratio": "1:1"}, r"do not fit the model's context of 300"),
         ({**SMALL, "prompts": "long " * 300}, r"do not fit the model's context of 300; shorten the prompt"),
         ({**SMALL, "seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({**SMALL, "seed": -1}, "a seed is a whole number from 0"),
+        ({**SMALL, "seed": 2**63}, "a seed is a whole number from 0"),
+        ({**SMALL, "seed": 1.5}, "a seed is a whole number from 0"),
         ({**SMALL, "temperature": -1.0}, "temperature"),
+        ({**SMALL, "prompts": None}, "prompts must be a string or a non-empty list of strings, got None"),
+        ({**SMALL, "prompts": []}, "prompts must be a string"),
+        ({**SMALL, "negative_prompt": ["dog"]}, r"negative_prompt must be a string, for all prompts, got \['dog'\]"),
+        ({"height": 8.0, "width": 8}, "height must be a whole number of pixels, got 8.0"),
+        ({"ratio": (4, 3)}, r"ratio=\(4, 3\)"),
         ({**SMALL, "guidance_scale": float("nan")}, "guidance scale"),
     ],
 )
@@ -230,6 +238,19 @@ def test_what_cannot_be_answered_is_refused(pipeline):
         pipeline.chat(("what?", ["picture.png"]))
     with pytest.raises(ValueError, match="is no content"):
         pipeline.chat([{"role": "user", "content": [{"type": "image"}]}])
+    for nothing in ("What color is the cat?", [], {"role": "user", "content": "what?"}):
+        with pytest.raises(ValueError, match=r"is no conversation; give a list of messages, or \(question"):
+            pipeline.chat(nothing)
+
+
+def test_a_question_about_one_picture_needs_no_list(pipeline):
+    assert pipeline.chat(("what?", picture(3)), 8) == pipeline.chat(("what?", [picture(3)]), 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused(tiny_checkpoint):
+    with pytest.raises(ValueError, match="device='cuda', but this PyTorch sees no GPU"):
+        Emu3Pipeline.from_pretrained(tiny_checkpoint, device="cuda")
 
 
 def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):

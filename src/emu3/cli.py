@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def image(
     prompts: Annotated[list[str], typer.Argument(help="What to draw, one picture for each.", show_default=False)],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A .png file (numbered for several prompts), or a folder.")
+        Path,
+        typer.Option(
+            "-o", "--output", help="A .png file (numbered for several prompts), or a folder; replaces what is there."
+        ),
     ] = Path("out.png"),
     seed: Annotated[
         int | None, typer.Option(min=0, help="Same seed, same picture; prompt i has seed + i. Default: a new one.")
@@ -66,7 +69,7 @@ def image(
         str, typer.Option(help="predictive, raster: same pictures; jacobi: lossless; zipar: fast; see docs/draw.md.")
     ] = "predictive",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = 2048,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 2048,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest, up to this mass.")] = 1.0,
     model: ModelOption = "nano",
     download: DownloadOption = False,

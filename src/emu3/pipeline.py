@@ -78,6 +78,8 @@ class Emu3Pipeline:
         from emu3.checkpoints.load import load_model, load_processor
         from emu3.quantization import quantize_int8
 
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}, but this PyTorch sees no GPU; leave it out to run on the CPU")
         folder = resolve(name, download=download)
         model = load_model(folder, dtype=dtype, device=device)
         if int8:
@@ -128,13 +130,17 @@ class Emu3Pipeline:
                 prompt, sampling settings or a ratio out of range, or seeds that are not as many as the prompts.
         """
         self.require("draw")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
         rows, columns = self._grid(ratio, image_area, height, width)
         grammar = GridGrammar(rows, columns, vocabulary=self.model.model.vocabulary)
         sampling = Sampling(temperature, top_k, top_p)
         prompt_ids = self._drawing_prompts(texts, rows, columns)
         guidance = None
         if guidance_scale != 1:
+            if not isinstance(negative_prompt, str | None):
+                raise ValueError(f"negative_prompt must be a string, for all prompts, got {negative_prompt!r:.80}")
             guidance = Guidance(self._drawing_prompts([negative_prompt or ""], rows, columns)[0], guidance_scale)
         requests = [
             Request(ids, grammar, sampling, guidance, own_seed)
@@ -145,7 +151,7 @@ class Emu3Pipeline:
 
     def chat(
         self,
-        messages: Sequence[Message] | tuple[str, Sequence[Any]],
+        messages: Sequence[Message] | tuple[str, Any],
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -156,7 +162,7 @@ class Emu3Pipeline:
         Args:
             messages: `{"role": ..., "content": ...}` each, where content is a text or a list of
                 `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`. Or a pair (text, pictures):
-                one question, after its pictures.
+                one question, after its pictures, or its picture.
             max_new_tokens: the longest answer; the context may end it sooner.
             temperature: 0 takes the likeliest token.
             seed: of the answer, above temperature 0; None draws one.
@@ -167,10 +173,13 @@ class Emu3Pipeline:
                 than the context.
         """
         self.require("read")
-        if isinstance(messages, tuple):
+        if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
             text, pictures = messages
+            pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
             content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
             messages = [{"role": "user", "content": content}]
+        if isinstance(messages, str | dict) or not messages:
+            raise ValueError(f"{messages!r:.80} is no conversation; give a list of messages, or (question, [picture])")
         inputs = self.processor.apply_chat_template(
             list(messages),
             tokenize=True,
@@ -261,6 +270,8 @@ class Emu3Pipeline:
 
 def _tokens(name: str, pixels: int, factor: int) -> int:
     """Tokens along a side of so many pixels."""
+    if not isinstance(pixels, int):
+        raise ValueError(f"{name} must be a whole number of pixels, got {pixels!r}")
     if pixels < 1 or pixels % factor:
         lower = pixels // factor * factor
         nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"

@@ -68,7 +68,7 @@ def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[i
     where the factor divides it. Raises ValueError for a ratio that is not two positive integers, and for an area too
     small for one token a side.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", ratio)
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(ratio))
     width, height = map(int, match.groups()) if match else (0, 0)
     if width < 1 or height < 1:
         raise ValueError(f'ratio={ratio!r} is not "width:height" in positive integers, such as "16:9"')

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
+from emu3.checkpoints import NANO
 from emu3.checkpoints.inspect import check_tensors, documented_name, inspect, read_config, read_headers
 
 CURRENT = {
@@ -42,6 +44,12 @@ def test_inspect_counts_parts_and_memory(make_checkpoint, shapes, layout) -> Non
     assert (info.context, info.vocabulary_size, info.codebook_size, info.pixels_per_token_side) == (32, 6, 3, 2)
     assert (info.min_pixels, info.max_pixels, info.tokenizer_files) == (16, 64, ("tokenizer.json",))
     assert json.loads(json.dumps(info.to_dict()))["parameters"] == 58
+
+
+def test_a_copy_of_nano_is_known_by_its_numbers(tmp_path) -> None:
+    shutil.copytree(NANO, tmp_path / "copy")
+    found = inspect(tmp_path / "copy")
+    assert (found.kind, found.abilities) == ("unified", ("draw", "read"))
 
 
 def test_integer_tensors_take_the_same_memory_in_every_dtype(make_checkpoint) -> None:

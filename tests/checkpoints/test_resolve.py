@@ -35,7 +35,9 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         resolve(file)
 
 
-@pytest.mark.parametrize(("download", "remedy"), [(False, "--download"), (True, "cannot reach the hub")])
+@pytest.mark.parametrize(
+    ("download", "remedy"), [(False, "emu3 pull BAAI/Emu3-Chat-hf"), (True, "cannot reach the hub")]
+)
 def test_a_hub_id_is_fetched_only_when_allowed(monkeypatch: pytest.MonkeyPatch, download: bool, remedy: str) -> None:
     calls: list[dict[str, Any]] = []
 

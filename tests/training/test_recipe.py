@@ -42,6 +42,15 @@ def test_missing_output(tmp_path):
         run_recipe(tmp_path / "recipe.toml")
 
 
+def test_a_recipe_before_the_one_it_needs(tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        'kind = "checkpoint"\noutput = "out"\nvision = "made/vision"\nlanguage = "made"\nimage_area = 64'
+    )
+    with pytest.raises(ValueError, match=r"no model in '.*made/vision'; run the recipe that makes it first"):
+        run_recipe(tmp_path / "recipe.toml")
+    assert not (tmp_path / "out").exists()
+
+
 KINDS = {"vision": VisionRecipe, "language": LanguageRecipe, "checkpoint": CheckpointRecipe}
 
 

@@ -240,7 +240,7 @@ def inspect(folder: Path) -> CheckpointInfo:
     has_text, has_vision = set(folders) != {"vision"}, set(folders) != {"language"}
     context, vocabulary = text.get("max_position_embeddings", 9216), text.get("vocab_size", 184622)
     stages = vision.get("channel_multiplier", vision.get("ch_mult", (1, 2, 2, 4)))
-    kind = _kind(folder, text) if has_text else None
+    kind = _kind(text) if has_text else None
     files = [file for place in folders.values() for file in place.iterdir() if file.is_file()]
     return CheckpointInfo(
         path=str(folder),
@@ -281,8 +281,12 @@ def releases_that(ability: str) -> str:
     return " or ".join(release.name for release in _RELEASES.values() if ability in release.abilities)
 
 
-def _kind(folder: Path, text: Mapping[str, Any]) -> Release | None:
-    return Release("unified", ("draw", "read")) if folder == NANO else release_of(text)
+def _kind(text: Mapping[str, Any]) -> Release | None:
+    """By the numbers of the config, which copies and further training keep."""
+    nano = read_json(NANO / "config.json")["text_config"]
+    if all(text.get(name) == nano[name] for name in ("vocab_size", "num_hidden_layers", "hidden_size")):
+        return Release("unified", ("draw", "read"))
+    return release_of(text)
 
 
 def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -40,12 +40,12 @@ class Request:
         grammar: of what is drawn; the prompt then ends with its image start. None writes text, up to EOS.
         sampling: how ids are chosen.
         guidance: None runs no second row.
-        seed: of this request's own randomness.
+        seed: of this request's own randomness; a whole number from 0 to 2**63 - 1.
         max_new_tokens: the most tokens of a text; None: what the model's context holds. A picture takes its own length.
 
     Raises:
         ValueError: an empty prompt, one that does not end with an image start though a picture is to follow, or a limit
-            below 1 or on a picture.
+            below 1 or on a picture, or a seed out of range.
     """
 
     prompt_ids: tuple[int, ...]
@@ -62,6 +62,8 @@ class Request:
             if self.grammar is not None and ids[-1] != self.grammar.vocabulary.img:
                 start = self.grammar.vocabulary.img
                 raise ValueError(f"a prompt to draw after ends with the image start {start}, not {ids[-1]}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"a seed is a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         if self.guidance is not None and callable(self.guidance.scale) and self.grammar is None:
             raise ValueError("a schedule of guidance needs a picture, whose length is known; give a text a number")
         if self.max_new_tokens is not None and (self.max_new_tokens < 1 or self.grammar is not None):

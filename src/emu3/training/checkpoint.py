@@ -16,6 +16,7 @@ from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.processing import Emu3Processor
 from emu3.tokenization import vocabulary_map
+from emu3.training.recipe import made_before
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class CheckpointRecipe:
 
 def assemble(recipe: CheckpointRecipe, beside: Path, folder: Path) -> None:
     """Writes the checkpoint in the documented layout to `folder`; weights in float16, to be loaded as float32."""
-    vision = Emu3VQVAE.from_pretrained((beside / recipe.vision).resolve())
-    language = Emu3ForCausalLM.from_pretrained((beside / recipe.language / "language").resolve())
+    vision = Emu3VQVAE.from_pretrained(made_before(beside / recipe.vision))
+    language = Emu3ForCausalLM.from_pretrained(made_before(beside / recipe.language / "language"))
     tokenizer = AutoTokenizer.from_pretrained((beside / recipe.language / "tokenizer").resolve())
     config = Emu3Config(vq_config=vision.config, text_config=language.config, vocabulary_map=vocabulary_map(tokenizer))
     model = Emu3ForConditionalGeneration(config)

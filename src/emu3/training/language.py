@@ -33,6 +33,7 @@ from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training.ahead import made_ahead
 from emu3.training.codes import SceneSource, encoded
 from emu3.training.precision import autocast, training_device
+from emu3.training.recipe import made_before
 from emu3.training.sequences import SYSTEM, SequenceBuilder, Weights, collate
 from emu3.training.state import Log, load_state, save_state
 from emu3.vocabulary import Vocabulary
@@ -240,7 +241,7 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
             raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
     torch.manual_seed(recipe.seed)
     device = training_device()
-    vision = Emu3VQVAE.from_pretrained((folder / recipe.vision).resolve()).to(device)
+    vision = Emu3VQVAE.from_pretrained(made_before(folder / recipe.vision)).to(device)
     tokenizer = text_tokenizer(recipe, folder, vision.config.codebook_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
@@ -266,6 +267,7 @@ def train(recipe: LanguageRecipe, folder: Path) -> None:
     optimizers = optimizers_for(model, recipe)
     step = load_state(folder, model, optimizers)
     log = Log(folder)
+    log.begin(step, recipe.steps, recipe.report_every)
     began, tokens = time.monotonic(), 0
     recent: dict[str, list[float]] = {"draw": [], "read": [], "answer": []}  # losses: drawn and read pictures, answers
     model.train()

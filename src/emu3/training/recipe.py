@@ -37,6 +37,13 @@ def build(kind: type[Recipe], content: dict[str, Any], path: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from error
 
 
+def made_before(folder: Path) -> Path:
+    """A folder that another recipe leaves. ValueError while it is not there."""
+    if not (folder.resolve() / "config.json").is_file():
+        raise ValueError(f"no model in {str(folder.resolve())!r}; run the recipe that makes it first")
+    return folder.resolve()
+
+
 def run_recipe(path: str | Path) -> Path:
     """Trains what the file says, resuming from its last saved state; returns the folder with the result."""
     path = Path(path)

@@ -82,3 +82,7 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+
+    def begin(self, step: int, steps: int, report_every: int) -> None:
+        """Says, on the console only, what is about to run."""
+        print(f"{self.path.parent}: steps {step} to {steps}, a report every {report_every}", flush=True)

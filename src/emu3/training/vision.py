@@ -206,6 +206,7 @@ def train(recipe: VisionRecipe, folder: Path) -> None:
     optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     step = load_state(folder, trainee, [optimizer])
     log = Log(folder)
+    log.begin(step, recipe.steps, recipe.report_every)
     began, seen = time.monotonic(), step
     trainee.train()
     for pixels, codes in made_ahead(partial(batch, recipe, design), range(step, recipe.steps)):

@@ -25,6 +25,6 @@ def decoder_named(name: str) -> Decoder:
         raise ValueError(f"unknown decoding {name!r}: give raster, {known}, or one of these three as NAME:WINDOW")
     if not colon:
         return _WITH_WINDOW[kind]()
-    if not window.isdecimal():
+    if not window.isdecimal() or int(window) == 0:
         raise ValueError(f"decoding {name!r}: the window must be a whole number above 0, as in {kind}:8")
     return _WITH_WINDOW[kind](int(window))
