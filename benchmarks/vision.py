@@ -1,15 +1,20 @@
 """Speed of the vision tokenizer against transformers' Emu3VQVAE: same weights, one picture, alternating in one run.
 
     python benchmarks/vision.py --size 256 --rounds 5
+    python benchmarks/vision.py --size 512 --memory
 
-Prints a table, then one JSON line. Fails where the two do not agree. `OMP_NUM_THREADS` sets the threads.
+Prints a table, then one JSON line. Fails where the two do not agree. With `--memory`, the most memory that a process
+takes to encode, and one to decode, its weights included, in place of the times. `OMP_NUM_THREADS` sets the threads.
 """
 
 import argparse
 import json
 import platform
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -136,6 +141,31 @@ def compare(size: int, rounds: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def peak(name: str, task: str, size: int) -> float:
+    """GiB that this process has taken at most, after one of the tasks."""
+    torch.manual_seed(0)
+    config = Emu3VQVAEConfig()
+    theirs = transformers.Emu3VQVAEConfig(**config.to_dict())
+    model = Emu3VQVAE(config) if name == "emu3" else transformers.Emu3VQVAE(theirs)
+    if task == "encode":
+        encode(model.eval(), picture(size))
+    else:
+        model.eval().decode(torch.randint(config.codebook_size, (1, size // 8, size // 8)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(size: int, names: Sequence[str]) -> dict[str, Any]:
+    """The peaks of all, each in a process of its own."""
+    result: dict[str, Any] = {"benchmark": "vision memory", "size": size, "torch": torch.__version__}
+    for task in ("encode", "decode"):
+        for name in names:
+            command = [sys.executable, __file__, "--size", str(size), "--peak", name, task]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            result[f"{task} {name}"] = round(float(answer), 2)
+    return result
+
+
 def spread(seconds: list[float]) -> str:
     return f"{median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
@@ -144,11 +174,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="peak memory in place of times")
+    parser.add_argument("--alone", action="store_true", help="with --memory: without the peer")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.size < 8 or arguments.size % 8:
         parser.error(f"--size {arguments.size} is not a positive multiple of 8")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: at least 1")
+    if arguments.peak:
+        print(peak(*arguments.peak, arguments.size))
+        return
+    if arguments.memory:
+        result = memory(arguments.size, ["emu3"] if arguments.alone else ["emu3", "transformers"])
+        print(f"Emu3VQVAE, documented configuration, one picture {arguments.size}x{arguments.size}, float32: peak GiB")
+        for task in ("encode", "decode"):
+            peaks = {name: gib for name, gib in result.items() if name.startswith(task)}
+            print("   ".join(f"{name} {gib:.2f}" for name, gib in peaks.items()))
+        print(json.dumps(result))
+        return
     result = compare(arguments.size, arguments.rounds)
     print(f"Emu3VQVAE, documented configuration, one picture {result['size']}x{result['size']}, float32")
     print(f"{result['cpu']}, {result['threads']} threads, torch {result['torch']}")

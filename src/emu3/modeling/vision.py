@@ -16,7 +16,9 @@ positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.modeling.bands import affine_of, by_bands, silu_of_affine
 from emu3.modeling.pretrained import AnyLayoutModel
 
 NORM_GROUPS = 32
@@ -87,6 +90,14 @@ class SpatialNorm(nn.Module):
         )
         return cast(Tensor, self.norm_layer(x_BCHW) * scale + shift)
 
+    def affine(self, x_BCHW: Tensor, quantized_BZhw: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor and offset (B, C, h, W) that do the same to x."""
+        factor_BC11, offset_BC11 = affine_of(self.norm_layer, x_BCHW)
+        scale, shift = self.conv_y(quantized_BZhw), self.conv_b(quantized_BZhw)
+        wide = x_BCHW.shape[3] // scale.shape[3]
+        both = factor_BC11 * scale, torch.addcmul(shift, offset_BC11, scale)
+        return both[0].repeat_interleave(wide, 3), both[1].repeat_interleave(wide, 3)
+
 
 def norm_for(channels: int, latent_channels: int | None) -> nn.Module:
     """Plain group normalisation in the encoder, `SpatialNorm` in the decoder (`latent_channels` given)."""
@@ -96,6 +107,21 @@ def norm_for(channels: int, latent_channels: int | None) -> nn.Module:
 def apply_norm(norm: nn.Module, x_BCHW: Tensor, quantized_BZhw: Tensor | None) -> Tensor:
     """A norm of `norm_for`, with the quantized latents where it takes them."""
     return cast(Tensor, norm(x_BCHW) if quantized_BZhw is None else norm(x_BCHW, quantized_BZhw))
+
+
+def activated(norm: nn.Module, conv: nn.Module, x_BCHW: Tensor, quantized_BZhw: Tensor | None) -> Tensor:
+    """A norm, SiLU and a 3x3 convolution."""
+    weight = cast(nn.GroupNorm, norm.norm_layer if isinstance(norm, SpatialNorm) else norm).weight
+    # What is offloaded is there in its own module's forward only.
+    if torch.is_grad_enabled() or weight.device.type == "meta":
+        return cast(Tensor, conv(F.silu(apply_norm(norm, x_BCHW, quantized_BZhw))))
+    if isinstance(norm, SpatialNorm):
+        assert quantized_BZhw is not None
+        factor, offset = norm.affine(x_BCHW, quantized_BZhw)
+    else:
+        factor, offset = affine_of(cast(nn.GroupNorm, norm), x_BCHW)
+    height = x_BCHW.shape[2]
+    return by_bands(lambda part, first: conv(silu_of_affine(factor, offset, part, first, height)), x_BCHW, reach=1)
 
 
 class ResnetBlock(nn.Module):
@@ -110,10 +136,15 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BCHW: Tensor, quantized_BZhw: Tensor | None = None) -> Tensor:
-        hidden = self.conv1(F.silu(apply_norm(self.norm1, x_BCHW, quantized_BZhw)))
-        hidden = self.conv2(F.silu(apply_norm(self.norm2, hidden, quantized_BZhw)))
-        shortcut = x_BCHW if self.nin_shortcut is None else self.nin_shortcut(x_BCHW)
-        return cast(Tensor, shortcut + hidden)
+        hidden = activated(self.norm1, self.conv1, x_BCHW, quantized_BZhw)
+        hidden = activated(self.norm2, self.conv2, hidden, quantized_BZhw)
+        if torch.is_grad_enabled():
+            shortcut = x_BCHW if self.nin_shortcut is None else self.nin_shortcut(x_BCHW)
+            return cast(Tensor, shortcut + hidden)
+        if self.nin_shortcut is None:
+            return hidden.add_(x_BCHW)
+        shortcut = self.nin_shortcut
+        return hidden.add_(by_bands(lambda part, _: shortcut(part), x_BCHW, reach=0))
 
 
 class TemporalResnetBlock(nn.Module):
@@ -194,7 +225,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")))
+        def larger(part: Tensor, _: int = 0) -> Tensor:
+            return cast(Tensor, self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest")))
+
+        return larger(x_BCHW) if torch.is_grad_enabled() else by_bands(larger, x_BCHW, reach=1, grows=2)
 
 
 class Stage(nn.Module):
@@ -212,12 +246,16 @@ class Stage(nn.Module):
         self.attn = nn.ModuleList(AttentionBlock(config) for _ in range(blocks if attends else 0))
         self.attn_norms = nn.ModuleList(norm_for(channels, latent_channels) for _ in range(blocks if attends else 0))
 
-    def forward(self, x_BCHW: Tensor, quantized_BZhw: Tensor | None = None) -> Tensor:
+    def steps(self) -> Iterator[Callable[[Tensor, Tensor | None], Tensor]]:
+        """One after the other, and not in one call, which would keep its argument as long as it runs."""
         for index, block in enumerate(self.block):
-            x_BCHW = block(x_BCHW, quantized_BZhw)
+            yield block
             if len(self.attn):
-                x_BCHW = x_BCHW + self.attn[index](apply_norm(self.attn_norms[index], x_BCHW, quantized_BZhw))
-        return x_BCHW
+                yield partial(self._attend, index)
+
+    def _attend(self, index: int, x_BCHW: Tensor, quantized_BZhw: Tensor | None) -> Tensor:
+        mixed_BCHW: Tensor = self.attn[index](apply_norm(self.attn_norms[index], x_BCHW, quantized_BZhw))
+        return x_BCHW + mixed_BCHW
 
 
 class DownBlock(nn.Module):
@@ -236,7 +274,8 @@ class DownBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         for level, stage in enumerate(self.down):
-            x_BCHW = stage(x_BCHW)
+            for step in cast(Stage, stage).steps():
+                x_BCHW = step(x_BCHW, None)
             if level < len(self.down) - 1:
                 x_BCHW = cast(nn.Module, stage.downsample)(x_BCHW)
         return x_BCHW
@@ -259,7 +298,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, quantized_BZhw: Tensor) -> Tensor:
         for level in reversed(range(len(self.up))):
-            x_BCHW = self.up[level](x_BCHW, quantized_BZhw)
+            for step in cast(Stage, self.up[level]).steps():
+                x_BCHW = step(x_BCHW, quantized_BZhw)
             if level > 0:
                 x_BCHW = cast(nn.Module, self.up[level].upsample)(x_BCHW)
         return x_BCHW
@@ -313,7 +353,7 @@ class Encoder(nn.Module):
     def frames(self, pixels_BCHW: Tensor) -> Tensor:
         """The 2-D part: each picture of a batch to its latents, (B, Z, h, w)."""
         hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(hidden))))
+        return activated(self.norm_out, self.conv_out, hidden, None)
 
     def join(self, latents_BZFhw: Tensor) -> Tensor:
         """The temporal part: (B, Z, F, h, w) to (B, Z, T, h, w)."""
@@ -353,7 +393,7 @@ class Decoder(nn.Module):
         """The 2-D part: latents of each frame of a batch to pixels, (B, C, H, W)."""
         hidden = self.middle_block(self.conv_in(latents_BZhw), quantized_BZhw)
         hidden = self.up_block(hidden, quantized_BZhw)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(hidden, quantized_BZhw))))
+        return activated(self.norm_out, self.conv_out, hidden, quantized_BZhw)
 
 
 class VectorQuantizer(nn.Module):
