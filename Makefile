@@ -27,6 +27,8 @@ bench: .venv/.installed  ## speed, as a ratio against transformers on the same w
 	$(BIN)/python benchmarks/generation.py nano
 	$(BIN)/python benchmarks/generation.py wide --rounds 2
 	$(BIN)/python benchmarks/vision.py
+	$(BIN)/python benchmarks/vision.py --size 512 --memory
+	$(BIN)/emu3 bench nano
 
 nano: .venv/.installed  ## train the shipped checkpoint again; hours on two cores
 	set -e; for recipe in vision language checkpoint; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done

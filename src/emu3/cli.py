@@ -149,6 +149,30 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped) or a folder.")] = "nano",
+    pictures: Annotated[str, typer.Option(help="How many at once, by commas.")] = "1,2,4,8,16",
+    decoding: Annotated[str, typer.Option(help="Which orders, by commas; see `emu3 image`.")] = "predictive,raster",
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast a checkpoint draws here, beside what this machine can do."""
+    counts = pictures.split(",")
+    if not all(count.strip().isdecimal() and int(count) for count in counts):
+        raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
+    pipeline = _load_pipeline(model, download=False)
+    from emu3.evaluation.speed import measure
+
+    speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
+    if as_json:
+        _print_json(speed.to_dict())
+    else:
+        typer.echo(speed.to_table())
+
+
+@app.command()
 def info(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id.")],
     download: Annotated[
