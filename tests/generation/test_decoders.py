@@ -241,8 +241,6 @@ def test_the_decoder_has_the_distribution_of_the_model(vocabulary):
     grammar = GridGrammar(1, 4, vocabulary=ids)
 
     class ToyBatch:
-        device = torch.device("cpu")
-
         def __init__(self, sequences):
             self.sequences = sequences
 

@@ -196,11 +196,6 @@ class Batch:
         """The ids lo..hi-1 that may stand at position k."""
         return (0, len(self.model.lm_head.weight)) if request.grammar is None else request.grammar.span(k)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.cache.filled_BC.device
-
 
 class Decoder(Protocol):
     """A way to decode."""
