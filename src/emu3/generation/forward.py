@@ -86,9 +86,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` without a bias: (..., I) to (..., O)."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight)
-    # For a few rows in float32, `linear` picks kernels that take up to three times as long as these two.
+    # For a few rows in float32, `linear` picks kernels that take up to three times as long as these two. A compiled
+    # product is for any number of rows, and cannot be the second.
     rows = x.numel() // x.shape[-1]
-    if 2 <= rows <= 32 and weight.numel() <= _SMALL_MATRIX:
+    if torch.compiler.is_compiling() or (2 <= rows <= 32 and weight.numel() <= _SMALL_MATRIX):
         return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
 
