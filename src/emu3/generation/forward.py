@@ -84,12 +84,13 @@ def joined(modules: Sequence[nn.Module]) -> Product:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` without a bias: (..., I) to (..., O)."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    plain = x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available()
+    # What is compiled is for any number of rows, and cannot call oneDNN by this name.
+    if plain or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    # For a few rows in float32, `linear` picks kernels that take up to three times as long as these two. A compiled
-    # product is for any number of rows, and cannot be the second.
+    # For a few rows in float32, `linear` picks kernels that take up to three times as long as these two.
     rows = x.numel() // x.shape[-1]
-    if torch.compiler.is_compiling() or (2 <= rows <= 32 and weight.numel() <= _SMALL_MATRIX):
+    if 2 <= rows <= 32 and weight.numel() <= _SMALL_MATRIX:
         return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
 
