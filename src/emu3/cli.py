@@ -156,14 +156,18 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the layers first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast a checkpoint draws here, beside what this machine can do."""
     counts = pictures.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
-    pipeline = _load_pipeline(model, download=False)
+    from dataclasses import replace
+
     from emu3.evaluation.speed import measure
+
+    pipeline = replace(_load_pipeline(model, download=False), compiled=compiled)
 
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
     if as_json:
