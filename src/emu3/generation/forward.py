@@ -84,9 +84,10 @@ def joined(modules: Sequence[nn.Module]) -> Product:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` without a bias: (..., I) to (..., O)."""
-    plain = x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available()
     # What is compiled is for any number of rows, and cannot call oneDNN by this name.
-    if plain or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, weight)
+    if not torch.backends.mkldnn.is_available():
         return F.linear(x, weight)
     # For a few rows in float32, `linear` picks kernels that take up to three times as long as these two.
     rows = x.numel() // x.shape[-1]
