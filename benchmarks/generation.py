@@ -16,7 +16,6 @@ import json
 import logging
 import platform
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,6 +25,7 @@ import transformers
 from emu3.configuration import Emu3Config
 from emu3.data.prompts import evaluation_prompts
 from emu3.data.scenes import TASKS
+from emu3.evaluation.speed import processor_name
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished
@@ -153,12 +153,6 @@ def ours(model: Emu3ForConditionalGeneration, decoder: Counting, wanted: list[Re
     done = [event for event in Engine(model, decoder, compiled=compiled).stream(wanted) if isinstance(event, Finished)]
     assert len(done) == len(wanted)
     return time.perf_counter() - start
-
-
-def processor_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +23,7 @@ import transformers
 from torch import Tensor
 
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.evaluation.speed import processor_name
 from emu3.modeling.vision import Emu3VQVAE
 
 WARM_UP_SIZE = 64
@@ -70,12 +70,6 @@ def summary(ours: list[float], theirs: list[float]) -> dict[str, Any]:
         "transformers_median": round(median(theirs), 3),
         "ratio": round(median(theirs) / median(ours), 2),
     }
-
-
-def processor_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def count_ties(model: Emu3VQVAE, pixels: Tensor, ours: Tensor, theirs: Tensor) -> int:

@@ -168,7 +168,6 @@ def bench(
     from emu3.evaluation.speed import measure
 
     pipeline = replace(_load_pipeline(model, download=False), compiled=compiled)
-
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
     if as_json:
         _print_json(speed.to_dict())

@@ -55,6 +55,17 @@ def test_affine_is_the_norm():
     torch.testing.assert_close(rows, expected[:, :, 1:3], rtol=0, atol=1e-5)
 
 
+def test_sixteen_bits_lose_no_more_than_the_norm_itself():
+    """Of values far from zero, whose mean would not fit in sixteen bits."""
+    torch.manual_seed(0)
+    norm, x = nn.GroupNorm(32, 64).bfloat16(), (torch.randn(1, 64, 16, 16) + 30).bfloat16()
+    exact = F.silu(F.group_norm(x.double(), 32, eps=norm.eps))
+    plain = (F.silu(norm(x)).double() - exact).abs().mean()
+    found = silu_of_affine(*affine_of(norm, x), x, 0, 16)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).abs().mean() <= 1.1 * plain
+
+
 @pytest.mark.parametrize("channels", [(32, 32), (64, 32)])
 @pytest.mark.parametrize("band", [1, 900, 2**23])
 def test_blocks_give_the_same_with_and_without_gradients(monkeypatch, channels, band):

@@ -43,15 +43,19 @@ def by_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reach: i
 
 
 def silu_of_affine(factor_BChW: Tensor, offset_BChW: Tensor, x_BCHW: Tensor, first: int, height: int) -> Tensor:
-    """silu(x * factor + offset) of the rows from `first` on of pictures of `height` rows, h coefficients for them."""
+    """silu(x * factor + offset) of the rows from `first` on of pictures of `height` rows, h coefficients for them.
+
+    Computed in the coefficients' dtype, and given in that of x.
+    """
     rows = torch.arange(first, first + x_BCHW.shape[2], device=x_BCHW.device) * factor_BChW.shape[2] // height
     factor, offset = (each if each.shape[2] == 1 else each[:, :, rows] for each in (factor_BChW, offset_BChW))
-    return F.silu(torch.addcmul(offset, x_BCHW, factor), inplace=True)
+    return F.silu(torch.addcmul(offset, x_BCHW.to(factor.dtype), factor), inplace=True).to(x_BCHW.dtype)
 
 
 def affine_of(norm: nn.GroupNorm, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor and offset (B, C, 1, 1) that normalise x."""
-    grouped = x_BCHW.reshape(len(x_BCHW), norm.num_groups, -1).float()
+    """The factor and offset (B, C, 1, 1) that normalise x, in float32 or what is wider: a rounded mean shifts all."""
+    wide = torch.promote_types(x_BCHW.dtype, torch.float32)
+    grouped = x_BCHW.reshape(len(x_BCHW), norm.num_groups, -1).to(wide)
     variance, mean = torch.var_mean(grouped, -1, correction=0)
     channels = x_BCHW.shape[1] // norm.num_groups
     scale_BC, mean_BC = (
@@ -60,4 +64,4 @@ def affine_of(norm: nn.GroupNorm, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     )
     factor_BC = scale_BC * norm.weight
     offset_BC = norm.bias - mean_BC * factor_BC
-    return factor_BC[..., None, None].to(x_BCHW), offset_BC[..., None, None].to(x_BCHW)
+    return factor_BC[..., None, None], offset_BC[..., None, None]

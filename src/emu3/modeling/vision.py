@@ -95,8 +95,8 @@ class SpatialNorm(nn.Module):
         factor_BC11, offset_BC11 = affine_of(self.norm_layer, x_BCHW)
         scale, shift = self.conv_y(quantized_BZhw), self.conv_b(quantized_BZhw)
         wide = x_BCHW.shape[3] // scale.shape[3]
-        both = factor_BC11 * scale, torch.addcmul(shift, offset_BC11, scale)
-        return both[0].repeat_interleave(wide, 3), both[1].repeat_interleave(wide, 3)
+        factor, offset = factor_BC11 * scale, offset_BC11 * scale + shift
+        return factor.repeat_interleave(wide, 3), offset.repeat_interleave(wide, 3)
 
 
 def norm_for(channels: int, latent_channels: int | None) -> nn.Module:
