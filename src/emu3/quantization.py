@@ -9,6 +9,8 @@ N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
 
-# Activations are from -127 to 127 above this; the kernels take unsigned numbers.
+# Activations are from -127 to 127 above this, for the kernels that take unsigned numbers.
 _ZERO = 128
+# Up to here a plain product of 8-bit matrices is faster, and can be compiled; beyond, that of a matrix brought in the
+# order in which the kernels read it.
+_SMALL_MATRIX = 2**20
 
 
 class Int8Linear(nn.Module):
@@ -32,23 +37,46 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight_OI = linear.weight.detach().float()
         self.scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / 127
-        self.zeros_O = torch.zeros(len(weight_OI), dtype=torch.long)
-        self.packed: Tensor = torch.ops.onednn.qlinear_prepack(
-            (weight_OI / self.scales_O[:, None]).round().to(torch.int8), None
-        )
+        self.weight_OI: Tensor | None = (weight_OI / self.scales_O[:, None]).round().to(torch.int8)
         self.bias_O = None if linear.bias is None else linear.bias.detach().float()
+        if self.weight_OI.numel() > _SMALL_MATRIX:
+            self.packed: Tensor = torch.ops.onednn.qlinear_prepack(self.weight_OI, None)
+            self.weight_OI = None
+
+    @classmethod
+    def joined(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
+        """One module with the outputs of several of the same input behind one another; None if their matrices are too
+        large to store twice."""
+        weights = [module.weight_OI for module in modules if module.weight_OI is not None]
+        if len(weights) < len(modules) or any(module.bias_O is not None for module in modules):
+            return None
+        whole = copy(modules[0])
+        whole.weight_OI, whole.scales_O = torch.cat(weights), torch.cat([module.scales_O for module in modules])
+        return whole
 
     def forward(self, x: Tensor) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1]).float()
         scale_N1 = x_NI.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        x_NI = (x_NI / scale_N1 + (_ZERO + 0.5)).to(torch.uint8)  # rounds, for what is cut off is positive
-        y_NO = torch.ops.onednn.qlinear_pointwise(
-            x_NI, 1.0, _ZERO, self.packed, self.scales_O, self.zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        x_NI = x_NI / scale_N1
+        if self.weight_OI is None:
+            y_NO = self._by_packed(x_NI)
+        else:
+            y_NO = torch._int_mm(x_NI.round().to(torch.int8), self.weight_OI.t()) * self.scales_O
         y_NO = y_NO * scale_N1
         if self.bias_O is not None:
             y_NO = y_NO + self.bias_O
         return cast(Tensor, y_NO.to(x.dtype).view(*x.shape[:-1], -1))
+
+    @torch.compiler.disable  # the compiler takes such a matrix for a constant of the graph, and stops
+    def _by_packed(self, x_NI: Tensor) -> Tensor:
+        x_NI = (x_NI + (_ZERO + 0.5)).to(torch.uint8)  # rounds, for what is cut off is positive
+        zeros_O = torch.zeros(len(self.scales_O), dtype=torch.long)
+        return cast(
+            Tensor,
+            torch.ops.onednn.qlinear_pointwise(
+                x_NI, 1.0, _ZERO, self.packed, self.scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+            ),
+        )
 
 
 def quantize_int8(text_model: Emu3TextModel) -> None:

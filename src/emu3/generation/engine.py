@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from emu3.generation.cache import SlotCache
-from emu3.generation.decoders import Batch, Decoder, Running
+from emu3.generation.decoders import Batch, Decoder, Fed, Running
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.events import Event, Finished, RowDone, Started, Tokens
-from emu3.generation.forward import Forward
+from emu3.generation.forward import Forward, working_dtype
 from emu3.generation.graphs import RecordedForward
 from emu3.generation.request import Request
 
@@ -94,7 +94,7 @@ class Session:
             heads=config.num_key_value_heads or config.num_attention_heads,
             slots=slots,
             width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=head.dtype,
+            dtype=working_dtype(head),
             device=head.device,
         )
         self.engine = engine
@@ -188,7 +188,7 @@ class Session:
                 done = shared
             end = min(last, done + self.engine.chunk)
             if end > done:
-                tokens.append((prompt[done:end], range(done, end)))
+                tokens.append(Fed(prompt[done:end], range(done, end), [0] * (end - done)))
                 fed.append(row)
             sequence.prefilled[index] = end
         if tokens:

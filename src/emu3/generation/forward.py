@@ -2,7 +2,8 @@
 
 Fewer and cheaper operations than `Emu3TextModel.run_layers`, because a step of a small batch is mostly their overhead:
 matrices of the same input are one, cosines and sines are looked up, queries and keys are turned together, and the heads
-that share keys and values become further queries, so that no key is copied and no kernel has to know of groups.
+that share keys and values become further queries, so that no key is copied and no kernel has to know of groups. On a
+CPU only the products with weights are in 16 bits if these are, as its other kernels are slower in them.
 
 B rows, S tokens a row, E model width, N query heads, K key-value heads, G = N / K, Q = G * S, C slots, D head width.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.generation.cache import SlotCache
+from emu3.quantization import Int8Linear
 
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3DecoderLayer, Emu3TextModel, RMSNorm
@@ -46,26 +48,32 @@ class Layer(NamedTuple):
     activation: Product
 
     @classmethod
-    def of(cls, layer: Emu3DecoderLayer) -> Layer:
+    def of(cls, layer: Emu3DecoderLayer, compiled: bool) -> Layer:
         """Of the model's own layer."""
         attention, mlp = layer.self_attn, layer.mlp
+        dtype = layer.input_layernorm.weight.dtype
         return cls(
             layer.input_layernorm,
             attention.scaling,
-            joined([attention.q_proj, attention.k_proj, attention.v_proj]),
-            joined([attention.o_proj]),
+            joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, compiled),
+            joined([attention.o_proj], dtype, compiled),
             layer.post_attention_layernorm,
-            joined([mlp.gate_proj, mlp.up_proj]),
-            joined([mlp.down_proj]),
+            joined([mlp.gate_proj, mlp.up_proj], dtype, compiled),
+            joined([mlp.down_proj], dtype, compiled),
             mlp.act_fn,
         )
 
 
-def joined(modules: Sequence[nn.Module]) -> Product:
+def joined(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: bool) -> Product:
     """The outputs of several linear modules of the same input, one behind the other, by one product if they are plain.
 
-    Their weights move into one piece of memory then, of which each keeps its part: no module notices, and nothing is
-    stored twice.
+    Their weights move into one piece of memory then, of which each keeps its part: no module notices, and nothing large
+    is stored twice.
+
+    Args:
+        modules: (..., I) to (..., O), each its own O.
+        dtype: in which modules that are not plain take their input.
+        compiled: whether this will be compiled.
     """
     plain = all(
         type(module) is nn.Linear
@@ -75,25 +83,44 @@ def joined(modules: Sequence[nn.Module]) -> Product:
         and module.weight.device.type != "meta"
         for module in modules
     )
+    quantized = [module for module in modules if isinstance(module, Int8Linear)]
+    whole = Int8Linear.joined(quantized) if len(quantized) == len(modules) else None
+    if whole is not None:
+        return whole
     if not plain:
-        first, *others = modules
-        return lambda x: torch.cat([module(x) for module in modules], -1) if others else cast(Tensor, first(x))
-    weights = [cast(nn.Parameter, module.weight) for module in modules]
-    return partial(product, weight=_in_one_piece(weights))
+        return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
+    weight = _in_one_piece([cast(nn.Parameter, module.weight) for module in modules])
+    if not compiled and weight.numel() <= _SMALL_MATRIX and _in_onednn(weight):
+        # As its kernels read it: to bring a small matrix in that order takes about as long as a product of a few rows.
+        return partial(_onednn_product, dtype=weight.dtype, weight=torch.ops.mkldnn._reorder_linear_weight(weight))
+    return partial(product, weight=weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` without a bias: (..., I) to (..., O)."""
-    # What is compiled is for any number of rows, and cannot call oneDNN by this name.
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, weight)
-    if not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight)
-    # For a few rows in float32, `linear` picks kernels that take up to three times as long as these two.
-    rows = x.numel() // x.shape[-1]
-    if 2 <= rows <= 32 and weight.numel() <= _SMALL_MATRIX:
-        return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
+    """`F.linear` without a bias, in the dtype of the weight: (..., I) to (..., O), in the dtype of x."""
+    # In float32, `linear` picks kernels that take up to three times as long for a few rows. What is compiled cannot
+    # call oneDNN by this name.
+    if weight.dtype == torch.float32 and not torch.compiler.is_compiling() and _in_onednn(weight):
+        return _onednn_product(x, weight, weight.dtype)
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+
+
+def _onednn_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, None, "none", [], "")).to(x.dtype)
+
+
+def _in_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN has kernels for it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """Of everything between the products with weights such as this one, keys and values among it."""
+    return torch.float32 if weight.device.type == "cpu" and weight.dtype.itemsize < 4 else weight.dtype
 
 
 def _in_one_piece(weights: Sequence[nn.Parameter]) -> Tensor:
@@ -141,34 +168,42 @@ class Forward:
             few = len(text_model.layers) <= _FEW_LAYERS
             run = compile_(run_layers) if few else partial(run_layers, run=compile_(run_layer))
         layers = tuple(
-            Layer.of(cast("Emu3DecoderLayer", layer))
+            Layer.of(cast("Emu3DecoderLayer", layer), compiled)
             for layer in text_model.layers[: text_model.config.num_hidden_layers]
         )
         if text_model.rotary_emb.rope_type in _ANGLES_CHANGE:
             return cls(text_model, layers, None, None, run)
         weight = text_model.embed_tokens.weight
-        cos_CD, sin_CD = _angles(text_model, torch.arange(slots, device=weight.device)[None], weight)
+        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
+        cos_CD, sin_CD = _angles(text_model, torch.arange(slots, device=weight.device)[None], like)
         return cls(text_model, layers, cos_CD[0], sin_CD[0], run)
 
     def __call__(
-        self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, rows: Sequence[int] | None, end: int
+        self,
+        cache: SlotCache,
+        ids_BS: Tensor,
+        slots_BS: Tensor,
+        turns_BS: Tensor,
+        rows: Sequence[int] | None,
+        end: int,
     ) -> Tensor:
         """Run tokens and put their keys and values into the cache.
 
         Args:
             cache: what was there before.
-            ids_BS, slots_BS: the tokens and where they stand, on the CPU.
+            ids_BS, slots_BS, turns_BS: the tokens, where they stand, and in what turn they go in, on the CPU.
             rows: of the cache; None for the first B.
             end: attention reads the slots before this one.
 
         Returns:
             Hidden states (B, S, E) after the last norm.
         """
-        device = cache.filled_BC.device
+        device = cache.turns_BC.device
         ids_BS, slots_BS = ids_BS.to(device), slots_BS.to(device)
-        hidden_BSE: Tensor = self.text_model.embed_tokens(ids_BS)
+        embeddings = self.text_model.embed_tokens
+        hidden_BSE: Tensor = embeddings(ids_BS).to(working_dtype(embeddings.weight))
         rows_B = torch.arange(len(ids_BS), device=device) if rows is None else torch.tensor(rows, device=device)
-        places_N, mask_BSC = cache.fill(rows_B, slots_BS, end)
+        places_N, mask_BSC = cache.fill(rows_B, slots_BS, turns_BS.to(device), end)
         if self.cos_CD is None or self.sin_CD is None:
             cos_BSD, sin_BSD = _angles(self.text_model, slots_BS, hidden_BSE)
         else:

@@ -30,6 +30,7 @@ class Recording:
     graph: torch.cuda.CUDAGraph
     ids_BS: Tensor
     slots_BS: Tensor
+    turns_BS: Tensor
     hidden_BSE: Tensor
 
 
@@ -41,34 +42,43 @@ class RecordedForward:
     recordings: dict[tuple[int, int, int], Recording] = field(default_factory=dict)
 
     def __call__(
-        self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, rows: Sequence[int] | None, end: int
+        self,
+        cache: SlotCache,
+        ids_BS: Tensor,
+        slots_BS: Tensor,
+        turns_BS: Tensor,
+        rows: Sequence[int] | None,
+        end: int,
     ) -> Tensor:
         """See `Forward.__call__`."""
         batch, length = ids_BS.shape
         if rows is not None or length > MOST_TOKENS:
-            return self.forward(cache, ids_BS, slots_BS, rows, end)
+            return self.forward(cache, ids_BS, slots_BS, turns_BS, rows, end)
         # More of what padding is already: a row's last token again.
         more = (1 << (length - 1).bit_length()) - length
-        ids_BS, slots_BS = (F.pad(each[:, None], (0, more), mode="replicate")[:, 0] for each in (ids_BS, slots_BS))
+        ids_BS, slots_BS, turns_BS = (
+            F.pad(each[:, None], (0, more), mode="replicate")[:, 0] for each in (ids_BS, slots_BS, turns_BS)
+        )
         end = min(cache.slots, -(-end // SLOTS) * SLOTS)
         key = (batch, ids_BS.shape[1], end)
         if key not in self.recordings:
-            self.recordings[key] = self._record(cache, ids_BS, slots_BS, end)
+            self.recordings[key] = self._record(cache, ids_BS, slots_BS, turns_BS, end)
         recording = self.recordings[key]
         recording.ids_BS.copy_(ids_BS)
         recording.slots_BS.copy_(slots_BS)
+        recording.turns_BS.copy_(turns_BS)
         recording.graph.replay()
         return recording.hidden_BSE[:, :length]
 
-    def _record(self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, end: int) -> Recording:
-        ids_BS, slots_BS = ids_BS.to(cache.filled_BC.device), slots_BS.to(cache.filled_BC.device)
+    def _record(self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, turns_BS: Tensor, end: int) -> Recording:
+        ids_BS, slots_BS, turns_BS = (each.to(cache.turns_BC.device) for each in (ids_BS, slots_BS, turns_BS))
         # Once for real, off the main stream: what is compiled or allocated at first use must not be in a recording.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            self.forward(cache, ids_BS, slots_BS, None, end)
+            self.forward(cache, ids_BS, slots_BS, turns_BS, None, end)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            hidden_BSE = self.forward(cache, ids_BS, slots_BS, None, end)
-        return Recording(graph, ids_BS, slots_BS, hidden_BSE)
+            hidden_BSE = self.forward(cache, ids_BS, slots_BS, turns_BS, None, end)
+        return Recording(graph, ids_BS, slots_BS, turns_BS, hidden_BSE)

@@ -95,11 +95,21 @@ class Plan(NamedTuple):
         feeds: positions whose tokens go in.
         wants: positions to decide, each behind the index among `feeds` of the token before it.
         guesses: ids at positions that are fed though they are not decided.
+        turns: see `SlotCache.fill`, for each of the feeds; None: they see all that is before them.
     """
 
     feeds: Sequence[int]
     wants: Sequence[tuple[int, int]]
     guesses: Mapping[int, int] = {}
+    turns: Sequence[int] | None = None
+
+
+class Fed(NamedTuple):
+    """Tokens of one row: their ids, their slots, and in what turn they go in; see `SlotCache.fill`."""
+
+    ids: Sequence[int]
+    slots: Sequence[int]
+    turns: Sequence[int]
 
 
 class Wanted(NamedTuple):
@@ -126,22 +136,25 @@ class Batch:
     forward: Forward | RecordedForward
     sequences: list[Running]
 
-    def feed(self, tokens: Sequence[tuple[Sequence[int], Sequence[int]]], rows: Sequence[int] | None = None) -> Tensor:
-        """Run ids at slots, both given for each of the rows (None: the first): hidden states (B, S, E)."""
-        longest = max(len(ids) for ids, _ in tokens)
+    def feed(self, tokens: Sequence[Fed], rows: Sequence[int] | None = None) -> Tensor:
+        """Run tokens, given for each of the rows (None: the first): hidden states (B, S, E)."""
+        longest = max(len(ids) for ids, _, _ in tokens)
         # A shorter row repeats its last token, which writes the same again.
-        ids, slots = ([[*row, *[row[-1]] * (longest - len(row))] for row in each] for each in zip(*tokens, strict=True))
-        end = 1 + max(max(row) for row in slots)
-        return self.forward(self.cache, torch.tensor(ids), torch.tensor(slots), rows, end)
+        ids, slots, turns = (
+            torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in each])
+            for each in zip(*tokens, strict=True)
+        )
+        return self.forward(self.cache, ids, slots, turns, rows, end=1 + int(slots.max()))
 
     def run(self, plans: Sequence[Plan]) -> Tensor:
         """Feed what the plans of all sequences say: hidden states (B, S, E)."""
-        tokens: list[tuple[Sequence[int], Sequence[int]]] = []
+        tokens = []
         for sequence, plan in zip(self.sequences, plans, strict=True):
             ids = [plan.guesses.get(k, int(sequence.ids_K[k])) for k in plan.feeds if k >= 0]
             for prompt in sequence.request.rows:
                 before = [prompt[k] for k in plan.feeds if k < 0]
-                tokens.append((before + ids, [len(prompt) + k for k in plan.feeds]))
+                slots = [len(prompt) + k for k in plan.feeds]
+                tokens.append(Fed(before + ids, slots, plan.turns or [0] * len(slots)))
             sequence.steps += 1
             sequence.new = []
         return self.feed(tokens)

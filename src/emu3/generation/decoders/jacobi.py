@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.generation.decoders import Batch, Plan, Running, Wanted, next_in_order
-from emu3.generation.decoders.guesses import guess_ahead
+from emu3.generation.decoders import UNDECIDED, Batch, Plan, Running, Wanted, next_in_order
+from emu3.generation.decoders.guesses import guess_from_neighbour
 from emu3.generation.sampling import probabilities
 
 
@@ -62,6 +62,21 @@ class Drafts:
     cached: int = -1
 
 
+def _plan_drafts(sequence: Running, drafts: Drafts, window: int) -> Plan:
+    """Feeds the next `window` undecided positions as drafted, and decides all of them."""
+    grammar = sequence.request.grammar
+    assert grammar is not None, "texts have no drafts"
+    positions: list[int] = (
+        (sequence.ids_K[sequence.emitted :] == UNDECIDED).nonzero()[0][:window] + sequence.emitted
+    ).tolist()
+    guesses: dict[int, int] = {}
+    for k in positions:
+        guesses[k] = drafts.known[k] if k in drafts.known else guess_from_neighbour(grammar, k, sequence.ids_K, guesses)
+    return Plan(
+        range(drafts.cached, positions[-1]), [(k - 1 - drafts.cached, k) for k in positions], guesses
+    )
+
+
 @dataclass(frozen=True)
 class JacobiDecoder:
     """Decides as many tokens as pass verification, at least one a forward.
@@ -96,8 +111,7 @@ class JacobiDecoder:
             return next_in_order(sequence)
         if sequence.memory is None:
             sequence.memory = Drafts(torch.Generator().manual_seed(sequence.request.seed))
-        drafts = cast(Drafts, sequence.memory)
-        return guess_ahead(sequence, drafts.known, drafts.cached, self.window)
+        return _plan_drafts(sequence, cast(Drafts, sequence.memory), self.window)
 
     def _verify(
         self, batch: Batch, sequence: Running, plan: Plan, hidden_BSE: Tensor, wanted: Sequence[Wanted]

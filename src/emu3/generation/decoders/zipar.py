@@ -1,14 +1,15 @@
 """Several rows of a picture at once: ZipAR (arXiv 2412.04062).
 
 A token depends most on its neighbours, so a row need not wait for the end of the row above: it starts as soon as that
-one is `window` tokens ahead. With a window of 2, and the step in which each token is decided:
+one is `window` tokens ahead. With a window of 2, and the turn in which each token is decided:
 
-    0  1  2  3  4       a row takes as many steps as it has tokens,
-    2  3  4  5  6       and starts `window` steps after the row above:
-    4  5  6  7  8       9 steps for these 15 tokens
+    0  1  2  3  4       a row takes as many turns as it has tokens,
+    2  3  4  5  6       and starts `window` turns after the row above:
+    4  5  6  7  8       9 turns for these 15 tokens
 
 The end of the row above is what a row's first token follows; the grammar knows it, so it goes in before the tokens that
-should stand before it. Tokens stay at their place in raster order, and attention sees the places that are filled.
+should stand before it. Tokens stay at their place in raster order, and attention sees those that went in no later.
+What a later turn decides is guessed, and verified in the same forward, so that one forward takes several turns.
 """
 
 from __future__ import annotations
@@ -17,53 +18,33 @@ from dataclasses import dataclass
 
 import torch
 
-from emu3.generation.decoders import Batch, Plan, Running, next_in_order
-from emu3.generation.grammar import GridGrammar
-
-
-def wavefront(grammar: GridGrammar, window: int, step: int) -> Plan:
-    """What step `step` of a picture or clip feeds and decides. Frames follow one another."""
-    height, width = grammar.height, grammar.width
-    window = min(window, width)
-    frame, step = divmod(step, (height - 1) * window + width)
-    start = frame * grammar.frame_length
-    feeds, wants = [], []
-    if step == 0 and frame:  # the last token of the frame before, and the end of its row
-        feeds += [start - 3, start - 2]
-    for row in range(max(0, -(-(step - width) // window)), min(height - 1, step // window) + 1):
-        column = step - row * window
-        k = start + row * (width + 1) + column
-        if column < width:
-            wants.append((len(feeds), k))
-        feeds.append(k - 1)
-    return Plan(feeds, wants)
+from emu3.generation.decoders import Batch
+from emu3.generation.decoders.guesses import step_with_guesses
 
 
 @dataclass(frozen=True)
 class ZipARDecoder:
-    """Decides a token of every row that may go on.
+    """Decides the tokens of every row that may go on, as far as they are guessed right.
 
     Args:
         window: tokens by which a row stays behind the row above; None: a third of a row. As many as a row has: token
             for token what raster decides. Fewer are faster, and further from the order in which the model was trained.
+        guesses: most tokens that are decided at once, but for those of one turn; fewer where many pictures are under
+            way. However many, the tokens are the same, up to rounding.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: one of these below 1.
     """
 
     window: int | None = None
+    guesses: int = 32
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        for name, value in (("window", self.window), ("guesses", self.guesses)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
-        """Run one forward; texts go on by one token, pictures by one of each row under way."""
-        batch.decide([self._plan(sequence) for sequence in batch.sequences])
-
-    def _plan(self, sequence: Running) -> Plan:
-        grammar = sequence.request.grammar
-        if grammar is None:
-            return next_in_order(sequence)
-        return wavefront(grammar, self.window or -(-grammar.width // 3), sequence.steps)
+        """Run one forward; texts go on by one token, pictures by some of each row under way."""
+        step_with_guesses(batch, lambda grammar: self.window or -(-grammar.width // 3), self.guesses)
