@@ -1,5 +1,6 @@
 """Predictive, ZipAR and Jacobi decoding: their schedules, what they must agree with, and their distributions."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -9,14 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emu3 import quantization
 from emu3.generation import forward
-from emu3.generation.decoders import Running, Wanted
-from emu3.generation.decoders.guesses import guess_ahead
+from emu3.generation.decoders import UNDECIDED, Running, Wanted
+from emu3.generation.decoders.guesses import Guesses, guess_from_neighbour, turns_of
 from emu3.generation.decoders.jacobi import JacobiDecoder, couple
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.decoders.predictive import PredictiveDecoder
 from emu3.generation.decoders.raster import RasterDecoder
-from emu3.generation.decoders.zipar import ZipARDecoder, wavefront
+from emu3.generation.decoders.zipar import ZipARDecoder
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, RowDone, Tokens
 from emu3.generation.grammar import GridGrammar
@@ -49,33 +51,64 @@ def mixed(vocabulary):
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9))
-def test_a_wavefront_decides_everything_once_and_feeds_it_in_time(height, width, frames, window):
+def test_turns_are_those_of_a_wavefront(height, width, frames, window):
     grammar = GridGrammar(height, width, frames)
-    s = min(window, width)
-    steps = frames * ((height - 1) * s + width)
-    decided_at, fed_at = {}, {}
-    for step in range(steps):
-        plan = wavefront(grammar, window, step)
-        assert list(plan.feeds) == sorted(plan.feeds)
-        for k in plan.feeds:
-            assert k not in fed_at
-            fed_at[k] = step
-        for index, k in plan.wants:
-            assert plan.feeds[index] == k - 1
-            decided_at[k] = step
-    visual = [k for k in range(grammar.length) if not grammar.is_forced(k)]
-    assert sorted(decided_at) == visual
-    # The ends of the last row and frame, and of the picture, are never needed.
-    assert sorted(fed_at) == list(range(-1, visual[-1]))
-    for k, step in decided_at.items():
-        frame, in_frame = divmod(k, grammar.frame_length)
-        row, column = divmod(in_frame, width + 1)
-        assert step == frame * ((height - 1) * s + width) + row * s + column
-        # A token is fed after it was decided, and right then: what comes after may look at it.
-        assert fed_at.get(k, step + 1) == step + 1
-        if row:
-            above = k - width - 1 + min(s - 1, width - 1 - column)
-            assert decided_at[above] < step or s > width
+    turns, lag = turns_of(grammar, window), min(window, width)
+    for k in range(grammar.length):
+        if not grammar.is_forced(k):
+            frame, in_frame = divmod(k, grammar.frame_length)
+            row, column = divmod(in_frame, width + 1)
+            assert turns[k] == frame * ((height - 1) * lag + width) + row * lag + column
+            # A token goes in right after it was decided: what comes after may look at it.
+            assert turns[k + 1] == turns[k] + 1
+    if window >= width:
+        assert (np.diff(turns) >= 0).all()
+
+
+def answers(grammar, turns, id_at):
+    """Of a model that mixes all that a token sees into a number: that number for each token of a picture, whose ids
+    `id_at` tells from the numbers before."""
+    states = {}
+    for q in range(-1, grammar.length - 1):
+        seen = [states[p] for p in range(-1, q) if turns[p + 1] <= turns[q + 1]]
+        states[q] = hash((q, None if q < 0 else id_at(q, states), tuple(seen)))
+    return states
+
+
+@given(*[st.integers(1, 4)] * 3, st.integers(1, 5), st.integers(1, 20), st.integers(2, 3), st.integers(0, 99))
+def test_guesses_change_no_decision(height, width, frames, window, most, size, seed):
+    """Against deciding one position after the other; the cache of the model remembers what was fed, right or wrong."""
+    grammar = GridGrammar(height, width, min(frames, 2))
+    lo, turns = grammar.vocabulary.visual_base, turns_of(grammar, window)
+
+    def id_after(k, state):
+        return grammar.span(k)[0] if grammar.is_forced(k) else lo + hash((seed, state)) % size
+
+    expected = {}
+
+    def decide(q, states):
+        expected[q] = id_after(q, states[q - 1])
+        return expected[q]
+
+    answers(grammar, turns, decide)
+    sequence = Running.begin(Request((grammar.vocabulary.img,), grammar), 0, 999)
+    guesses, cache, steps = Guesses.begin(grammar, window), {}, 0
+    while (sequence.ids_K == UNDECIDED).any():
+        plan, steps = guesses.plan(sequence.ids_K, most), steps + 1
+        assert plan.feeds == sorted(set(plan.feeds))
+        for q, turn in zip(plan.feeds, plan.turns, strict=True):
+            assert turn == turns[q + 1]
+            seen = [cache[p] for p in sorted(cache) if p < q and turns[p + 1] <= turn]
+            id_ = None if q < 0 else plan.guesses.get(q, int(sequence.ids_K[q]))
+            assert id_ != UNDECIDED
+            cache[q] = hash((q, id_, tuple(seen)))
+        assert all(plan.feeds[index] == k - 1 for index, k in plan.wants)
+        chosen = [id_after(k, cache[plan.feeds[index]]) for index, k in plan.wants]
+        for k, id_ in guesses.settle(plan, chosen):
+            assert sequence.ids_K[k] == UNDECIDED
+            sequence.decide(k, id_)
+    assert all(sequence.ids_K[k] == id_ for k, id_ in expected.items())
+    assert steps <= int(turns[:-2].max()) + 1
 
 
 def test_a_window_as_wide_as_the_row_is_raster(model, mixed):
@@ -107,8 +140,14 @@ def test_a_narrow_window_takes_fewer_steps(model, vocabulary):
             steps.append(len(batch.sequences))
             super().step(batch)
 
-    assert finished(model, Counting(2), [drawn]) != raster
+    assert finished(model, Counting(2, guesses=1), [drawn]) != raster
     assert len(steps) == 6 + 5 * 2
+
+
+@pytest.mark.parametrize("guesses", [2, 7, 50])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_zipar_decides_the_same_however_much_it_guesses(model, mixed, window, guesses):
+    assert finished(model, ZipARDecoder(window, guesses), mixed) == finished(model, ZipARDecoder(window, 1), mixed)
 
 
 def test_rows_are_reported_as_they_are_done(model, vocabulary):
@@ -136,23 +175,16 @@ def test_predictive_decides_what_raster_does(model, mixed, window):
     assert finished(model, PredictiveDecoder(window), mixed) == finished(model, RasterDecoder(), mixed)
 
 
-def test_guesses_are_what_is_known_or_the_neighbour(vocabulary):
-    """A clip of two frames of 2x3, whose first frame is decided up to its second row."""
-    lo, eol = vocabulary.visual_base, vocabulary.eol
-    sequence = Running.begin(request(vocabulary, 2, 3, frames=2), 0, 99)
-    assert guess_ahead(sequence, {}, -1, 4) == (
-        range(-1, 4),
-        [(0, 0), (1, 1), (2, 2), (4, 4)],
-        {0: lo, 1: lo, 2: lo, 4: lo},
-    )
-    for k, id_ in [(0, lo + 1), (1, lo + 2), (2, lo + 3)]:
-        sequence.decide(k, id_)
-    assert sequence.ids_K[:4].tolist() == [lo + 1, lo + 2, lo + 3, eol]
-    plan = guess_ahead(sequence, {4: lo + 7, 6: lo + 5}, 2, 5)
-    frame = sequence.request.grammar.frame_length
-    assert [k for _, k in plan.wants] == [4, 5, 6, frame, frame + 1]
-    assert plan.guesses == {4: lo + 7, 5: lo + 7, 6: lo + 5, frame: lo + 1, frame + 1: lo + 2}
-    assert all(plan.feeds[index] == k - 1 for index, k in plan.wants)
+def test_guesses_are_of_the_neighbour(vocabulary):
+    """Of a clip of two frames of 2x3, whose first row is decided."""
+    lo, grammar = vocabulary.visual_base, GridGrammar(2, 3, 2, vocabulary)
+    ids = Running.begin(request(vocabulary, 2, 3, frames=2), 0, 99).ids_K
+    assert guess_from_neighbour(grammar, 0, ids, {}) == lo
+    ids[:3] = lo + 1, lo + 2, lo + 3
+    assert guess_from_neighbour(grammar, 4, ids, {}) == lo + 1
+    assert guess_from_neighbour(grammar, 5, ids, {4: lo + 7}) == lo + 7
+    assert guess_from_neighbour(grammar, grammar.frame_length + 1, ids, {}) == lo + 2
+    assert guess_from_neighbour(grammar, grammar.frame_length + 4, ids, {4: lo + 7}) == lo + 7
 
 
 def chi_square(counts, expected):
@@ -295,6 +327,8 @@ def test_decoders_by_name():
     for kind in (PredictiveDecoder, JacobiDecoder, ZipARDecoder):
         with pytest.raises(ValueError, match="window must be at least 1, got 0"):
             kind(0)
+    with pytest.raises(ValueError, match="guesses must be at least 1, got 0"):
+        ZipARDecoder(guesses=0)
 
 
 @pytest.mark.parametrize("kind", [JacobiDecoder, PredictiveDecoder])
@@ -315,10 +349,19 @@ def test_several_tokens_a_forward_where_guesses_pass(model, vocabulary, kind):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs a C++ compiler")
-@pytest.mark.parametrize("few_layers", [0, 8])
-def test_compiled_layers_decide_the_same(model, mixed, monkeypatch, few_layers):
-    """Layer by layer, and all as one."""
+@pytest.mark.parametrize(
+    ("few_layers", "dtype", "small"),
+    [(0, None, 0), (8, None, 0), (8, torch.bfloat16, 0), (8, torch.int8, 2**20), (8, torch.int8, 0)],
+)
+def test_compiled_layers_decide_the_same(model, mixed, monkeypatch, few_layers, dtype, small):
+    """Layer by layer, and all as one; in 16 bits, and in 8 with matrices that are small and that are not."""
     monkeypatch.setattr(forward, "_FEW_LAYERS", few_layers)
+    monkeypatch.setattr(quantization, "_SMALL_MATRIX", small)
+    model = copy.deepcopy(model)
+    if dtype == torch.int8:
+        quantization.quantize_int8(model.model.text_model)
+    elif dtype is not None:
+        model.to(dtype)
     expected = finished(model, RasterDecoder(), mixed[:1])
     engine = Engine(model, RasterDecoder(), compiled=True)
     events = [event for event in engine.stream(mixed[:1]) if isinstance(event, Finished)]

@@ -125,7 +125,7 @@ def test_forced_tokens_cost_no_forward(model, vocabulary, monkeypatch):
     calls, feed = [], Batch.feed
 
     def counting(batch, tokens, rows=None):
-        calls.append(max(len(ids) for ids, _ in tokens))
+        calls.append(max(len(ids) for ids, _, _ in tokens))
         return feed(batch, tokens, rows)
 
     monkeypatch.setattr(Batch, "feed", counting)

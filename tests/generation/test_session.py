@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from emu3.generation.cache import EMPTY
 from emu3.generation.decoders import Batch
 from emu3.generation.decoders.jacobi import JacobiDecoder
 from emu3.generation.decoders.raster import RasterDecoder
@@ -40,7 +41,7 @@ def fed(monkeypatch):
     calls, feed = [], Batch.feed
 
     def counting(batch, tokens, rows=None):
-        calls.append([len(ids) for ids, _ in tokens])
+        calls.append([len(ids) for ids, _, _ in tokens])
         return feed(batch, tokens, rows)
 
     monkeypatch.setattr(Batch, "feed", counting)
@@ -56,7 +57,7 @@ def test_what_does_not_fit_waits_for_its_turn(model, vocabulary):
     assert session.rows_in_use == 4
     assert run(session) == {n: alone(model, request) for n, request in zip(numbers, requests, strict=True)}
     assert session.rows_in_use == 0
-    assert not session.batch.cache.filled_BC.any()
+    assert (session.batch.cache.turns_BC == EMPTY).all()
 
 
 def test_requests_may_come_while_others_run(model, vocabulary):
@@ -146,11 +147,11 @@ def test_a_thousand_comings_and_goings_leave_the_accounting_exact(model, vocabul
         waiting = [s.number for s in session.waiting]
         assert sorted(admitted + waiting) == sorted(alive)
         assert session.rows_in_use == sum(len(alive[n].rows) for n in admitted) <= 7
-        assert not session.batch.cache.filled_BC[session.rows_in_use :].any()
+        assert (session.batch.cache.turns_BC[session.rows_in_use :] == EMPTY).all()
     while not session.idle:
         session.step()
     assert session.rows_in_use == 0
-    assert not session.batch.cache.filled_BC.any()
+    assert (session.batch.cache.turns_BC == EMPTY).all()
     assert done > 50
 
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # A later turn than any.
 EMPTY = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, eq=False)
 class SlotCache:
-    """Keys and values (B, K, C, D) of each layer, and in what turn each slot was filled: (B, C), EMPTY if it was not."""
+    """Keys and values (B, K, C, D) of each layer, and the turn of what is in each slot: (B, C), or EMPTY."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]

@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.generation.decoders import UNDECIDED, Batch, Plan, Running, next_in_order
+from emu3.generation.decoders import UNDECIDED, Batch, Plan, next_in_order
 from emu3.generation.grammar import GridGrammar
 
 # What the last step weighs in the average that the next guesses follow.
@@ -94,11 +94,10 @@ class Guesses:
         return cls(grammar, turns_J, np.full(grammar.length, UNDECIDED), np.zeros(len(turns_J), dtype=bool))
 
     def plan(self, ids_K: NDArray[np.int64], most: int) -> Plan:
-        """Decides the positions of the next turns: at least one turn, and more for up to `most` positions.
-        """
+        """Decides the positions of the next turns: at least one turn, and more for up to `most` positions."""
         open_N = (ids_K == UNDECIDED).nonzero()[0]
         turns_N = self.turns_J[open_N]
-        wanted = np.count_nonzero(turns_N == turns_N.min()) + max(1, math.ceil(_AHEAD * self.extra))
+        wanted = int((turns_N == turns_N.min()).sum()) + max(1, math.ceil(_AHEAD * self.extra))
         wanted = min(wanted, most, len(open_N))
         last = np.partition(turns_N, wanted - 1)[wanted - 1]
         wanted_N = open_N[turns_N <= last]

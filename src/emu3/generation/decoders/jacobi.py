@@ -72,9 +72,7 @@ def _plan_drafts(sequence: Running, drafts: Drafts, window: int) -> Plan:
     guesses: dict[int, int] = {}
     for k in positions:
         guesses[k] = drafts.known[k] if k in drafts.known else guess_from_neighbour(grammar, k, sequence.ids_K, guesses)
-    return Plan(
-        range(drafts.cached, positions[-1]), [(k - 1 - drafts.cached, k) for k in positions], guesses
-    )
+    return Plan(range(drafts.cached, positions[-1]), [(k - 1 - drafts.cached, k) for k in positions], guesses)
 
 
 @dataclass(frozen=True)
