@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from emu3 import quantization
 from emu3.checkpoints import NANO
 from emu3.checkpoints.load import load_model
 from emu3.quantization import Int8Linear, quantize_int8
@@ -28,6 +29,24 @@ def test_a_row_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     low, x = Int8Linear(nn.Linear(64, 16)), torch.randn(5, 64)
     assert torch.equal(low(x)[2], low(torch.cat((1e4 * x[:2], x[2:])))[2])
+
+
+def test_joined_modules_give_what_each_gives():
+    torch.manual_seed(0)
+    modules, x = [Int8Linear(nn.Linear(32, size, bias=False)) for size in (5, 9)], torch.randn(3, 32)
+    assert torch.equal(Int8Linear.joined(modules)(x), torch.cat([module(x) for module in modules], -1))
+    assert Int8Linear.joined([modules[0], Int8Linear(nn.Linear(32, 5))]) is None
+
+
+def test_large_and_small_matrices_give_the_same(monkeypatch):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 16), torch.randn(5, 64)
+    small = Int8Linear(linear)
+    monkeypatch.setattr(quantization, "_SMALL_MATRIX", 0)
+    large = Int8Linear(linear)
+    assert large.packed and not small.packed
+    assert Int8Linear.joined([large]) is None
+    torch.testing.assert_close(large(x), small(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

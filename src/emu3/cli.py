@@ -33,6 +33,7 @@ app = typer.Typer(
 
 ModelOption = Annotated[str, typer.Option(help="Checkpoint: nano (shipped), a folder, or a hub id owner/name.")]
 DownloadOption = Annotated[bool, typer.Option("--download", help="Allow a hub id to be downloaded.")]
+Int8Option = Annotated[bool, typer.Option("--int8", help="Run the layers in 8 bits, on a CPU.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -133,6 +134,8 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Held-out prompts for each task.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and pictures.")] = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for pictures and report.")] = None,
+    decoding: Annotated[str, typer.Option(help="How to draw; see `emu3 image`.")] = "predictive",
+    int8: Int8Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
@@ -141,7 +144,7 @@ def evaluate(
     folder = resolve(model)
     from emu3.evaluation.report import evaluate
 
-    report = evaluate(folder, count=count, seed=seed, output=output)
+    report = evaluate(folder, count, seed, output, decoding, int8)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -157,17 +160,18 @@ def bench(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the layers first.")] = False,
+    int8: Int8Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast a checkpoint draws here, beside what this machine can do."""
     counts = pictures.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
-    from dataclasses import replace
-
+    from emu3.checkpoints import resolve
     from emu3.evaluation.speed import measure
+    from emu3.pipeline import Emu3Pipeline
 
-    pipeline = replace(_load_pipeline(model, download=False), compiled=compiled)
+    pipeline = Emu3Pipeline.from_pretrained(resolve(model), compiled=compiled, int8=int8)
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
     if as_json:
         _print_json(speed.to_dict())

@@ -37,28 +37,28 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight_OI = linear.weight.detach().float()
         self.scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / 127
-        self.weight_OI: Tensor | None = (weight_OI / self.scales_O[:, None]).round().to(torch.int8)
+        self.weight_OI = (weight_OI / self.scales_O[:, None]).round().to(torch.int8)
         self.bias_O = None if linear.bias is None else linear.bias.detach().float()
-        if self.weight_OI.numel() > _SMALL_MATRIX:
-            self.packed: Tensor = torch.ops.onednn.qlinear_prepack(self.weight_OI, None)
-            self.weight_OI = None
+        self.packed = self.weight_OI.numel() > _SMALL_MATRIX
+        if self.packed:
+            self.weight_OI = torch.ops.onednn.qlinear_prepack(self.weight_OI, None)
 
     @classmethod
     def joined(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
         """One module with the outputs of several of the same input behind one another; None if their matrices are too
         large to store twice."""
-        weights = [module.weight_OI for module in modules if module.weight_OI is not None]
-        if len(weights) < len(modules) or any(module.bias_O is not None for module in modules):
+        if any(module.packed or module.bias_O is not None for module in modules):
             return None
         whole = copy(modules[0])
-        whole.weight_OI, whole.scales_O = torch.cat(weights), torch.cat([module.scales_O for module in modules])
+        whole.weight_OI = torch.cat([module.weight_OI for module in modules])
+        whole.scales_O = torch.cat([module.scales_O for module in modules])
         return whole
 
     def forward(self, x: Tensor) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1]).float()
         scale_N1 = x_NI.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         x_NI = x_NI / scale_N1
-        if self.weight_OI is None:
+        if self.packed:
             y_NO = self._by_packed(x_NI)
         else:
             y_NO = torch._int_mm(x_NI.round().to(torch.int8), self.weight_OI.t()) * self.scales_O
@@ -74,7 +74,7 @@ class Int8Linear(nn.Module):
         return cast(
             Tensor,
             torch.ops.onednn.qlinear_pointwise(
-                x_NI, 1.0, _ZERO, self.packed, self.scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+                x_NI, 1.0, _ZERO, self.weight_OI, self.scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
             ),
         )
 

@@ -30,6 +30,16 @@ def test_counts_of_steps_tokens_and_weights(tiny_checkpoint):
     assert speed.to_table().count("\n| raster | ") == 2
 
 
+def test_weights_of_eight_bits_are_a_quarter(tiny_checkpoint):
+    runs = [
+        measure(Emu3Pipeline.from_pretrained(tiny_checkpoint, int8=int8), ["raster"], [1], 1, 8, 8).runs[0]
+        for int8 in (False, True)
+    ]
+    whole, low = (run.bytes_per_second * run.best / run.steps for run in runs)
+    assert 0.25 < low / whole < 0.3
+    assert runs[0].fed == runs[1].fed
+
+
 def test_the_command(tiny_checkpoint):
     arguments = ["bench", str(tiny_checkpoint), "--pictures", "1", "--decoding", "raster", "--rounds", "1", "--json"]
     done = CliRunner().invoke(cli.app, [*arguments, "--height", "8", "--width", "8"])

@@ -24,6 +24,7 @@ from emu3.data.prompts import EvaluationPrompt, evaluation_prompts
 from emu3.data.scenes import TASKS, render
 from emu3.evaluation.judge import read_picture, satisfies
 from emu3.evaluation.sheet import contact_sheet
+from emu3.generation.decoders.named import decoder_named
 from emu3.pipeline import Emu3Pipeline
 
 QUESTION_KINDS = ("what", "color", "count", "where")
@@ -62,6 +63,7 @@ class Report:
         answers: by kind of question.
         captions: full captions.
         reconstruction_psnr: mean over pictures, dB.
+        decoding, int8: how the pictures were drawn, and in what numbers the layers ran.
     """
 
     model: str
@@ -72,6 +74,8 @@ class Report:
     answers: dict[str, Score]
     captions: Score
     reconstruction_psnr: float
+    decoding: str = "predictive"
+    int8: bool = False
 
     def rows(self) -> Iterator[tuple[str, Score, Score | None]]:
         """Name, score and ceiling of each line of the table."""
@@ -91,6 +95,8 @@ class Report:
             "model": self.model,
             "count": self.count,
             "seed": self.seed,
+            "decoding": self.decoding,
+            "int8": self.int8,
             "scores": scores,
             "ceilings": ceilings,
             "reconstruction_psnr": self.reconstruction_psnr,
@@ -136,7 +142,14 @@ def judged(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list
     ]
 
 
-def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | None = None) -> Report:
+def evaluate(
+    folder: str | Path,
+    count: int = 50,
+    seed: int = 0,
+    output: Path | None = None,
+    decoding: str = "predictive",
+    int8: bool = False,
+) -> Report:
     """Measures a checkpoint.
 
     Args:
@@ -144,11 +157,14 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
         count: prompts for each drawing task, questions of each kind, and captions.
         seed: of the prompts and of the pictures.
         output: folder for a contact sheet of each task, and the report as Markdown.
+        decoding: see `Emu3Pipeline.image`.
+        int8: whether the layers run in 8 bits.
 
     Raises:
-        ValueError: there is no such checkpoint, or one that only draws or only reads.
+        ValueError: there is no such checkpoint or decoding, or a checkpoint that only draws or only reads.
     """
-    pipeline = Emu3Pipeline.from_pretrained(folder)
+    decoder_named(decoding)  # an unknown one is told before anything is loaded
+    pipeline = Emu3Pipeline.from_pretrained(folder, int8=int8)
     pipeline.require("draw")
     pipeline.require("read")
     console = Console(stderr=True)  # stdout is for the report
@@ -158,7 +174,7 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
     errors: list[float] = []
     for task in track(TASKS, description="drawing", console=console):
         held_out = [prompt.held_out for prompt in prompts[task]]
-        pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed)
+        pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed, decoding=decoding)
         right = judged(prompts[task], pictures)
         drawing[task] = Score.of(zip(held_out, right, strict=True))
         truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts[task]]
@@ -177,9 +193,8 @@ def evaluate(folder: str | Path, count: int = 50, seed: int = 0, output: Path | 
         (prompt.held_out, _ask(pipeline, prompt, DESCRIBE) == full_caption(prompt.scene))
         for prompt in track(scenes[:count], description="describing", console=console)
     )
-    report = Report(
-        str(folder), count, seed, drawing, ceiling, answers, captions, reconstruction_psnr=float(np.mean(errors))
-    )
+    found = (drawing, ceiling, answers, captions, float(np.mean(errors)))
+    report = Report(str(folder), count, seed, *found, decoding, int8)
     if output is not None:
         (output / "report.md").write_text(report.to_table() + "\n")
     return report

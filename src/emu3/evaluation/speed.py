@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from emu3.generation.decoders import Batch, Decoder
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.events import Event, Finished
 from emu3.pipeline import Emu3Pipeline
+from emu3.quantization import Int8Linear
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def measure(
         product_operations_per_second=_multiplying(weight.device, weight.dtype),
     )
     layers = pipeline.model.model.text_model.layers
-    weights = list(chain(layers.parameters(), layers.buffers()))
+    quantized = [module.weight_OI for module in layers.modules() if isinstance(module, Int8Linear)]
+    weights = [*layers.parameters(), *layers.buffers(), *quantized]
     lo, hi = pipeline.model.model.vocabulary.visual_span
     head = weight[lo:hi]
     for count in pictures:

@@ -31,6 +31,8 @@ from emu3.generation.grammar import GridGrammar
 _LATELY = 0.1
 # How many are guessed for each that lately turned out right, since each costs a little.
 _AHEAD = 3
+# Where that comes to none: what is added to the average at each step, so that now and then one is tried.
+_HOPE = 0.01
 # With more tokens than this in a forward, it is arithmetic that takes the time, and wrong guesses cost it.
 _MOST_TOKENS = 128
 
@@ -94,10 +96,11 @@ class Guesses:
         return cls(grammar, turns_J, np.full(grammar.length, UNDECIDED), np.zeros(len(turns_J), dtype=bool))
 
     def plan(self, ids_K: NDArray[np.int64], most: int) -> Plan:
-        """Decides the positions of the next turns: at least one turn, and more for up to `most` positions."""
+        """Decides the positions of the next turns: at least one turn, and more for about `most` positions."""
         open_N = (ids_K == UNDECIDED).nonzero()[0]
         turns_N = self.turns_J[open_N]
-        wanted = int((turns_N == turns_N.min()).sum()) + max(1, math.ceil(_AHEAD * self.extra))
+        ahead = _AHEAD * self.extra
+        wanted = int((turns_N == turns_N.min()).sum()) + (math.ceil(ahead) if ahead >= 1 else 0)
         wanted = min(wanted, most, len(open_N))
         last = np.partition(turns_N, wanted - 1)[wanted - 1]
         wanted_N = open_N[turns_N <= last]
@@ -131,9 +134,9 @@ class Guesses:
         fed_S = np.array(plan.feeds) + 1
         least_S = np.minimum.accumulate([wrong.get(k, len(self.turns_J)) for k in plan.feeds])
         self.cached_J[fed_S] = self.turns_J[fed_S] < least_S
-        first = self.turns_J[[k for _, k in plan.wants]].min()
-        plain = sum(self.turns_J[k] == first for _, k in plan.wants)
-        self.extra += _LATELY * (len(decided) - plain - self.extra)
+        turns_N = self.turns_J[[k for _, k in plan.wants]]
+        plain = int((turns_N == turns_N.min()).sum())
+        self.extra += _LATELY * (len(decided) - plain - self.extra) if len(turns_N) > plain else _HOPE
         return decided
 
 
