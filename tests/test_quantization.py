@@ -1,6 +1,9 @@
 """Weights and activations in 8 bits."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +78,28 @@ def test_nano_says_nearly_the_same_in_eight_bits():
     exact, found = (each(input_ids=ids).logits[..., lo:hi].softmax(-1) for each in (model, low))
     assert float((exact - found).abs().sum(-1).mean()) / 2 < 0.1
     assert float((exact.argmax(-1) == found.argmax(-1)).float().mean()) > 0.9
+
+
+def test_it_is_not_saved_half():
+    with pytest.raises(ValueError, match="layers in 8 bits cannot be saved"):
+        Int8Linear(nn.Linear(4, 4)).state_dict()
+
+
+def test_sums_of_pairs_fit_where_they_have_16_bits():
+    """As on processors without VNNI, which oneDNN is told to take this one for."""
+    program = """
+import torch
+torch.cpu._is_vnni_supported = lambda: False
+from emu3 import quantization
+linear = torch.nn.Linear(512, 64, bias=False)
+torch.nn.init.constant_(linear.weight, 1.0)
+for small in (2**20, 0):
+    quantization._SMALL_MATRIX = small
+    found = quantization.Int8Linear(linear)(torch.ones(3, 512))
+    assert (found - 512).abs().max() < 1, found
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_it_is_for_cpus():

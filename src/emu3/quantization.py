@@ -1,8 +1,9 @@
-"""Weights and activations in 8 bits, for CPUs: a quarter of the memory, and several times the speed of float32.
+"""Weights and activations in 8 bits, for CPUs: layers of a quarter of the size, and several times as fast as float32.
 
 A matrix has a scale for each output, found once; activations have one for each row, found as they come. Head and
 embeddings, which decide between tokens, stay as they are, and so does the vision tokenizer. Products run in oneDNN's
-integer kernels, which AVX512-VNNI and AMX speed up.
+integer kernels, which AVX512-VNNI and AMX speed up; without these they add pairs of products in 16 bits, and weights
+keep to 7 bits so that such a sum fits.
 
 N rows, I inputs, O outputs.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
 
+# Of a weight; 255 * 63 * 2 is below 2**15.
+_MOST = 127 if torch.cpu._is_vnni_supported() else 63
 # Activations are from -127 to 127 above this, for the kernels that take unsigned numbers.
 _ZERO = 128
 # Up to here a plain product of 8-bit matrices is faster, and can be compiled; beyond, that of a matrix brought in the
@@ -36,7 +39,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight_OI = linear.weight.detach().float()
-        self.scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / 127
+        self.scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / _MOST
         self.weight_OI = (weight_OI / self.scales_O[:, None]).round().to(torch.int8)
         self.bias_O = None if linear.bias is None else linear.bias.detach().float()
         self.packed = self.weight_OI.numel() > _SMALL_MATRIX
@@ -46,7 +49,7 @@ class Int8Linear(nn.Module):
     @classmethod
     def joined(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
         """One module with the outputs of several of the same input behind one another; None if their matrices are too
-        large to store twice."""
+        large to store twice, or they have biases."""
         if any(module.packed or module.bias_O is not None for module in modules):
             return None
         whole = copy(modules[0])
@@ -65,7 +68,10 @@ class Int8Linear(nn.Module):
         y_NO = y_NO * scale_N1
         if self.bias_O is not None:
             y_NO = y_NO + self.bias_O
-        return cast(Tensor, y_NO.to(x.dtype).view(*x.shape[:-1], -1))
+        return cast(Tensor, y_NO.to(x.dtype).view(*x.shape[:-1], len(self.scales_O)))
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        raise ValueError("layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8")
 
     @torch.compiler.disable  # the compiler takes such a matrix for a constant of the graph, and stops
     def _by_packed(self, x_NI: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(text_model: Emu3TextModel) -> None:
-    """Put 8-bit modules in place of the linear ones of all layers, for inference on a CPU. Nothing can be undone.
+    """Put 8-bit modules in place of the linear ones of all layers, for inference on a CPU. The result cannot be saved.
 
     Raises:
         ValueError: the model is not on a CPU, or this build of PyTorch lacks the kernels.

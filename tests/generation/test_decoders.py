@@ -327,6 +327,8 @@ def test_decoders_by_name():
     for kind in (PredictiveDecoder, JacobiDecoder, ZipARDecoder):
         with pytest.raises(ValueError, match="window must be at least 1, got 0"):
             kind(0)
+        with pytest.raises(ValueError, match=r"window must be at least 1, got 1\.5"):
+            kind(1.5)
     with pytest.raises(ValueError, match="guesses must be at least 1, got 0"):
         ZipARDecoder(guesses=0)
 

@@ -108,7 +108,9 @@ class Report:
         def share(right: int, of: int) -> str:
             return f"{right / of:.2f} ({right}/{of})" if of else "-"
 
-        lines = ["| | all | seen pairs | held-out pairs | ceiling |", "|---|---|---|---|---|"]
+        how = f"{self.model}, {self.decoding}{', layers in 8 bits' if self.int8 else ''}"
+        lines = [f"{how}: {self.count} prompts a task, seed {self.seed}", ""]
+        lines += ["| | all | seen pairs | held-out pairs | ceiling |", "|---|---|---|---|---|"]
         for name, score, ceiling in self.rows():
             lines.append(
                 f"| {name} | {score.share:.2f} | {share(score.known_right, score.known)} "

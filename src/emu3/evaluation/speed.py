@@ -124,16 +124,16 @@ def measure(
         raise ValueError(f"rounds and pictures count from 1, got {rounds} and {list(pictures)}")
     decoders = {name: decoder_named(name) for name in decodings}
     weight = pipeline.model.lm_head.weight
-    speed = Speed(
-        machine=_machine(weight.device),
-        versions={"torch": torch.__version__, "python": platform.python_version()},
-        dtype=str(weight.dtype).removeprefix("torch."),
-        copy_bytes_per_second=_copying(weight.device),
-        product_operations_per_second=_multiplying(weight.device, weight.dtype),
-    )
     layers = pipeline.model.model.text_model.layers
     quantized = [module.weight_OI for module in layers.modules() if isinstance(module, Int8Linear)]
     weights = [*layers.parameters(), *layers.buffers(), *quantized]
+    speed = Speed(
+        machine=_machine(weight.device),
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+        dtype=str(weight.dtype).removeprefix("torch.") + (", layers in 8 bits" if quantized else ""),
+        copy_bytes_per_second=_copying(weight.device),
+        product_operations_per_second=_multiplying(weight.device, weight.dtype),
+    )
     lo, hi = pipeline.model.model.vocabulary.visual_span
     head = weight[lo:hi]
     for count in pictures:

@@ -80,7 +80,8 @@ class Guesses:
         turns_J: see `turns_of`.
         guesses_K: ids, or UNDECIDED where nothing was guessed yet.
         cached_J: which tokens are in the cache as they were decided, with all that they see.
-        extra: tokens that a step decided beside those of the first turn, a moving average.
+        extra: tokens that a step decided beside those of the first turn, a moving average; high at first, as most
+            pictures begin with plain areas.
     """
 
     grammar: GridGrammar
@@ -124,7 +125,9 @@ class Guesses:
         """
         decided = []
         wrong: dict[int, int] = {}  # at what turn the first guesses went in that are wrong
-        least = len(self.turns_J)  # of these; in order of position, whatever goes in then or later saw one of them
+        # A position sees only those before it. As these go by position, it saw a wrong guess if any that was met so far
+        # went in no later than the token before it.
+        least = len(self.turns_J)
         for (_, k), id_ in zip(plan.wants, chosen, strict=True):
             if self.turns_J[k] < least:
                 decided.append((k, id_))

@@ -83,14 +83,14 @@ class JacobiDecoder:
         window: most tokens that are guessed at once.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: a window that is no whole number from 1.
     """
 
     window: int = 16
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window!r}")
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:

@@ -22,7 +22,7 @@ def decoder_named(name: str) -> Decoder:
         return RasterDecoder()
     if kind not in _WITH_WINDOW:
         known = ", ".join(_WITH_WINDOW)
-        raise ValueError(f"unknown decoding {name!r}: give raster, {known}, or one of these three as NAME:WINDOW")
+        raise ValueError(f"unknown decoding {name!r}: give raster, {known}, the last three perhaps as NAME:WINDOW")
     if not colon:
         return _WITH_WINDOW[kind]()
     if not window.isdecimal() or int(window) == 0:

@@ -7,9 +7,9 @@ one is `window` tokens ahead. With a window of 2, and the turn in which each tok
     2  3  4  5  6       and starts `window` turns after the row above:
     4  5  6  7  8       9 turns for these 15 tokens
 
-The end of the row above is what a row's first token follows; the grammar knows it, so it goes in before the tokens that
-should stand before it. Tokens stay at their place in raster order, and attention sees those that went in no later.
-What a later turn decides is guessed, and verified in the same forward, so that one forward takes several turns.
+A row's first token follows the end-of-line token of the row above; the grammar knows it, so it goes in before the
+tokens that should stand before it. Tokens stay at their place in raster order, and attention sees those that went in no
+later. What a later turn decides is guessed, and verified in the same forward, so that one forward takes several turns.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class ZipARDecoder:
             way. However many, the tokens are the same, up to rounding.
 
     Raises:
-        ValueError: one of these below 1.
+        ValueError: one of these is no whole number from 1.
     """
 
     window: int | None = None
     guesses: int = 32
 
     def __post_init__(self) -> None:
-        for name, value in (("window", self.window), ("guesses", self.guesses)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value in (("window", 1 if self.window is None else self.window), ("guesses", self.guesses)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
