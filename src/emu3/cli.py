@@ -167,11 +167,9 @@ def bench(
     counts = pictures.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
-    from emu3.checkpoints import resolve
     from emu3.evaluation.speed import measure
-    from emu3.pipeline import Emu3Pipeline
 
-    pipeline = Emu3Pipeline.from_pretrained(resolve(model), compiled=compiled, int8=int8)
+    pipeline = _load_pipeline(model, download=False, compiled=compiled, int8=int8)
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
     if as_json:
         _print_json(speed.to_dict())
@@ -334,13 +332,13 @@ def _read_picture(path: Path) -> Image.Image:
         raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error
 
 
-def _load_pipeline(model: str, download: bool) -> Emu3Pipeline:
+def _load_pipeline(model: str, download: bool, compiled: bool = False, int8: bool = False) -> Emu3Pipeline:
     from emu3.checkpoints import resolve
 
     folder = resolve(model, download=download)
     from emu3.pipeline import Emu3Pipeline
 
-    return Emu3Pipeline.from_pretrained(folder)
+    return Emu3Pipeline.from_pretrained(folder, compiled=compiled, int8=int8)
 
 
 @contextmanager

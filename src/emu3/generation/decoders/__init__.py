@@ -44,7 +44,6 @@ class Running:
         noise_K: one number in [0, 1) for each of them.
         ids_K: the tokens; those that the grammar forces are known from the start.
         prefilled: tokens of the prompt that are in the cache, for each row; all but the last will be.
-        steps: how many steps it has decoded.
         emitted: how many tokens have been reported.
         new: what the last step decided: positions, each with its id and the forced ones behind it.
         memory: what the decoder keeps between steps.
@@ -56,7 +55,6 @@ class Running:
     noise_K: NDArray[np.float32]
     ids_K: NDArray[np.int64]
     prefilled: list[int]
-    steps: int = 0
     emitted: int = 0
     new: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     memory: object = None
@@ -155,7 +153,6 @@ class Batch:
                 before = [prompt[k] for k in plan.feeds if k < 0]
                 slots = [len(prompt) + k for k in plan.feeds]
                 tokens.append(Fed(before + ids, slots, plan.turns or [0] * len(slots)))
-            sequence.steps += 1
             sequence.new = []
         return self.feed(tokens)
 
