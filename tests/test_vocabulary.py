@@ -1,7 +1,5 @@
 """Ids of structure and visual tokens."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -26,7 +24,7 @@ def test_documented_ids():
 
 
 def test_from_map_reads_roles_from_their_surfaces():
-    roles = {field.name: 100 + n for n, field in enumerate(dataclasses.fields(Vocabulary)) if field.name in SURFACES}
+    roles = {role: 100 + n for n, role in enumerate(SURFACES)}
     built = Vocabulary.from_map({SURFACES[role]: id_ for role, id_ in roles.items()} | visual(range(7, 12)) | {"a": 0})
     assert built == Vocabulary(**roles, visual_base=7, codebook_size=5)
 
@@ -72,10 +70,29 @@ def test_gaps_between_visual_ids():
         _ = gapped.visual_span
 
 
-def test_incomplete_maps_are_refused():
-    with pytest.raises(ValueError, match=r"lacks <\|extra_200\|>"):
-        Vocabulary.from_map({k: v for k, v in STRUCTURE.items() if k != "<|extra_200|>"} | visual([20]))
-    with pytest.raises(ValueError, match="numbered from 0 without gaps"):
-        Vocabulary.from_map(STRUCTURE | {"<|visual token 000001|>": 20})
-    with pytest.raises(ValueError, match="numbered from 0 without gaps"):
-        Vocabulary.from_map(STRUCTURE)
+def test_a_missing_token_is_named_when_it_is_needed():
+    partial = Vocabulary.from_map({k: v for k, v in STRUCTURE.items() if k != "<|extra_200|>"} | visual([20]))
+    assert (partial.eof, partial.visual_span) == (STRUCTURE["<|extra_201|>"], (20, 21))
+    with pytest.raises(ValueError, match=r"no <\|extra_200\|> \(eol\)"):
+        _ = partial.eol
+    textual = Vocabulary.from_map(STRUCTURE)
+    assert textual.bos == STRUCTURE["<|extra_203|>"]
+    with pytest.raises(ValueError, match="no visual tokens"):
+        _ = textual.visual_span
+    for ask in (textual.ids_of, textual.codes_of):
+        with pytest.raises(ValueError, match=r"codes must|visual tokens are"):
+            ask(0)
+    with pytest.raises(ValueError, match=r"\['begin'\] are no control tokens"):
+        Vocabulary(visual_base=0, codebook_size=1, begin=3)
+
+
+def test_any_set_of_codes_in_any_spelling():
+    """Codes 5 to 7 and 9, with and without a space, five digits, and a surface that is no visual token."""
+    names = ["<|visual token000005|>", "<|visual token 000006|>", "<|visual token 00007|>", "<|visual token000009|>"]
+    mixed = Vocabulary.from_map({name: 30 + n for n, name in enumerate(names)} | {"<|visual tokens|>": 2})
+    assert mixed.visual_span == (30, 34)
+    assert mixed.ids_of(np.array([5, 6, 7, 9])).tolist() == [30, 31, 32, 33]
+    assert mixed.codes_of(torch.tensor([33, 30])).tolist() == [9, 5]
+    for missing in (0, 8):
+        with pytest.raises(ValueError, match="no visual token for some of the codes"):
+            mixed.ids_of(missing)

@@ -64,7 +64,7 @@ class Emu3TextConfig(PreTrainedConfig):
 
     model_type = "emu3_text_model"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     default_theta = 1000000.0
 
     vocab_size: int = 184622
@@ -99,11 +99,12 @@ class Emu3Config(PreTrainedConfig):
     Args:
         vq_config: `Emu3VQVAEConfig` or its dict.
         text_config: `Emu3TextConfig` or its dict.
-        vocabulary_map: token surface -> id, at least of structure tokens, `<image>` and `<|visual token 000000|>`...
+        vocabulary_map: token surface -> id of control tokens, `<image>` and visual tokens. A token that is missing is
+            asked for when something needs it. None: that of the released checkpoints.
     """
 
     model_type = "emu3"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     sub_configs: ClassVar[dict[str, Any]] = {"vq_config": Emu3VQVAEConfig, "text_config": Emu3TextConfig}
 
     vq_config: dict[str, Any] | Emu3VQVAEConfig | None = None

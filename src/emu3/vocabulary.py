@@ -30,80 +30,146 @@ SURFACES = {
     "pad": "<|endoftext|>",
     "image_placeholder": "<image>",
 }
+"""Role -> surface of each control token."""
+
 VISUAL_SURFACE = re.compile(r"<\|visual token (\d+)\|>")
+"""How Emu3's own files spell a visual token."""
+
+VISUAL_PREFIX = "<|visual token"
+"""How every spelling of a visual token begins that `visual_codes` reads."""
 
 
-@dataclass(frozen=True)
+def visual_codes(vocabulary_map: Mapping[str, int]) -> dict[int, int]:
+    """Code -> id of the visual tokens in a map of surface -> id, by ascending code.
+
+    As in transformers, the code is the number in the last six characters before "|>", with or without a space before
+    it. A surface that holds no number there is no visual token.
+    """
+    codes = {}
+    for surface in sorted(vocabulary_map):
+        number = surface[-8:-2].strip()
+        if surface.startswith(VISUAL_PREFIX) and number.isdecimal():
+            codes[int(number)] = vocabulary_map[surface]
+    return dict(sorted(codes.items()))
+
+
+class _ControlToken:
+    """The id of one control token, as an attribute of a vocabulary."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.role = name
+
+    def __get__(self, vocabulary: Vocabulary, owner: type) -> int:
+        if self.role not in vocabulary.control:
+            raise ValueError(
+                f"the vocabulary has no {SURFACES[self.role]} ({self.role}), which is needed here; "
+                "use a checkpoint whose vocabulary_map holds it"
+            )
+        return vocabulary.control[self.role]
+
+
+@dataclass(frozen=True, init=False)
 class Vocabulary:
     """Ids of the tokens that are not text.
 
-    Args:
+    The attributes named like the keys of `SURFACES` are the ids of the control tokens. Reading one that the vocabulary
+    lacks raises ValueError, so a vocabulary may lack what nobody asks for.
+
         bos, eos, pad: around a sample.
         boi, img, eoi: before a picture's size, before its first visual token, after its last frame.
         eol, eof: after a row, after a frame.
         image_placeholder: stands for a visual or end-of-row token in a prompt whose picture is not encoded yet.
+
+    Args:
         visual_base: the smallest id of a visual token.
-        codebook_size: number of visual tokens.
-        table: code -> id, where that is not `visual_base + code`.
+        codebook_size: one more than the largest code that has a token.
+        table: code -> id, where that is not `visual_base + code`; -1 for a code without a token.
+        control: role -> id of the control tokens; they may be given as keywords too.
+
+    Raises:
+        ValueError: a control token that is no key of `SURFACES`.
     """
 
-    bos: int
-    boi: int
-    img: int
-    eol: int
-    eof: int
-    eoi: int
-    eos: int
-    pad: int
-    image_placeholder: int
+    control: Mapping[str, int] = field(hash=False)
     visual_base: int
     codebook_size: int
-    table: tuple[int, ...] | None = field(default=None, repr=False)
+    table: tuple[int, ...] | None = field(repr=False)
+
+    bos = _ControlToken()
+    boi = _ControlToken()
+    img = _ControlToken()
+    eol = _ControlToken()
+    eof = _ControlToken()
+    eoi = _ControlToken()
+    eos = _ControlToken()
+    pad = _ControlToken()
+    image_placeholder = _ControlToken()
+
+    def __init__(
+        self,
+        *,
+        visual_base: int,
+        codebook_size: int,
+        table: tuple[int, ...] | None = None,
+        control: Mapping[str, int] | None = None,
+        **roles: int,
+    ) -> None:
+        control = {**(control or {}), **roles}
+        if unknown := control.keys() - SURFACES:
+            raise ValueError(f"{sorted(unknown)} are no control tokens; these are {', '.join(SURFACES)}")
+        object.__setattr__(self, "control", control)
+        object.__setattr__(self, "visual_base", visual_base)
+        object.__setattr__(self, "codebook_size", codebook_size)
+        object.__setattr__(self, "table", table)
 
     @classmethod
-    def from_map(cls, vocabulary_map: Mapping[str, int]) -> Vocabulary:
-        """Read the ids from a tokenizer's map of surface -> id.
+    def from_map(cls, vocabulary_map: Mapping[str, int], **others: int) -> Vocabulary:
+        """Read the ids from a tokenizer's map of surface -> id, which may be incomplete.
 
-        Raises:
-            ValueError: a structure token is missing, or the visual tokens are not numbered 0, 1, 2...
+        `others` are ids of control tokens, by role, for those that the map lacks.
         """
-        missing = [surface for surface in SURFACES.values() if surface not in vocabulary_map]
-        if missing:
-            raise ValueError(f"the vocabulary map lacks {', '.join(missing)}")
-        visual = {int(m[1]): id_ for surface, id_ in vocabulary_map.items() if (m := VISUAL_SURFACE.fullmatch(surface))}
-        if not visual or sorted(visual) != list(range(len(visual))):
-            raise ValueError(f"visual tokens must be numbered from 0 without gaps; the map has {len(visual)} of them")
-        table = tuple(visual[code] for code in range(len(visual)))
-        base = min(table)
-        return cls(
-            **{role: vocabulary_map[surface] for role, surface in SURFACES.items()},
-            visual_base=base,
-            codebook_size=len(table),
-            table=None if table == tuple(range(base, base + len(table))) else table,
-        )
+        found = {role: vocabulary_map[surface] for role, surface in SURFACES.items() if surface in vocabulary_map}
+        control = others | found
+        visual = visual_codes(vocabulary_map)
+        size, base = max(visual, default=-1) + 1, min(visual.values(), default=0)
+        table = tuple(visual.get(code, -1) for code in range(size))
+        whole = table == tuple(range(base, base + size))
+        return cls(visual_base=base, codebook_size=size, table=None if whole else table, control=control)
+
+    def to_map(self) -> dict[str, int]:
+        """The reverse of `from_map`: surface -> id, in Emu3's own spelling."""
+        ids = range(self.visual_base, self.visual_base + self.codebook_size) if self.table is None else self.table
+        visual = {f"{VISUAL_PREFIX} {code:06d}|>": id_ for code, id_ in enumerate(ids) if id_ >= 0}
+        return {SURFACES[role]: id_ for role, id_ in self.control.items()} | visual
 
     @property
     def visual_span(self) -> tuple[int, int]:
         """The interval (lo, hi) of ids, hi exclusive, that holds the visual tokens and nothing else.
 
         Raises:
-            ValueError: other ids lie between them.
+            ValueError: there are none, or other ids lie between them.
         """
-        hi = self.visual_base + self.codebook_size
-        if self.table is not None and max(self.table) >= hi:
-            raise ValueError(f"visual token ids have gaps between {self.visual_base} and {max(self.table)}")
+        ids = [id_ for id_ in self.table if id_ >= 0] if self.table is not None else []
+        hi = self.visual_base + (self.codebook_size if self.table is None else len(ids))
+        if hi == self.visual_base:
+            raise ValueError("the vocabulary has no visual tokens; use a checkpoint whose vocabulary_map holds them")
+        if ids and max(ids) >= hi:
+            raise ValueError(f"visual token ids have gaps between {self.visual_base} and {max(ids)}")
         return self.visual_base, hi
 
     def ids_of(self, codes: Integers) -> Integers:
         """Ids of codebook entries, of any shape.
 
         Raises:
-            ValueError: a code is outside 0..codebook_size - 1.
+            ValueError: a code is outside 0..codebook_size - 1, or has no token.
         """
         index = _int64(codes)
         if _any((index < 0) | (index >= self.codebook_size)):
             raise ValueError(f"codes must be in 0..{self.codebook_size - 1}, got {codes}")
-        return cast(Integers, index + self.visual_base if self.table is None else _take(self.table, index))
+        ids = index + self.visual_base if self.table is None else _take(self.table, index)
+        if _any(ids < 0):
+            raise ValueError(f"the vocabulary has no visual token for some of the codes {codes}")
+        return cast(Integers, ids)
 
     def codes_of(self, ids: Integers) -> Integers:
         """Codebook entries of visual tokens, of any shape.
@@ -124,9 +190,10 @@ class Vocabulary:
     def _inverse(self) -> tuple[int, ...]:
         """Code at id - visual_base; -1 where that id is no visual token."""
         assert self.table is not None
-        inverse = [-1] * (max(self.table) - self.visual_base + 1)
+        inverse = [-1] * (max(self.table, default=-1) - self.visual_base + 1)
         for code, id_ in enumerate(self.table):
-            inverse[id_ - self.visual_base] = code
+            if id_ >= 0:
+                inverse[id_ - self.visual_base] = code
         return tuple(inverse)
 
 
@@ -164,3 +231,4 @@ EMU3 = Vocabulary(
     visual_base=151854,
     codebook_size=32768,
 )
+"""The vocabulary of the released checkpoints."""

@@ -67,7 +67,7 @@ def test_wrong_number_of_tokens_to_decode(model, extra):
 
 def test_tokens_to_decode_that_are_not_visual(model, vocabulary):
     ids = torch.full((1, 19), vocabulary.eol)
-    with pytest.raises(ValueError, match="visual tokens are"):
+    with pytest.raises(ValueError, match="no visual token ids"):
         model.decode_image_tokens(ids, height=4, width=3)
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers import Emu3ForCausalLM as ReferenceForCausalLM
 from transformers import Emu3TextConfig as ReferenceTextConfig
 
+from emu3.modeling.pretrained import CACHE
 from emu3.modeling.text import Emu3ForCausalLM
 
 LENGTH = 9
@@ -108,18 +109,20 @@ def test_position_ids(models):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_past_key_values(models, kind):
+def test_cache(models, kind, name):
+    """Under either name; the reference knows that of its version."""
     whole = models[0](input_ids=IDS)[0]
     config = models[0].config.get_text_config()
     caches = [StaticCache(config=config, max_cache_len=16) if kind == "static" else DynamicCache() for _ in models]
     for start, end in [(0, 5), (5, 6), (6, LENGTH)]:
         ours, theirs = (
-            model(input_ids=IDS[:, start:end], past_key_values=cache, use_cache=True)
-            for model, cache in zip(models, caches, strict=True)
+            model(input_ids=IDS[:, start:end], **{key: cache}, use_cache=True)
+            for model, key, cache in zip(models, (name, CACHE), caches, strict=True)
         )
-        assert ours.past_key_values is caches[0]
-        assert ours.past_key_values.get_seq_length() == end
+        assert ours[CACHE] is caches[0]
+        assert ours[CACHE].get_seq_length() == end
         assert_close(ours[0], theirs[0])
         torch.testing.assert_close(ours[0], whole[:, start:end], atol=1e-5, rtol=0)
 
@@ -142,13 +145,13 @@ def test_cache_position(models):
 
 @torch.no_grad()
 def test_use_cache(models, monkeypatch):
-    cache = both(models, input_ids=IDS, use_cache=True).past_key_values
+    cache = both(models, input_ids=IDS, use_cache=True)[CACHE]
     assert isinstance(cache, DynamicCache)
     assert cache.get_seq_length() == LENGTH
-    assert both(models, input_ids=IDS, use_cache=False).past_key_values is None
-    assert both(models, input_ids=IDS).past_key_values is not None
+    assert both(models, input_ids=IDS, use_cache=False).get(CACHE) is None
+    assert both(models, input_ids=IDS).get(CACHE) is not None
     monkeypatch.setattr(models[0].config.get_text_config(), "use_cache", False)
-    assert models[0](input_ids=IDS).past_key_values is None
+    assert models[0](input_ids=IDS).get(CACHE) is None
 
 
 @torch.no_grad()

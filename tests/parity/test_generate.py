@@ -6,6 +6,7 @@ from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from emu3.generation.grammar import GridGrammar
+from emu3.modeling.pretrained import CACHE
 
 NEW = 10
 WAYS = {
@@ -96,7 +97,7 @@ def test_static_cache_object(pair):
     written = []
     for model in pair.both:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-        written.append(model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW, do_sample=False).tolist())
+        written.append(model.generate(**inputs, **{CACHE: cache}, max_new_tokens=NEW, do_sample=False).tolist())
     assert written == [generate(pair, **inputs, do_sample=False).tolist()] * 2
 
 
@@ -200,7 +201,7 @@ def test_return_dict_in_generate(pair):
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     start = inputs["input_ids"].shape[1]
     assert len(ours.scores) == len(ours.logits) == len(ours.hidden_states) == len(ours.attentions) == NEW
-    assert ours.past_key_values.get_seq_length() == start + NEW - 1
+    assert ours[CACHE].get_seq_length() == start + NEW - 1
     for field in ("scores", "logits"):
         for a, b in zip(ours[field], theirs[field], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

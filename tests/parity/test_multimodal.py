@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from emu3.modeling.pretrained import CACHE
+
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -56,9 +58,9 @@ def test_cache_behind_a_picture(pair, one):
     steps += [{"input_ids": ids[:, position : position + 1]} for position in (-2, -1 + ids.shape[1])]
     for step in steps:
         outputs = [
-            model(**step, past_key_values=cache, use_cache=True) for model, cache in zip(pair.both, caches, strict=True)
+            model(**step, **{CACHE: cache}, use_cache=True) for model, cache in zip(pair.both, caches, strict=True)
         ]
-        caches = [output.past_key_values for output in outputs]
+        caches = [output[CACHE] for output in outputs]
         assert_close(outputs[0].logits, outputs[1].logits)
     torch.testing.assert_close(outputs[0].logits[:, -1], pair.ours(**one).logits[:, -1], **TOLERANCE)
 

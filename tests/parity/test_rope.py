@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from emu3.modeling.pretrained import CACHE
+
 HALF_HEAD = 4
 BASE = {"rope_theta": 100.0, "max_position_embeddings": 16}
 TYPES = {
@@ -108,8 +110,8 @@ def test_cached_decoding(build, kind):
     caches = [None, None]
     for position in range(20):
         outputs = [
-            model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, position : position + 1], **{CACHE: cache}, use_cache=True)
             for model, cache in zip(pair.both, caches, strict=True)
         ]
-        caches = [output.past_key_values for output in outputs]
+        caches = [output[CACHE] for output in outputs]
         torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-5, rtol=0)

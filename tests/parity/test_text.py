@@ -5,6 +5,7 @@ import torch
 from transformers import Emu3ForCausalLM as ReferenceTextModel
 from transformers import Emu3TextConfig as ReferenceTextConfig
 
+from emu3.modeling.pretrained import CACHE
 from emu3.modeling.text import Emu3ForCausalLM
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -71,10 +72,10 @@ def test_cache_step_by_step(pair):
     caches = [None, None]
     for start, end in [(0, 6), (6, 7), (7, 8), (8, 11), (11, 14)]:
         outputs = [
-            model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            model(ids[:, start:end], **{CACHE: cache}, use_cache=True)
             for model, cache in zip(pair.both, caches, strict=True)
         ]
-        caches = [output.past_key_values for output in outputs]
+        caches = [output[CACHE] for output in outputs]
         assert_close(outputs[0].logits, outputs[1].logits)
         torch.testing.assert_close(outputs[0].logits, pair.ours(ids).logits[:, start:end], **TOLERANCE)
 

@@ -13,45 +13,117 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from emu3.configuration import Emu3Config, Emu3TextConfig
-from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, kept_positions
+from emu3.modeling.pretrained import CACHE
+from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, kept_states
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
-from emu3.vocabulary import EMU3, Vocabulary
+from emu3.vocabulary import EMU3, SURFACES, VISUAL_PREFIX, Vocabulary, visual_codes
+
+logger = logging.get_logger(__name__)
 
 
 class Emu3ImageVocabularyMapping:
-    """The documented view of the vocabulary: `vocabulary_mapping.image_tokens` and the conversions beside it."""
+    """The documented view of the vocabulary: `vocabulary_mapping.image_tokens` and the conversions beside it.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self.eol_token_id = vocabulary.eol
-        self.image_token_id = vocabulary.image_placeholder
+    Args:
+        vocab_map: surface -> id.
+
+    Attributes:
+        vocab_map: the same.
+        eol_token_id, image_token_id: ids of the end of a row and of `<image>`; None where the map lacks them.
+    """
+
+    def __init__(self, vocab_map: dict[str, int]) -> None:
+        self.vocab_map = vocab_map
+        self.eol_token_id = vocab_map.get(SURFACES["eol"])
+        self.image_token_id = vocab_map.get(SURFACES["image_placeholder"])
 
     @cached_property
     def image_tokens(self) -> list[int]:
         """Ids of all visual tokens, ascending."""
-        return sorted(self.img2bpe.values())
+        return sorted(self.vocab_map[surface] for surface in self.image_tokens_str)
+
+    @cached_property
+    def image_tokens_str(self) -> list[str]:
+        """Surfaces of all visual tokens, in the order of their characters."""
+        return sorted(surface for surface in self.vocab_map if surface.startswith(VISUAL_PREFIX))
 
     @cached_property
     def img2bpe(self) -> dict[int, int]:
         """Code -> id."""
-        return {code: self.vocabulary.ids_of(code) for code in range(self.vocabulary.codebook_size)}
+        return visual_codes(self.vocab_map)
 
     @cached_property
     def bpe2img(self) -> dict[int, int]:
         """Id -> code."""
         return {identifier: code for code, identifier in self.img2bpe.items()}
 
+    @cached_property
+    def img2bpe_mapping_tensor(self) -> Tensor:
+        """The same as a tensor: id at [code]; 0 where the map has no token for a code."""
+        return _tensor_of(self.img2bpe)
+
+    @cached_property
+    def bpe2img_mapping_tensor(self) -> Tensor:
+        """The same as a tensor: code at [id]; 0 where an id is no visual token."""
+        return _tensor_of(self.bpe2img)
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether the map lacks codes below its largest one."""
+        return len(self.img2bpe) < len(self.img2bpe_mapping_tensor)
+
     def convert_img2bpe(self, img_batch: Tensor) -> Tensor:
-        """Codes (..., h, w) to ids (..., h, w + 1), each row closed by its end-of-row token."""
-        ids = self.vocabulary.ids_of(img_batch)
-        return torch.cat((ids, ids.new_full((*ids.shape[:-1], 1), self.vocabulary.eol)), dim=-1)
+        """Codes (..., h, w) to ids (..., h, w + 1), each row closed by its end-of-row token.
+
+        A map with gaps gives id 0 for a code that it lacks, as in transformers, and logs a warning.
+
+        Raises:
+            ValueError: the map has no end-of-row token, or a code is larger than any that it has.
+        """
+        if self.eol_token_id is None:
+            raise ValueError(f"the vocabulary map has no {SURFACES['eol']}, which closes the rows of a picture; add it")
+        ids = self._looked_up(self.img2bpe_mapping_tensor, self.img2bpe, img_batch, "codes")
+        return torch.cat((ids, ids.new_full((*ids.shape[:-1], 1), self.eol_token_id)), dim=-1)
 
     def convert_bpe2img(self, img_batch: Tensor) -> Tensor:
-        """Ids (..., h, w + 1) to codes (..., h, w); ValueError where an id is no visual token."""
-        return self.vocabulary.codes_of(img_batch[..., :-1])
+        """Ids (..., h, w + 1) to codes (..., h, w).
+
+        A map with gaps gives code 0 for an id that is no visual token, as in transformers, and logs a warning.
+
+        Raises:
+            ValueError: an id is no visual token.
+        """
+        return self._looked_up(self.bpe2img_mapping_tensor, self.bpe2img, img_batch[..., :-1], "visual token ids")
+
+    def _looked_up(self, mapping: Tensor, known: dict[int, int], keys: Tensor, name: str) -> Tensor:
+        keys = keys.long()
+        outside = (keys < 0) | (keys >= len(mapping))
+        if outside.any():
+            raise ValueError(f"{name} must be in {min(known, default=0)}..{len(mapping) - 1}, got {keys[outside][0]}")
+        values = mapping.to(keys)[keys]
+        # 0 stands for what is missing, but may be right too.
+        unknown = {key for key in keys[values == 0].unique().tolist() if key not in known}
+        if unknown and not self.has_gaps:
+            raise ValueError(f"{sorted(unknown)[:5]} are no {name}; only visual tokens become pixels")
+        if unknown:
+            logger.warning_once(f"the vocabulary map lacks {name}, such as {min(unknown)}; they become 0")
+        return values
+
+
+def _tensor_of(mapping: dict[int, int]) -> Tensor:
+    """Value at [key], 0 elsewhere."""
+    values = torch.zeros(max(mapping, default=-1) + 1, dtype=torch.int)
+    values[list(mapping)] = torch.tensor(list(mapping.values()), dtype=torch.int)
+    return values
+
+
+def _ids_of(config: Emu3TextConfig) -> dict[str, int]:
+    """The control tokens that a config names itself, by role."""
+    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
+    return {role: identifier for role, identifier in ids.items() if isinstance(identifier, int)}
 
 
 class Emu3Model(Emu3PreTrainedModel):
@@ -62,14 +134,17 @@ class Emu3Model(Emu3PreTrainedModel):
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
     # Codes must not depend on the precision of the language model.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["vqmodel"]  # what quantizers leave as it is
+    # What quantizers leave as it is. They compare from a name's beginning, and transformers wants the two lists to
+    # have nothing in common.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [r"(?:model\.)?vqmodel"]
 
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config)
         self.text_model = Emu3TextModel._from_config(config.text_config)
-        self.vqmodel = Emu3VQVAE._from_config(config.vq_config)
-        self.vocabulary = Vocabulary.from_map(config.vocabulary_map) if config.vocabulary_map else EMU3
-        self.vocabulary_mapping = Emu3ImageVocabularyMapping(self.vocabulary)
+        self.vqmodel = Emu3VQVAE._from_config(config.vq_config, dtype=torch.float32)
+        vocabulary_map = config.vocabulary_map or EMU3.to_map()
+        self.vocabulary = Vocabulary.from_map(vocabulary_map, **_ids_of(cast(Emu3TextConfig, config.text_config)))
+        self.vocabulary_mapping = Emu3ImageVocabularyMapping(vocabulary_map)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -78,9 +153,11 @@ class Emu3Model(Emu3PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def _encode(self, pixel_values: Tensor, image_sizes: Tensor) -> tuple[Emu3VQVAEModelOutput, list[Tensor]]:
+    def _encode(
+        self, pixel_values: Tensor, image_sizes: Tensor, **kwargs: Any
+    ) -> tuple[Emu3VQVAEModelOutput, list[Tensor]]:
         """The vision tokenizer's output, and the ids of each picture, rows closed and flattened."""
-        encoded = cast(Emu3VQVAEModelOutput, self.vqmodel.encode(pixel_values, image_sizes))
+        encoded = self.vqmodel.encode(pixel_values, image_sizes, **kwargs | {"return_dict": True})
         assert encoded.image_tokens is not None
         return encoded, [self.vocabulary_mapping.convert_img2bpe(codes).flatten() for codes in encoded.image_tokens]
 
@@ -102,12 +179,13 @@ class Emu3Model(Emu3PreTrainedModel):
 
         Args:
             pixel_values, image_sizes: as of `get_image_tokens`.
+            **kwargs: `output_hidden_states` and `output_attentions` of the vision tokenizer, `return_dict`.
 
         Returns:
             The vision tokenizer's output, or a tuple with `return_dict=False`; `pooler_output` is a tuple with
             (tokens, E) for each picture.
         """
-        encoded, ids = self._encode(pixel_values, image_sizes)
+        encoded, ids = self._encode(pixel_values, image_sizes, **kwargs)
         encoded.pooler_output = cast(Any, tuple(self.get_input_embeddings()(picture) for picture in ids))
         return encoded
 
@@ -175,6 +253,8 @@ class Emu3Model(Emu3PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
+        cache: Cache | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states of text and pictures. Arguments as of `Emu3TextModel.forward`, and:
@@ -182,22 +262,28 @@ class Emu3Model(Emu3PreTrainedModel):
         Args:
             pixel_values: (pictures, C, H, W), for the image placeholders in `input_ids` in order.
             image_sizes: (pictures, 2), height and width in pixels.
+            mm_encoder_outputs: {"image": what `get_image_features` returned}, in place of `pixel_values`.
 
         Returns:
             `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; pictures that do not fit the placeholders.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; pictures twice, or pictures that do not fit
+                the placeholders.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = cast(Tensor, self.get_input_embeddings()(input_ids))
+        pictures = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
+            if mm_encoder_outputs is not None:
+                raise ValueError("give the pictures once: as pixel_values, or encoded as mm_encoder_outputs")
             if image_sizes is None:
                 raise ValueError("pixel_values need image_sizes: pass on both from the processor")
             pictures = self.get_image_features(pixel_values, image_sizes, return_dict=True)
-            features = torch.cat(cast(Any, pictures.pooler_output))
+        if pictures is not None:
+            features = torch.cat(pictures.pooler_output)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features.to(inputs_embeds))
         return self.text_model(
@@ -207,6 +293,7 @@ class Emu3Model(Emu3PreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache_position=cache_position,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -223,8 +310,6 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         r"^vqmodel\.": "model.vqmodel.",
     }
     output_modalities = ("image", "text")
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel"]  # what quantizers leave as it is
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
 
     def __init__(self, config: Emu3Config) -> None:
@@ -288,14 +373,15 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         cache_position: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits over text, structure and visual tokens. Arguments as of `Emu3Model.forward`, and:
 
         Args:
             labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D
-                tensor.
+            logits_to_keep: of which positions to compute the logits, see `emu3.modeling.text.kept_states`.
 
         Returns:
             `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
@@ -310,10 +396,12 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache_position=cache_position,
+            cache=cache,
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(outputs[0][:, kept_positions(logits_to_keep)])
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             vocab_size = cast(Emu3TextConfig, self.config.text_config).vocab_size
@@ -321,7 +409,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

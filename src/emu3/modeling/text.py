@@ -3,18 +3,16 @@ dropout on both residual branches, which is Emu3's own (arXiv 2409.18869, table 
 
 Parameter names are those of transformers' Emu3. The mathematics is in plain modules; `Emu3TextModel` and
 `Emu3ForCausalLM` know the conventions of transformers. `Emu3TextModel.run_layers` is the way in for whoever brings
-masks, positions and a cache of their own: the decode engine and the trainer.
+masks and positions of their own, as the trainer does. The decode engine has its own forward (`generation/forward.py`).
 
 Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width, E model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.activations import ACT2FN
@@ -22,21 +20,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
-from emu3.modeling.pretrained import AnyLayoutModel
-
-
-class KeyValueCache(Protocol):
-    """What attention needs of a cache; transformers' `Cache` and the engine's own both fit."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (B, G, S, D) of a layer; returns all that the queries may look at, (B, G, K, D)."""
-        ...
+from emu3.modeling.attention import attention_function
+from emu3.modeling.pretrained import CACHE, AnyLayoutModel, one_cache
 
 
 class RMSNorm(nn.Module):
@@ -96,32 +86,6 @@ def rotate(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     return x_BNSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
 
 
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, which also returns its weights (B, N, S, K). The mask is boolean or added to the scores;
-    None is causal."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is None:
-        past = scores.shape[3] - scores.shape[2]
-        attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril(past)
-    if attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 class Emu3Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped key-value heads."""
 
@@ -145,20 +109,22 @@ class Emu3Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: KeyValueCache | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = one_cache(past_key_values, cache, kwargs)
         batch_and_length = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
+        if cache is not None:
+            # A paged cache, which comes this way from 5.24 on, reads and adds to what the attention function is told.
+            told = {"kwargs": kwargs} if CACHE == "cache" else {}
+            key, value = cache.update(key, value, self.layer_idx, **told)
+        attend = attention_function(self.config)
         mixed, weights = attend(
             self,
             query,
@@ -202,7 +168,8 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: KeyValueCache | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         attended, _ = self.self_attn(
@@ -210,6 +177,7 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attended)
@@ -223,7 +191,7 @@ class Emu3PreTrainedModel(AnyLayoutModel):
     input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Emu3DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -257,7 +225,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        past_key_values: KeyValueCache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """All layers and the final norm.
@@ -266,7 +234,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
             inputs_embeds: (B, S, E).
             attention_mask: (B, 1, S, K), True where a query may look; None for plain causal attention without a cache.
             position_ids: (B, S), or (1, S) for all rows.
-            past_key_values: where keys and values go, and from where all that the queries see comes.
+            cache: where keys and values go, and from where all that the queries see comes.
 
         Returns:
             Hidden states (B, S, E).
@@ -279,7 +247,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **({} if cache is None else {CACHE: cache}),
                 **kwargs,
             )
         return cast(Tensor, self.norm(hidden_states))
@@ -295,6 +263,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cache_position: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch.
@@ -303,7 +272,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
             input_ids: (B, S); or `inputs_embeds` (B, S, E). Exactly one of the two.
             attention_mask: (B, past + S), 0 for padding.
             position_ids: (B, S); `cache_position` when missing.
-            past_key_values: cache of what came before; only new tokens are given then.
+            past_key_values, cache: what came before, under either name; only new tokens are given then.
             cache_position: (S,), where in the sequence the new tokens stand; counted from the cache's length when
                 missing. The cache itself always goes on where it ended.
             use_cache: whether to return a cache, made here when none is given.
@@ -313,42 +282,49 @@ class Emu3TextModel(Emu3PreTrainedModel):
             `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; two caches.
         """
+        cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if cache_position is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
+            if cache_position is None:
+                seen = cache.get_seq_length() if cache is not None else 0
+                cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = cache_position[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
-        hidden_states = self.run_layers(
-            inputs_embeds,
-            mask,
-            position_ids,
-            cast(KeyValueCache | None, past_key_values),
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        hidden_states = self.run_layers(inputs_embeds, mask, position_ids, cache, use_cache=use_cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
-def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """Index along the sequence: the last n positions (0: all), or those that a tensor names."""
+def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The hidden states (B, S, E) whose logits are asked for.
+
+    Args:
+        hidden_states: (B, S, E).
+        logits_to_keep: a number keeps the last n positions (0: all). A tensor names positions: (n,) for all rows,
+            (B, n) for each row its own, or (B, S) of booleans.
+
+    Returns:
+        (B, n, E), or (positions, E) for booleans.
+    """
     if isinstance(logits_to_keep, int):
-        return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-    return logits_to_keep
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
 class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
@@ -383,14 +359,14 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given. Arguments as of `Emu3TextModel.forward`, and:
 
         Args:
             labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: compute the logits of the last n positions only (0: all), or of the positions in a 1-D
-                tensor.
+            logits_to_keep: of which positions to compute the logits, see `kept_states`.
 
         Returns:
             `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
@@ -403,17 +379,18 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache_position=cache_position,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -24,9 +24,13 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.modeling.attention import attention_function
 from emu3.modeling.bands import affine_of, by_bands, silu_of_affine
 from emu3.modeling.pretrained import AnyLayoutModel
 
@@ -171,23 +175,34 @@ class AttentionBlock(nn.Module):
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads:
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+        self.config = config
         self.heads = heads
+        self.scaling = (width // heads) ** -0.5
         self.dropout = config.attention_dropout
+        # What the attention functions of transformers ask of a module.
+        self.is_causal = False
+        self.num_key_value_groups = 1
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What each position attends to, mixed (B, C, H, W), and the weights (B, heads, N, N) if they were computed."""
         batch, channels, height, width = x_BCHW.shape
         x_BNC = x_BCHW.flatten(2).transpose(1, 2)
         query, key, value = (
             projection(x_BNC).view(batch, height * width, self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-        mixed_BNC = self.out_proj(mixed.transpose(1, 2).reshape(batch, height * width, channels))
-        return cast(Tensor, mixed_BNC.transpose(1, 2).reshape(batch, channels, height, width))
+        attend = attention_function(self.config)
+        if "flash" in str(self.config._attn_implementation) and query.dtype == torch.float32:
+            # Those kernels take 16 bits only, and the tokenizer stays in float32 beside a model that uses them.
+            attend = sdpa_attention_forward
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, is_causal=False)
+        mixed_BNC = self.out_proj(mixed.reshape(batch, height * width, channels))
+        return mixed_BNC.transpose(1, 2).reshape(batch, channels, height, width), weights
 
 
 class MiddleBlock(nn.Module):
@@ -202,7 +217,8 @@ class MiddleBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, quantized_BZhw: Tensor | None = None) -> Tensor:
         x_BCHW = self.block_1(x_BCHW, quantized_BZhw)
-        x_BCHW = x_BCHW + self.attn_1(apply_norm(self.attn_norm, x_BCHW, quantized_BZhw))
+        mixed_BCHW, _ = self.attn_1(apply_norm(self.attn_norm, x_BCHW, quantized_BZhw))
+        x_BCHW = x_BCHW + mixed_BCHW
         return cast(Tensor, self.block_2(x_BCHW, quantized_BZhw))
 
 
@@ -254,8 +270,8 @@ class Stage(nn.Module):
                 yield partial(self._attend, index)
 
     def _attend(self, index: int, x_BCHW: Tensor, quantized_BZhw: Tensor | None) -> Tensor:
-        mixed_BCHW: Tensor = self.attn[index](apply_norm(self.attn_norms[index], x_BCHW, quantized_BZhw))
-        return x_BCHW + mixed_BCHW
+        mixed_BCHW, _ = self.attn[index](apply_norm(self.attn_norms[index], x_BCHW, quantized_BZhw))
+        return cast(Tensor, x_BCHW + mixed_BCHW)
 
 
 class DownBlock(nn.Module):
@@ -436,10 +452,14 @@ class Emu3VQVAE(AnyLayoutModel):
     }
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
-    # It attends by SDPA, whichever kind the language model beside it is asked to use.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": [ResnetBlock, TemporalResnetBlock],
+        "attentions": AttentionBlock,
+    }
     _no_split_modules: ClassVar[list[str]] = ["TemporalResnetBlock", "AttentionBlock", "ResnetBlock", "VectorQuantizer"]
 
     def __init__(self, config: Emu3VQVAEConfig) -> None:
@@ -518,32 +538,42 @@ class Emu3VQVAE(AnyLayoutModel):
         pixels = self.decoder.frames(latents.flatten(0, 1), conditioning.flatten(0, 1))
         return pixels if single else pixels.unflatten(0, (-1, frames))
 
+    @merge_with_config_defaults
+    @capture_outputs
     def encode(
-        self, pixel_values: Tensor, image_sizes: Tensor | list[list[int]], return_dict: bool = True, **kwargs: Any
-    ) -> Emu3VQVAEModelOutput | tuple[Any, ...]:
+        self, pixel_values: Tensor, image_sizes: Tensor | list[list[int]], **kwargs: Any
+    ) -> Emu3VQVAEModelOutput:
         """Codes of pictures or clips.
 
         Args:
             pixel_values: (B, C, H, W) or (B, F, C, H, W); samples smaller than H x W are padded at the bottom and
                 right.
             image_sizes: (B, 2), height and width in pixels of each sample without its padding.
-            return_dict: False gives a tuple.
+            **kwargs: `output_hidden_states` gives the output of every residual block, and the input of the first;
+                `output_attentions` the weights of every attention, if it is eager. Both are of each frame, and so four
+                times those of a picture by default. `return_dict=False` gives a tuple.
 
         Returns:
             `Emu3VQVAEModelOutput`.
         """
-        encoded, latents = self.latents(pixel_values.to(self.dtype))
+        single = pixel_values.ndim == 4
+        pixel_values = pixel_values.to(self.dtype)
+        if single and any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        ):
+            # What is recorded has the shapes of a clip that repeats the picture, as in transformers.
+            pixel_values = pixel_values[:, None].expand(-1, self.config.temporal_downsample_factor, -1, -1, -1)
+        encoded, latents = self.latents(pixel_values)
         codes_BThw = self.quantize(latents)
-        codes = codes_BThw.squeeze(1) if pixel_values.ndim == 4 else codes_BThw
+        codes = codes_BThw.squeeze(1) if single else codes_BThw
         factor = self.spatial_scale_factor
-        output = Emu3VQVAEModelOutput(
+        return Emu3VQVAEModelOutput(
             last_hidden_state=cast(Any, encoded),
             image_tokens=[
                 sample[..., : int(height) // factor, : int(width) // factor]
                 for sample, (height, width) in zip(codes, image_sizes, strict=True)
             ],
         )
-        return output if return_dict else output.to_tuple()
 
     def decode(self, hidden_states: Tensor) -> Tensor:
         """Pixels of codes.
