@@ -4,8 +4,6 @@ both.
 Shapes: B batch, S sequence, E model width, V vocabulary, h w rows and columns of visual tokens.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -16,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from emu3.configuration import Emu3Config, Emu3TextConfig
-from emu3.modeling.pretrained import CACHE
+from emu3.modeling.pretrained import CACHE, Kwargs
 from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, kept_states
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
 from emu3.vocabulary import EMU3, SURFACES, VISUAL_PREFIX, Vocabulary, visual_codes
@@ -145,6 +143,7 @@ class Emu3Model(Emu3PreTrainedModel):
         vocabulary_map = config.vocabulary_map or EMU3.to_map()
         self.vocabulary = Vocabulary.from_map(vocabulary_map, **_ids_of(cast(Emu3TextConfig, config.text_config)))
         self.vocabulary_mapping = Emu3ImageVocabularyMapping(vocabulary_map)
+        config.image_token_id = self.vocabulary_mapping.image_token_id  # `generate` asks the config for it
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -213,6 +212,15 @@ class Emu3Model(Emu3PreTrainedModel):
         rows = image_tokens[:, :-3].reshape(-1, height, width + 1)
         return self.vqmodel.decode(self.vocabulary_mapping.convert_bpe2img(rows))
 
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Bool (B, S): where `<image>` stands, by its id, or by its embedding where there are no ids."""
+        placeholder = self.vocabulary.image_placeholder
+        if input_ids is not None and (input_ids.numel() or inputs_embeds is None):
+            return input_ids == placeholder
+        assert inputs_embeds is not None, "neither ids nor embeddings"
+        embedding = self.get_input_embeddings()(torch.tensor(placeholder, device=inputs_embeds.device))
+        return cast(Tensor, (inputs_embeds == embedding).all(-1))
+
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where the embeddings of pictures go.
 
@@ -227,12 +235,7 @@ class Emu3Model(Emu3PreTrainedModel):
         Raises:
             ValueError: the prompts hold another number of placeholders than there are picture tokens.
         """
-        placeholder = self.vocabulary.image_placeholder
-        if input_ids is None:
-            embedding = self.get_input_embeddings()(torch.tensor(placeholder, device=inputs_embeds.device))
-            mask = (inputs_embeds == embedding).all(-1)
-        else:
-            mask = input_ids == placeholder
+        mask = self.placeholders(input_ids, inputs_embeds)
         found, expected = int(mask.sum()), image_features.shape[0]
         if found != expected:
             raise ValueError(
@@ -255,7 +258,7 @@ class Emu3Model(Emu3PreTrainedModel):
         cache_position: Tensor | None = None,
         cache: Cache | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: Kwargs,
     ) -> Any:
         """Hidden states of text and pictures. Arguments as of `Emu3TextModel.forward`, and:
 
@@ -311,6 +314,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
     }
     output_modalities = ("image", "text")
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config)
@@ -345,15 +349,16 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Each prompt `expand_size` times, for beams and several samples, each copy with all of its pictures."""
-        # The inherited method repeats picture by picture: A A B B, where two copies of a prompt need A B A B.
+        # Before 5.23 the inherited method repeats picture by picture: A A B B for two copies of a prompt, where A B A B
+        # is right. From there on `generate` has encoded the pictures by now, and repeats what came of it rightly.
         pictures = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
-        if expand_size > 1 and input_ids is not None and pictures.get("image_sizes") is not None:
+        if expand_size > 1 and pictures.get("image_sizes") is not None:
             tokens = torch.as_tensor(pictures["image_sizes"]) // self.model.vqmodel.spatial_scale_factor
             ends = (tokens[:, 0] * (tokens[:, 1] + 1)).cumsum(0)
-            placeholders = (input_ids == self.model.vocabulary.image_placeholder).sum(1).cumsum(0)
+            placeholders = self.model.placeholders(input_ids, inputs.get("inputs_embeds")).sum(1).cumsum(0)
             prompt_of_picture = torch.searchsorted(placeholders.to(ends.device), ends)
             copies = [
-                (prompt_of_picture == prompt).nonzero()[:, 0].repeat(expand_size) for prompt in range(len(input_ids))
+                (prompt_of_picture == prompt).nonzero()[:, 0].repeat(expand_size) for prompt in range(len(placeholders))
             ]
             pictures = {name: value[torch.cat(copies)] for name, value in pictures.items()}
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **inputs)
@@ -375,7 +380,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: Kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits over text, structure and visual tokens. Arguments as of `Emu3Model.forward`, and:
 

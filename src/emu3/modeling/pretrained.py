@@ -4,10 +4,17 @@ transformers has had for a cache."""
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import TransformersKwargs
+
+# Libraries read from a forward's signature what else it takes; type checkers do not see into transformers.
+if TYPE_CHECKING:
+    Kwargs = Any
+else:
+    Kwargs = Unpack[TransformersKwargs]
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The name by which the installed transformers hands on a cache: `cache` from 5.24 on, `past_key_values` before."""

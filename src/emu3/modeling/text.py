@@ -8,7 +8,6 @@ masks and positions of their own, as the trainer does. The decode engine has its
 Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width, E model width, V vocabulary.
 """
 
-from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
@@ -26,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
 from emu3.modeling.attention import attention_function
-from emu3.modeling.pretrained import CACHE, AnyLayoutModel, one_cache
+from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, one_cache
 
 
 class RMSNorm(nn.Module):
@@ -264,7 +263,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
         cache_position: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch.
 
@@ -339,6 +338,9 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         r"^model\.text_model\.": "model.",
     }
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: Emu3TextConfig) -> None:
         super().__init__(config)
@@ -360,7 +362,7 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given. Arguments as of `Emu3TextModel.forward`, and:
 
