@@ -158,7 +158,8 @@ def damaged():
 @pytest.mark.parametrize(
     ("picture", "named"),
     [
-        ("cat.png", "PIL.Image.open"),
+        ("cat.png", "nor a file here"),
+        (object(), "PIL.Image.open"),
         ([], "at least one"),
         (np.zeros((0, 4, 3), np.uint8), "0, 4, 3"),
         (np.zeros((5, 6, 7), np.uint8), "5, 6, 7"),

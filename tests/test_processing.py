@@ -9,8 +9,9 @@ from PIL import Image
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor as PeerImageProcessor
 from transformers.models.emu3.processing_emu3 import Emu3Processor as PeerProcessor
 
+from emu3.chat import CHAT_TEMPLATE
 from emu3.image_processing import Emu3ImageProcessor
-from emu3.processing import CHAT_TEMPLATE, Emu3Processor, generation_size
+from emu3.processing import Emu3Processor, generation_size
 from emu3.tokenization import CONTROL_TOKENS, encode_plain, train_tokenizer, visual_token
 
 TEXTS = ["You are a helpful assistant. USER: a photo of a red car. ASSISTANT:", "What colour is the cat? It is red."]
@@ -111,7 +112,7 @@ def test_what_is_too_long_is_cut_but_no_picture_is():
             PROCESSOR(images=WIDE, text="<image> and a car", truncation=True, max_length=length)
     for options, named in (
         ({"truncation": True}, "needs max_length"),
-        ({"truncation": "only_first", "max_length": 9}, "only_first"),
+        ({"truncation": "only_last", "max_length": 9}, "only_last"),
         ({"truncation": True, "max_length": -1}, "cut to -1"),
     ):
         with pytest.raises(ValueError, match=named):
@@ -197,7 +198,9 @@ def test_impossible_sizes_are_refused(ratio, area, named):
         ({"text": "a", "images": WIDE, "return_for_image_generation": True}, "exclude"),
         ({"text": ["a", "b"], "return_for_image_generation": True, "ratio": ["1:1"]}, "ratio lists 1 values for 2"),
         ({"text": "a", "return_for_image_generation": True, "image_area": [1, 2]}, "image_area lists 2"),
-        ({"images": WIDE}, "text=None"),
+        ({}, "text=None"),
+        ({"text": "a", "padding": True, "text_kwargs": {"padding": False}}, "two times"),
+        ({"text": "a", "split_special_tokens": True, "return_offsets_mapping": True}, "return_offsets_mapping cannot"),
         ({"text": []}, "no prompt"),
         ({"text": [["a"]]}, "no prompt"),
         ({"text": "a", "padding": "shortest"}, "shortest"),
@@ -273,8 +276,8 @@ def test_arguments_of_the_processor_pass_through_a_chat():
     given = chat([said("user", "a")], processor_kwargs=options)
     assert given == PROCESSOR(text="You are a helpful assistant. USER: a. ASSISTANT:", **options)
     assert given == chat([said("user", "a")], **options)
-    with pytest.raises(ValueError, match=r"\['ratio'\]; it takes add_special_tokens"):
-        chat([said("user", "a")], processor_kwargs={"ratio": "4:3"})
+    pixels = chat([said("user", shown(WIDE))], images_kwargs={"do_normalize": False}, do_rescale=False)["pixel_values"]
+    np.testing.assert_array_equal(pixels[0].transpose(1, 2, 0), np.array(WIDE))
 
 
 def test_ids_alone_without_return_dict():
@@ -311,11 +314,12 @@ def test_stand_ins_that_someone_typed_are_text():
         ([{"role": "tool", "content": "a"}], "tool"),
         ([said("user", "a"), said("system", "b")], "system"),
         ([said("user", {"type": "video", "video": 1})], "video"),
-        ([said("user", {"type": "image", "url": "http://localhost/cat.png"})], "opened already"),
-        ([said("user", shown("cat.png"))], "PIL.Image.open"),
+        ([said("user", {"type": "image", "url": "http://localhost:9/cat.png"})], "cannot read a picture from 'http"),
+        ([said("user", shown("cat.png"))], "nor a file here"),
+        ([said("user", {"type": "image"})], "0 pictures for 1"),
         ([{"role": "user"}], "no message"),
         ([{"content": "a"}], "no message"),
-        ([{"role": "<image>", "content": "a"}], "no message"),
+        ([{"role": "<image>", "content": "a"}], "role <image> is out of place"),
         (["a"], "no message"),
         ([{"role": "user", "content": [WIDE]}], "no content"),
         ([], "empty"),

@@ -1,5 +1,7 @@
 """transformers' Auto classes give this package's classes for Emu3 checkpoints, once asked to."""
 
+from contextlib import suppress
+
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -40,4 +42,5 @@ def register() -> None:
     PROCESSOR_MAPPING_NAMES.pop(Emu3Config.model_type, None)
     AutoProcessor.register(Emu3Config, Emu3Processor, exist_ok=True)
     backends = dict.fromkeys(("pil", "torchvision"), Emu3ImageProcessor)
-    AutoImageProcessor.register(Emu3Config, image_processor_classes=backends, exist_ok=True)
+    with suppress(ImportError):  # older releases have none without torchvision
+        AutoImageProcessor.register(Emu3Config, image_processor_classes=backends, exist_ok=True)

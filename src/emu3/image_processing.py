@@ -3,14 +3,18 @@
 Shape suffixes: B pictures, C channels, H rows, W columns.
 """
 
+import base64
+import binascii
+import io
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import normalize, rescale, resize, to_channel_dimension_format
@@ -20,11 +24,17 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
 )
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 
 Array = npt.NDArray[Any]
 
+logger = logging.get_logger(__name__)
+
 _MAX_ASPECT_RATIO = 200
 _RGB = 3
+_BYTE = 255
+_LONGEST_PATH = 4096
 
 
 def smart_resize(
@@ -54,6 +64,30 @@ def smart_resize(
     return resized_height, resized_width
 
 
+def open_picture(source: str) -> Image.Image:
+    """The picture at an http(s) address, in a file, or in a text of base64, with or without "data:image/...;base64,".
+
+    An address is fetched, without asking. Raises ValueError for a source that is none of these, or holds no picture.
+    """
+    try:
+        if source.startswith(("http://", "https://")):
+            from huggingface_hub import get_session
+
+            response = get_session().get(source, follow_redirects=True)
+            response.raise_for_status()
+            return Image.open(io.BytesIO(response.content))
+        if len(source) < _LONGEST_PATH and Path(source).is_file():
+            return Image.open(source)
+        content = source.split(",", 1)[-1] if source.startswith("data:image/") else source
+        return Image.open(io.BytesIO(base64.b64decode("".join(content.split()), validate=True)))
+    except binascii.Error as error:
+        raise ValueError(
+            f"{source!r:.80} is no picture: neither an http(s) address, nor a file here, nor base64; check the spelling"
+        ) from error
+    except Exception as error:  # of the network, of the file system, of decoders
+        raise ValueError(f"cannot read a picture from {source!r:.80}: {error}") from error
+
+
 def flat_pictures(images: Any) -> Iterator[Any]:
     """Every single picture in `images`, in order: batches and nested lists are opened up."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
@@ -77,19 +111,27 @@ def _array(picture: Any) -> Array:
         )
     if picture.size == 0 or picture.ndim not in (2, 3):
         raise ValueError(f"an array of shape {picture.shape} is no picture; give (H, W), (H, W, C) or (C, H, W)")
+    if picture.dtype.kind not in "buif":
+        raise ValueError(f"an array of {picture.dtype} is no picture; give whole or real numbers")
     if not np.isfinite(picture).all():
         raise ValueError(f"a picture of shape {picture.shape} holds NaN or infinite values; make them finite")
     return picture
 
 
 def _pixels_of(picture: Image.Image, convert_rgb: bool) -> Array:
-    """Pixels of a PIL picture as (H, W, C); with `convert_rgb`, C = 3 and transparency lies on white."""
+    """Pixels of a PIL picture as (H, W, C), upright as its EXIF orientation says.
+
+    With `convert_rgb`, C = 3 and transparency lies on white.
+    """
     if min(picture.size) < 1:
         raise ValueError(f"a picture of {picture.height}x{picture.width} pixels is empty; give at least 1x1")
     try:
         picture.load()
+        picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
         raise ValueError(f"cannot read the picture {picture!r}, the file looks damaged: {error}") from error
+    if picture.mode in ("I", "F"):
+        return _wide_pixels_of(picture, convert_rgb)
     if convert_rgb:
         if picture.mode.startswith("I;16"):  # PIL would clip everything above 255 to white
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -99,6 +141,17 @@ def _pixels_of(picture: Image.Image, convert_rgb: bool) -> Array:
         picture = picture.convert("RGB")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _wide_pixels_of(picture: Image.Image, convert_rgb: bool) -> Array:
+    """Pixels (H, W, C) of a grey picture of 32-bit numbers, as they are: nothing says how to scale others to bytes."""
+    pixels = _array(np.array(picture))
+    if pixels.min() < 0 or pixels.max() > _BYTE:
+        raise ValueError(
+            f"a picture of 32-bit numbers holds {pixels.min()} to {pixels.max()}, which no rule scales to 0..{_BYTE}; "
+            "scale it yourself"
+        )
+    return np.repeat(pixels[:, :, None], _RGB if convert_rgb else 1, axis=2)
 
 
 def _layout(pixels: Array) -> ChannelDimension:
@@ -137,6 +190,16 @@ def _channels_last(
     return pixels, layout
 
 
+class Emu3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
+    """What a call of the image processor, or of the processor, may say of pictures."""
+
+    min_pixels: int | None
+    max_pixels: int | None
+    spatial_factor: int | None
+    ratio: Any
+    image_area: Any
+
+
 class Emu3ImageProcessor(BaseImageProcessor):
     """Resizes each picture to whole tokens, scales to [0, 1], normalises, and pads a batch at the bottom and right.
 
@@ -154,6 +217,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
+    valid_kwargs = Emu3ImageProcessorKwargs
 
     def __init__(
         self,
@@ -186,6 +250,21 @@ class Emu3ImageProcessor(BaseImageProcessor):
         self.spatial_factor = spatial_factor
         self.size = {"min_pixels": min_pixels, "max_pixels": max_pixels}
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; as transformers writes it, `do_pad` only where it is off."""
+        saved = super().to_dict()
+        if saved.get("do_pad"):
+            del saved["do_pad"]
+        return saved
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """The same nested lists with an opened picture for each text; see `open_picture`."""
+        if isinstance(image_url_or_urls, str):
+            return open_picture(image_url_or_urls)
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        return image_url_or_urls
+
     def preprocess(
         self,
         images: Any,
@@ -202,17 +281,34 @@ class Emu3ImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         data_format: str | ChannelDimension | None = ChannelDimension.FIRST,
         input_data_format: str | ChannelDimension | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        spatial_factor: int | None = None,
+        device: Any = None,
+        **others: Any,
     ) -> BatchFeature:
         """Pixels of one picture, a batch, or nested lists of them, in order; None means the constructor's value.
 
-        `images`: PIL pictures, arrays or tensors of (H, W), (H, W, C), (C, H, W) with values of 0..255 (with
-        `do_rescale=False`: 0..1). `size`: `{"min_pixels": ..., "max_pixels": ...}`. Returns `pixel_values`
-        (B, C, H, W), or (B, H, W, C) for `data_format="channels_last"`, a list where `do_pad` is False, and
-        `image_sizes` (B, 2), each picture's (height, width) before padding. Raises ValueError for a picture that is
-        empty, damaged, not finite, of an unknown layout, or more than 200 times longer than wide.
+        Args:
+            images: PIL pictures, arrays or tensors of (H, W), (H, W, C), (C, H, W) with values of 0..255 (with
+                `do_rescale=False`: 0..1), or what `open_picture` takes.
+            size: `{"min_pixels": ..., "max_pixels": ...}`; or these two by name.
+            data_format: "channels_first" gives (B, C, H, W), "channels_last" (B, H, W, C), None the picture's own.
+            device: where tensors go, with `return_tensors="pt"`.
+            **others: what transformers' processors take beyond these, such as `disable_grouping`. It has no effect,
+                which is logged.
+
+        Returns:
+            `pixel_values`, one array, or a list where `do_pad` is False, and `image_sizes` (B, 2), each picture's
+            (height, width) before padding.
+
+        Raises:
+            ValueError: a picture that is empty, damaged, not finite, of an unknown layout, or more than 200 times
+                longer than wide.
         """
         do_resize = self.do_resize if do_resize is None else do_resize
-        size = self.size if size is None else size
+        size = {**self.size, **_limits(size), **_limits({"min_pixels": min_pixels, "max_pixels": max_pixels})}
+        factor = self.spatial_factor if spatial_factor is None else spatial_factor
         resample = self.resample if resample is None else resample
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         rescale_factor = self.rescale_factor if rescale_factor is None else rescale_factor
@@ -221,12 +317,12 @@ class Emu3ImageProcessor(BaseImageProcessor):
         image_std = self.image_std if image_std is None else image_std
         do_convert_rgb = self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb
         do_pad = self.do_pad if do_pad is None else do_pad
-        if size.keys() != {"min_pixels", "max_pixels"}:
-            raise ValueError(f"size={size} is not understood; give {{'min_pixels': ..., 'max_pixels': ...}}")
+        if ignored := sorted(name for name, value in others.items() if value is not None):
+            logger.warning_once(f"{', '.join(ignored)} has no effect on {type(self).__name__}")
 
         pictures_HWC: list[Array] = []
         layouts: list[ChannelDimension] = []
-        for picture in flat_pictures(images):
+        for picture in flat_pictures(self.fetch_images(images)):
             pixels_HWC, layout = _channels_last(picture, do_convert_rgb, input_data_format)
             if do_rescale and np.issubdtype(pixels_HWC.dtype, np.floating) and 0 < pixels_HWC.max() <= 1:
                 warnings.warn(
@@ -236,7 +332,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
                 )
             if do_resize:
                 height, width, _ = pixels_HWC.shape
-                target = smart_resize(height, width, self.spatial_factor, size["min_pixels"], size["max_pixels"])
+                target = smart_resize(height, width, factor, size["min_pixels"], size["max_pixels"])
                 pixels_HWC = resize(pixels_HWC, target, resample=resample, input_data_format=ChannelDimension.LAST)
             if do_rescale:
                 pixels_HWC = rescale(pixels_HWC, rescale_factor, input_data_format=ChannelDimension.LAST)
@@ -254,10 +350,11 @@ class Emu3ImageProcessor(BaseImageProcessor):
             to_channel_dimension_format(pixels, data_format or layout, input_channel_dim=ChannelDimension.LAST)
             for pixels, layout in zip(pictures_HWC, layouts, strict=True)
         ]
-        return BatchFeature(
+        output = BatchFeature(
             data={"pixel_values": np.stack(pixel_values) if do_pad else pixel_values, "image_sizes": image_sizes},
             tensor_type=return_tensors,
         )
+        return output if device is None or return_tensors != "pt" else output.to(device)
 
     def postprocess(
         self,
@@ -301,6 +398,15 @@ class Emu3ImageProcessor(BaseImageProcessor):
                     to_channel_dimension_format(pixels_HWC, layout, input_channel_dim=ChannelDimension.LAST)
                 )
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=None if as_pil else return_tensors)
+
+
+def _limits(size: Any) -> dict[str, int]:
+    """The limits of an area that `size` names. ValueError where it names anything else."""
+    if size is None:
+        return {}
+    if not isinstance(size, dict) or not size.keys() <= {"min_pixels", "max_pixels"}:
+        raise ValueError(f"size={size} is not understood; give {{'min_pixels': ..., 'max_pixels': ...}}")
+    return {name: value for name, value in size.items() if value is not None}
 
 
 def _pad(pictures_HWC: list[Array]) -> list[Array]:

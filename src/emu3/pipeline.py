@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from emu3.chat import Message
 from emu3.checkpoints import resolve
 from emu3.checkpoints.inspect import Release, release_of, releases_that
 from emu3.generation.decoders import Decoder
@@ -23,7 +24,6 @@ from emu3.generation.events import Event, Finished
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
-from emu3.processing import Message
 
 if TYPE_CHECKING:
     from PIL import Image

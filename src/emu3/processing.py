@@ -10,55 +10,64 @@ H and W count tokens, not pixels. The processor sees no network: the model puts 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs
+from transformers.utils import logging
 
-from emu3.image_processing import Emu3ImageProcessor, flat_pictures
+from emu3.chat import CHAT_TEMPLATE, STAND_IN, Message, as_plain, check_message, strip
+from emu3.image_processing import Emu3ImageProcessor, Emu3ImageProcessorKwargs, flat_pictures, smart_resize
 from emu3.tokenization import encode_plain
 
-CHAT_TEMPLATE = """\
-{%- macro parts(content) -%}
-{%- if content is string -%}{{ content }}
-{%- else -%}
-{%- for part in content -%}{{ '<image>' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- if messages[0]['role'] != 'system' -%}You are a helpful assistant.{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' and loop.first -%}{{ parts(message['content']) }}
-{%- elif message['role'] == 'user' -%}{{ ' USER: ' + parts(message['content']) + '.' }}
-{%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' + parts(message['content']) + eos_token }}
-{%- else -%}{{ raise_exception('role ' + message['role'] + ' is out of place: give system (first), user, assistant') }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
-"""
-"""Emu3-Chat's sentence, which puts a full stop after every question; an answer is closed by eos."""
-
-Message = Mapping[str, Any]
-"""`{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": picture}]}`."""
+logger = logging.get_logger(__name__)
 
 Parts = list[str | int]
 """A prompt taken apart: a text is plain, an id is a control token, and the id of "<image>" marks a picture."""
 
 # Every control and visual token is spelled <...> without further angle brackets inside.
 _SURFACE = re.compile(r"(<[^<>]*>)")
-# Stands for a message's text while the template is rendered; the digits count the texts.
-_STAND_IN = re.compile("\ue000(\\d+)\ue001")
-
-# What says how ids become a batch, of the arguments of `Emu3Processor.__call__`.
-_BATCH_OPTIONS = {
-    "add_special_tokens",
-    "padding",
-    "truncation",
-    "max_length",
-    "pad_to_multiple_of",
-    "padding_side",
-    "return_tensors",
-    "images_kwargs",
+# What only the tokenizer itself can tell of a text: then it reads the whole prompt, pictures written out.
+_BY_TOKENIZER = {
+    "is_split_into_words",
+    "return_length",
+    "return_offsets_mapping",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_text_replacement_offsets",
+    "return_token_type_ids",
+    "stride",
+    "text_pair",
+    "text_pair_target",
+    "text_target",
 }
+_ENDLESS = 10**20  # what tokenizers say where they know no longest text
+
+
+class Emu3TextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
+    """What a call of the processor may say of texts."""
+
+    return_for_image_generation: bool
+    split_special_tokens: bool
+
+
+class Emu3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
+    """What a call of the processor may say beside texts and pictures."""
+
+    # Older releases read it; as an annotation it would be an argument.
+    _defaults = {}  # type: ignore[var-annotated]  # noqa: RUF012
+
+    text_kwargs: Emu3TextKwargs
+    images_kwargs: Emu3ImageProcessorKwargs
+
+
+# Libraries read from the signature what else a call takes; type checkers do not see into transformers.
+if TYPE_CHECKING:
+    Options = Any
+else:
+    Options = Unpack[Emu3ProcessorKwargs]
 
 
 def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
@@ -94,23 +103,37 @@ class Emu3Processor(ProcessorMixin):
         image_area: pixels of a picture to draw where a call names none; what the model was trained on.
     """
 
+    valid_processor_kwargs = Emu3ProcessorKwargs
+    image_area: int = 518400
+
     def __init__(
         self,
         image_processor: Emu3ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
-        image_area: int = 518400,
         **kwargs: Any,
     ) -> None:
-        self.image_area = image_area
+        # No argument by name: an option of calls has its default as an attribute in transformers.
+        self.image_area = kwargs.pop("image_area", self.image_area)
         self.image_token: str = tokenizer.image_token
         self.image_token_id: int = tokenizer.image_token_id
+        # The names that transformers gives to the control tokens of a picture.
+        self.image_start_token: str = tokenizer.boi_token
+        self.image_end_token: str = tokenizer.eoi_token
+        self.fake_token_around_image: str = tokenizer.image_wrapper_token
+        self.eof_token: str = tokenizer.eof_token
+        self.bos_token: str = tokenizer.bos_token
         super().__init__(
             image_processor,
             tokenizer,
             chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE,
             **kwargs,
         )
+
+    @property
+    def downsample_ratio(self) -> int:
+        """Pixels per token side: the image processor's `spatial_factor`."""
+        return int(self.image_processor.spatial_factor)
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -125,124 +148,143 @@ class Emu3Processor(ProcessorMixin):
         ]
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        *,
-        return_for_image_generation: bool = False,
-        ratio: str | Sequence[str] = "1:1",
-        image_area: int | Sequence[int] | None = None,
-        split_special_tokens: bool = False,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        images_kwargs: Mapping[str, Any] | None = None,
+        self, images: Any = None, text: str | Sequence[str] | None = None, videos: Any = None, **kwargs: Options
     ) -> BatchFeature:
         """Ids of one text or several, each "<image>" in them standing for the next picture.
 
         Args:
-            images: pictures in the order of their marks, flat or one list per text.
-            text: one prompt, or B of them.
+            images: pictures in the order of their marks, flat or one list per text. An address, a path or base64 is
+                read, see `emu3.image_processing.open_picture`.
+            text: one prompt, or B of them; None gives the pictures alone.
+            videos: left out, which is logged.
             return_for_image_generation: end each prompt where its picture begins; takes no `images`.
             ratio, image_area: size of the picture to draw (see `generation_size`), for all prompts or one each; the
                 area is the processor's own by default.
             split_special_tokens: read `text` as plain text, so that no control token and no "<image>" in it counts.
-            add_special_tokens: put bos before each text, unless it is there.
+            add_special_tokens: put bos before each text, unless it is there; on by default.
             padding: True or "longest", "max_length" (with `max_length`), False.
             truncation: cut the end of texts, so that no row is longer than `max_length`; a picture is never cut.
             pad_to_multiple_of, padding_side: as in tokenizers; the side is the tokenizer's by default.
+            return_attention_mask: on by default.
+            return_mm_token_type_ids: 1 for each placeholder of a picture, 0 for others.
             return_tensors: "pt", "np" or None for lists.
-            images_kwargs: further arguments of the image processor.
+            **kwargs: these, and the arguments of the image processor and the tokenizer. They may also stand in
+                `text_kwargs`, `images_kwargs`, or for both in `common_kwargs`, which come before the defaults of
+                tokenizer and image processor. What nobody takes is logged.
 
         Returns `input_ids` and `attention_mask` (B, S), for pictures `pixel_values` and `image_sizes` (height and
         width in pixels), for drawing `image_sizes` (B, 2) in tokens. Raises ValueError where pictures and marks, or
-        sizes and prompts, differ in number, and where a picture would have to be cut.
+        sizes and prompts, differ in number, where a picture would have to be cut, and for an option given twice.
         """
+        if videos is not None:
+            logger.warning_once("the processor reads no clips and leaves out videos; give a clip's pictures as images")
+        for_text, for_images = self._options(kwargs)
+        drawing = for_text.pop("return_for_image_generation", False)
+        plain = for_text.pop("split_special_tokens", False)
+        ratio, area = for_images.pop("ratio", None) or "1:1", for_images.pop("image_area", None)
+        if images is not None:
+            images = self.image_processor.fetch_images(images)
+        if text is None and images is not None:
+            return self.image_processor(list(flat_pictures(images)), **for_images)
         texts = [text] if isinstance(text, str) else list(text or ())
         if not texts or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text={text!r:.80} is no prompt; give a string or a non-empty list of strings")
-        if return_for_image_generation and images is not None:
+        sizes: list[tuple[int, int]] = []
+        if drawing and images is not None:
             raise ValueError(
                 "images and return_for_image_generation=True exclude each other: such a prompt ends where its picture "
                 "begins; leave out one of them"
             )
-        prompts: list[Parts] = [[sample] if split_special_tokens else self._take_apart(sample) for sample in texts]
-        sizes: list[tuple[int, int]] = []
-        if return_for_image_generation:
+        if drawing:
+            areas = _one_each("image_area", self.image_area if area is None else area, len(texts))
+            ratios = _one_each("ratio", ratio, len(texts))
             factor = self.image_processor.spatial_factor
-            image_area = self.image_area if image_area is None else image_area
-            sizes = [
-                generation_size(sample_ratio, area, factor)
-                for sample_ratio, area in zip(
-                    _one_each("ratio", ratio, len(texts)), _one_each("image_area", image_area, len(texts)), strict=True
-                )
-            ]
-        return self._assemble(
-            prompts,
-            images,
-            sizes,
-            add_special_tokens=add_special_tokens,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-            images_kwargs=images_kwargs,
-        )
+            sizes = [generation_size(*each, factor) for each in zip(ratios, areas, strict=True)]
+        if asked := sorted(name for name in _BY_TOKENIZER if for_text.get(name)):
+            if plain:
+                raise ValueError(f"{', '.join(asked)} cannot be had of plain text; leave out split_special_tokens")
+            return self._by_tokenizer(texts, images, sizes, for_text, for_images)
+        prompts: list[Parts] = [[sample] if plain else self._take_apart(sample) for sample in texts]
+        return self._assemble(prompts, images, sizes, for_text, for_images)
+
+    def _options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments for texts and those for pictures, after the precedence that transformers has."""
+        try:
+            merged = self._merge_kwargs(Emu3ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"an argument of the processor cannot be used: {error}") from error
+        for_text = merged["text_kwargs"]
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
+            if merged.get(name) is not None:  # where newer releases keep what is for text and pictures
+                for_text.setdefault(name, merged[name])
+        return for_text, merged["images_kwargs"]
 
     def apply_chat_template(
         self,
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
         chat_template: str | None = None,
         *,
-        add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
         split_special_tokens: bool = False,
-        padding: bool | str = False,
-        return_tensors: str | None = None,
+        sanitize_control_tokens: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
-        **variables: Any,
+        **kwargs: Any,
     ) -> Any:
         """A conversation, or several, as the template's text, or with `tokenize` as ids.
 
-        With `tokenize`, a picture is given in the conversation itself, `{"type": "image", "image": picture}`, and
-        `split_special_tokens` reads the messages' texts as plain text: the template's control tokens and pictures
-        count, those that someone typed do not. `processor_kwargs` are arguments of `__call__` that say how ids become
-        a batch: add_special_tokens, padding, truncation, max_length, pad_to_multiple_of, padding_side, return_tensors,
-        images_kwargs. They may be given directly too. Other `variables` go to the template.
+        Args:
+            conversation: messages, see `emu3.chat.Message`; or a list of conversations.
+            chat_template: in place of the processor's own.
+            tokenize: give ids, with the pictures of the conversation in their places.
+            return_dict: with `tokenize`, give all that `__call__` returns, and not the `input_ids` alone.
+            split_special_tokens, sanitize_control_tokens: with `tokenize`, read the messages' texts as plain text: the
+                template's control tokens and pictures count, those that someone typed do not. Two names of one option.
+            processor_kwargs: arguments of `__call__`. They may be given directly too.
+            **kwargs: these, `add_generation_prompt` and the other arguments of transformers' method, and variables of
+                the template.
 
-        Returns a string (or one per conversation), the `input_ids`, or with `return_dict` all that `__call__` returns.
-        Raises ValueError for a message that the template refuses, for content that is neither text nor picture, and for
-        another name in `processor_kwargs`.
+        Raises:
+            ValueError: a message that the template refuses, or content that is neither text nor picture.
         """
-        options = {name: variables.pop(name) for name in _BATCH_OPTIONS if name in variables}
-        options |= {"padding": padding, "return_tensors": return_tensors, **(processor_kwargs or {})}
-        if unknown := options.keys() - _BATCH_OPTIONS:
-            raise ValueError(f"processor_kwargs has {sorted(unknown)}; it takes {', '.join(sorted(_BATCH_OPTIONS))}")
         if not conversation:
             raise ValueError("the conversation is empty; give at least one message")
-        if not tokenize:
-            if split_special_tokens:
-                raise ValueError("split_special_tokens=True needs tokenize=True: a string cannot say what is plain")
-            return self._render(conversation, chat_template, add_generation_prompt, variables)
-        conversations: list[Any] = [conversation] if isinstance(conversation[0], Mapping) else list(conversation)
+        known = {"text_kwargs", "images_kwargs", "common_kwargs"}
+        known |= Emu3TextKwargs.__annotations__.keys() | Emu3ImageProcessorKwargs.__annotations__.keys()
+        own = {name: kwargs.pop(name) for name in known & kwargs.keys()}
+        own = {"return_tensors": None, **own, **(processor_kwargs or {})}
+        plain = split_special_tokens or sanitize_control_tokens
+        if plain and not tokenize:
+            raise ValueError("split_special_tokens=True needs tokenize=True: a string cannot say what is plain")
+        talk = as_plain(conversation)
+        single = not isinstance(talk[0], list)
+        conversations = [talk] if single else talk
+        for message in (message for turns in conversations for message in turns):
+            check_message(message)
+        if not plain:
+            return self._render(
+                talk,
+                chat_template,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                return_tensors=own.pop("return_tensors"),
+                processor_kwargs=own,
+                **kwargs,
+            )
         texts: list[str] = []
-        images: list[list[Any]] = []
-        stripped = []
-        for turns in conversations:
-            images.append([])
-            stripped.append([_strip(message, texts, images[-1]) for message in turns])
-        rendered = self._render(stripped, chat_template, add_generation_prompt, variables)
+        images: list[list[Any]] = [[] for _ in conversations]
+        stripped = [
+            [strip(message, texts, own_images) for message in turns]
+            for turns, own_images in zip(conversations, images, strict=True)
+        ]
+        rendered = self._render(stripped, chat_template, **kwargs)
+        for_text, for_images = self._options(own)
         outputs = self._assemble(
-            [self._fill(prompt, texts, split_special_tokens) for prompt in rendered],
-            images if any(images) else None,
-            **options,
+            [self._fill(prompt, texts) for prompt in rendered],
+            self.image_processor.fetch_images(images) if any(images) else None,
+            [],
+            for_text,
+            for_images,
         )
         return outputs if return_dict else outputs["input_ids"]
 
@@ -272,13 +314,9 @@ class Emu3Processor(ProcessorMixin):
         texts = self.tokenizer.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [texts] if isinstance(texts, str) else texts
 
-    def _render(
-        self, conversation: Any, chat_template: str | None, add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> Any:
+    def _render(self, conversation: Any, chat_template: str | None, **kwargs: Any) -> Any:
         try:
-            return super().apply_chat_template(
-                conversation, chat_template, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
-            )
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
@@ -291,15 +329,12 @@ class Emu3Processor(ProcessorMixin):
             parts.append(ids[0] if is_control else piece)
         return parts
 
-    def _fill(self, prompt: str, texts: Sequence[str], plain: bool) -> Parts:
-        """A rendered prompt with its texts put in for their stand-ins, as plain text or as part of the prompt."""
-        pieces = _STAND_IN.split(prompt)  # template, number of a text, template, number of a text, ..., template
-        pieces[1::2] = [texts[int(number)] for number in pieces[1::2]]
-        if not plain:
-            return self._take_apart("".join(pieces))
+    def _fill(self, prompt: str, texts: Sequence[str]) -> Parts:
+        """A rendered prompt with its texts put in for their stand-ins, as plain text."""
+        pieces = STAND_IN.split(prompt)  # template, number of a text, template, number of a text, ..., template
         parts: Parts = []
         for index, piece in enumerate(pieces):
-            parts += [piece] if index % 2 else self._take_apart(piece)
+            parts += [texts[int(piece)]] if index % 2 else self._take_apart(piece)
         return parts
 
     def _size_ids(self, height: int, width: int) -> list[int]:
@@ -317,31 +352,83 @@ class Emu3Processor(ProcessorMixin):
             self.tokenizer.eoi_token_id,
         ]
 
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """What a picture is written out as: transformers' name for it."""
+        height, width = (int(side) // self.downsample_ratio for side in image_inputs["image_sizes"][image_idx])
+        placeholders = self.image_token * (height * (width + 1))
+        return f"{self._size_text(height, width)}{placeholders}{self.eof_token}{self.image_end_token}"
+
+    def _size_text(self, height: int, width: int) -> str:
+        return f"{self.image_start_token}{height}*{width}{self.fake_token_around_image}"
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """How many placeholders pictures of so many (height, width) pixels take; servers ask by this name."""
+        if image_sizes is None:
+            return MultiModalData()
+        pictures = self.image_processor
+        sizes = [
+            smart_resize(int(height), int(width), pictures.spatial_factor, pictures.min_pixels, pictures.max_pixels)
+            for height, width in image_sizes
+        ]
+        ratio = self.downsample_ratio
+        tokens = [(height // ratio) * (width // ratio + 1) for height, width in sizes]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
+
+    def _encoded(
+        self, images: Any, marks: Sequence[int], for_images: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """The image processor's output, and the sizes in tokens of the pictures, one for each mark."""
+        _check_counts(list(marks), images)
+        if images is None or not (pictures := list(flat_pictures(images))):
+            return {}, []
+        data = dict(self.image_processor(pictures, **for_images))
+        ratio = for_images.get("spatial_factor") or self.downsample_ratio
+        return data, [(int(height) // ratio, int(width) // ratio) for height, width in data["image_sizes"]]
+
+    def _by_tokenizer(
+        self,
+        texts: list[str],
+        images: Any,
+        sizes: Sequence[tuple[int, int]],
+        for_text: dict[str, Any],
+        for_images: Mapping[str, Any],
+    ) -> BatchFeature:
+        """As `_assemble`, by the tokenizer itself, which is given whole prompts as strings."""
+        data, _ = self._encoded(images, [text.count(self.image_token) for text in texts], for_images)
+        replacements = [self.replace_image_token(data, index) for index in range(len(data.get("image_sizes", ())))]
+        if for_text.get("add_special_tokens", True):
+            texts = [text if text.startswith(self.bos_token) else self.bos_token + text for text in texts]
+        wants_types = for_text.pop("return_mm_token_type_ids", False)
+        wants_offsets = for_text.pop("return_text_replacement_offsets", False)
+        texts, offsets = self.get_text_with_replacements(texts, replacements)
+        ends = [self._size_text(*size) for size in sizes] or [""] * len(texts)
+        encoded = self.tokenizer([text + end for text, end in zip(texts, ends, strict=True)], **for_text)
+        if wants_types:
+            encoded["mm_token_type_ids"] = self._kinds([list(map(int, row)) for row in encoded["input_ids"]])
+        if wants_offsets:
+            encoded["text_replacement_offsets"] = offsets
+        if sizes:
+            data["image_sizes"] = [list(size) for size in sizes]
+        return BatchFeature(
+            data={**encoded, **data},
+            tensor_type=for_text.get("return_tensors"),
+            skip_tensor_conversion=["text_replacement_offsets"],
+        )
+
+    def _kinds(self, rows: list[list[int]]) -> list[list[int]]:
+        """1 for each placeholder of a picture, 0 for others."""
+        return [[int(token == self.image_token_id) for token in row] for row in rows]
+
     def _assemble(
         self,
         prompts: list[Parts],
         images: Any,
-        sizes: Sequence[tuple[int, int]] = (),
-        *,
-        add_special_tokens: bool = True,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        images_kwargs: Mapping[str, Any] | None = None,
-        **padding: Any,
+        sizes: Sequence[tuple[int, int]],
+        for_text: Mapping[str, Any],
+        for_images: Mapping[str, Any],
     ) -> BatchFeature:
         """Ids of `prompts` with `images` at their marks; `sizes` in tokens of the pictures that they ask for."""
-        if truncation not in (True, False, "longest_first", "do_not_truncate"):
-            raise ValueError(f"truncation={truncation!r} is unknown; give True or False")
-        if truncation in (True, "longest_first") and max_length is None:
-            raise ValueError("truncation=True needs max_length, the number of tokens to cut at")
-        _check_counts([parts.count(self.image_token_id) for parts in prompts], images)
-        data: dict[str, Any] = {}
-        picture_sizes: list[tuple[int, int]] = []
-        if images is not None and (pictures := list(flat_pictures(images))):
-            data = dict(self.image_processor(pictures, **(images_kwargs or {})))
-            factor = self.image_processor.spatial_factor
-            picture_sizes = [(height // factor, width // factor) for height, width in data["image_sizes"]]
+        data, picture_sizes = self._encoded(images, [parts.count(self.image_token_id) for parts in prompts], for_images)
         rows: list[list[int]] = []
         remaining = iter(picture_sizes)
         for parts in prompts:
@@ -354,43 +441,44 @@ class Emu3Processor(ProcessorMixin):
                     for token in map(int, run):
                         ids += self._picture_ids(*next(remaining)) if token == self.image_token_id else [token]
             bos = self.tokenizer.bos_token_id
-            rows.append([bos, *ids] if add_special_tokens and ids[:1] != [bos] else ids)
+            wants_bos = for_text.get("add_special_tokens") in (None, True)
+            rows.append([bos, *ids] if wants_bos and ids[:1] != [bos] else ids)
         ends = [self._size_ids(*size) for size in sizes] or [[] for _ in rows]
-        if truncation in (True, "longest_first") and max_length is not None:
-            rows = [self._cut(ids, max_length - len(end)) for ids, end in zip(rows, ends, strict=True)]
+        if _switched_on("truncation", for_text, ("longest_first", "only_first"), "do_not_truncate"):
+            longest = self._longest("truncation=True", for_text)
+            rows = [self._cut(ids, longest - len(end)) for ids, end in zip(rows, ends, strict=True)]
         rows = [ids + end for ids, end in zip(rows, ends, strict=True)]
         if sizes:
             data["image_sizes"] = [list(size) for size in sizes]
-        return BatchFeature(
-            data={**self._pad(rows, max_length=max_length, **padding), **data}, tensor_type=return_tensors
-        )
+        padded = self._pad(rows, for_text)
+        if for_text.get("return_mm_token_type_ids"):
+            padded["mm_token_type_ids"] = self._kinds(padded["input_ids"])
+        return BatchFeature(data={**padded, **data}, tensor_type=for_text.get("return_tensors"))
 
-    def _pad(
-        self,
-        rows: list[list[int]],
-        padding: bool | str = False,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-    ) -> dict[str, list[list[int]]]:
+    def _longest(self, option: str, for_text: Mapping[str, Any]) -> int:
+        """The length to cut or to pad to: what the call says, or the tokenizer. ValueError where neither does."""
+        given = for_text.get("max_length")
+        longest: int = self.tokenizer.model_max_length if given is None else given
+        if longest >= _ENDLESS:
+            raise ValueError(f"{option} needs max_length, a number of tokens; this tokenizer has none of its own")
+        return longest
+
+    def _pad(self, rows: list[list[int]], for_text: Mapping[str, Any]) -> dict[str, list[list[int]]]:
         """`input_ids` and `attention_mask` of `rows`, brought to one length as `padding` says; nothing is cut."""
-        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-            raise ValueError(f'padding={padding!r} is unknown; give True, "longest", "max_length" or False')
-        length = 0
-        if padding == "max_length":
-            if max_length is None:
-                raise ValueError('padding="max_length" needs max_length, the number of tokens to pad to')
-            length = max_length
-        elif padding not in (False, "do_not_pad"):
-            length = max(map(len, rows))
-        length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        multiple, length = for_text.get("pad_to_multiple_of") or 1, 0
+        if _switched_on("padding", for_text, ("longest", "max_length"), "do_not_pad"):
+            wants_most = for_text["padding"] == "max_length"
+            length = self._longest('padding="max_length"', for_text) if wants_most else max(map(len, rows))
+        length = -(-length // multiple) * multiple
         input_ids, attention_mask = [], []
         for ids in rows:
             fill = [self.tokenizer.pad_token_id] * (length - len(ids))
             masked, attended = [0] * len(fill), [1] * len(ids)
-            left = (padding_side or self.tokenizer.padding_side) == "left"
+            left = (for_text.get("padding_side") or self.tokenizer.padding_side) == "left"
             input_ids.append([*fill, *ids] if left else [*ids, *fill])
             attention_mask.append([*masked, *attended] if left else [*attended, *masked])
+        if for_text.get("return_attention_mask") is False:
+            return {"input_ids": input_ids}
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
@@ -413,6 +501,14 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
+def _switched_on(name: str, options: Mapping[str, Any], ways: tuple[str, ...], off: str) -> bool:
+    """Whether an option is True or one of its `ways`. ValueError where it is none of these, nor off."""
+    value = options.get(name)
+    if value not in (None, True, False, off, *ways):
+        raise ValueError(f"{name}={value!r} is unknown; give True, False or one of {', '.join(map(repr, ways))}")
+    return value not in (None, False, off)
+
+
 def _check_counts(marks: list[int], images: Any) -> None:
     """ValueError unless there is a picture for each mark: prompt by prompt for nested lists, else in all."""
     nested = isinstance(images, list | tuple) and images and all(isinstance(own, list | tuple) for own in images)
@@ -420,38 +516,6 @@ def _check_counts(marks: list[int], images: Any) -> None:
     pictures = [sum(1 for _ in flat_pictures(share)) for share in shares]
     if pictures != (marks if nested else [sum(marks)]):
         raise ValueError(
-            f"{sum(pictures)} pictures for {sum(marks)} <image> marks (by prompt: {pictures} for {marks}); "
-            "give one picture for each mark, in order"
+            "the number of <image> tokens in the prompts should be the same as the number of pictures: "
+            f"{sum(pictures)} pictures for {sum(marks)} tokens (by prompt: {pictures} for {marks}); give them in order"
         )
-
-
-def _strip(message: Message, texts: list[str], images: list[Any]) -> dict[str, Any]:
-    """The message with a stand-in for each of its texts; texts and pictures are appended to the lists."""
-
-    def stand_in(text: str) -> str:
-        texts.append(text)
-        return f"\ue000{len(texts) - 1}\ue001"
-
-    fields = message if isinstance(message, Mapping) else {}
-    role, given = fields.get("role"), fields.get("content")
-    # A template may print the role, so it must not be able to spell a control token either.
-    if not (isinstance(role, str) and role.isidentifier() and isinstance(given, str | list | tuple)):
-        raise ValueError(
-            f"{message!r:.80} is no message; give {{'role': 'user', 'content': a text or a list of texts and pictures}}"
-        )
-    if isinstance(given, str):
-        return {"role": role, "content": stand_in(given)}
-    content: list[dict[str, str]] = []
-    for part in given:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                content.append({"type": "text", "text": stand_in(text)})
-            case {"type": "image", "image": picture}:
-                images.append(picture)
-                content.append({"type": "image"})
-            case _:
-                raise ValueError(
-                    f"{part!r:.80} is no content; give {{'type': 'text', 'text': ...}} or "
-                    "{'type': 'image', 'image': picture}, with the picture opened already"
-                )
-    return {"role": role, "content": content}

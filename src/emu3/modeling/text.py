@@ -8,7 +8,6 @@ masks and positions of their own, as the trainer does. The decode engine has its
 Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width, E model width, V vocabulary.
 """
 
-
 from typing import Any, ClassVar, cast
 
 import torch

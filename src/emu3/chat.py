@@ -1,0 +1,121 @@
+"""Conversations: the sentence that Emu3-Chat was trained on, and how what people write stays plain text in it.
+
+    [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
+        -> You are a helpful assistant. USER: <image>What is it?. ASSISTANT:
+
+A template is a program that joins strings, and could not tell a typed "<image>" from its own. So it is given a
+stand-in for each text, and the texts are put in afterwards:
+
+    strip   "Is <image> a tag?"  ->  "\\ue0000\\ue001"  ->  render  ->  fill
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+CHAT_TEMPLATE = """\
+{%- macro parts(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content -%}{{ '<image>' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0]['role'] != 'system' -%}You are a helpful assistant.{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' and loop.first -%}{{ parts(message['content']) }}
+{%- elif message['role'] == 'user' -%}{{ ' USER: ' + parts(message['content']) + '.' }}
+{%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' + parts(message['content']) + eos_token }}
+{%- else -%}{{ raise_exception('role ' + message['role'] + ' is out of place: give system (first), user, assistant') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
+"""
+"""Emu3-Chat's sentence, which puts a full stop after every question; an answer is closed by eos."""
+
+Message = Mapping[str, Any]
+"""`{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": picture}]}`.
+
+In place of "image", the keys "url", "path" and "base64" name where a picture lies, as
+`emu3.image_processing.open_picture` reads it.
+"""
+
+STAND_IN = re.compile("\ue000(\\d+)\ue001")
+"""Stands for a message's text while the template is rendered; the digits count the texts."""
+
+_PICTURE_KEYS = ("image", "url", "path", "base64")
+
+
+def as_plain(value: Any) -> Any:
+    """A conversation as new lists and dicts: objects of dataclasses and pydantic become dicts, None values go.
+
+    A part `{"type": "image_url", "image_url": {"url": ...}}`, as clients of OpenAI's interface say it, becomes
+    `{"type": "image", "url": ...}`. Pictures stay what they are.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif hasattr(value, "model_dump"):
+        value = value.model_dump()
+    if isinstance(value, Mapping):
+        value = {key: as_plain(item) for key, item in value.items() if item is not None}
+        if value.get("type") == "image_url" and "image_url" in value:
+            address = value["image_url"]
+            return {"type": "image", "url": address.get("url") if isinstance(address, dict) else address}
+        return value
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def strip(message: Message, texts: list[str], images: list[Any]) -> dict[str, Any]:
+    """A checked message with a stand-in for each of its texts; texts and pictures are appended to the lists.
+
+    Raises:
+        ValueError: a role that is not one word, or a part without its picture.
+    """
+
+    def stand_in(text: str) -> str:
+        texts.append(text)
+        return f"\ue000{len(texts) - 1}\ue001"
+
+    role, given = message["role"], message["content"]
+    # A template may print the role, so it must not be able to spell a control token either.
+    if not role.isidentifier():
+        raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
+    if isinstance(given, str):
+        return {"role": role, "content": stand_in(given)}
+    content: list[dict[str, str]] = []
+    for part in given:
+        if part["type"] == "text":
+            content.append({"type": "text", "text": stand_in(part["text"])})
+        else:
+            images.append(picture_of(part))
+            content.append({"type": "image"})
+    return {"role": role, "content": content}
+
+
+def check_message(message: Any) -> None:
+    """ValueError where something is no message, or holds content that is neither text nor picture."""
+    fields = message if isinstance(message, Mapping) else {}
+    if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str | list | tuple)):
+        raise ValueError(
+            f"{message!r:.80} is no message; give {{'role': 'user', 'content': a text or a list of texts and pictures}}"
+        )
+    for part in () if isinstance(fields["content"], str) else fields["content"]:
+        match part:
+            case {"type": "text", "text": str()} | {"type": "image"}:
+                pass
+            case _:
+                raise ValueError(
+                    f"{part!r:.80} is no content; give {{'type': 'text', 'text': ...}} or "
+                    "{'type': 'image', 'image': picture}"
+                )
+
+
+def picture_of(part: Mapping[str, Any]) -> Any:
+    """The picture of a part of a message, or where it lies. ValueError where there is none, or more than one."""
+    given = [part[key] for key in _PICTURE_KEYS if part.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{part!r:.80} is no content: it has {len(given)} pictures; give {{'type': 'image', 'image': picture}}, "
+            "or its 'url', 'path' or 'base64'"
+        )
+    return given[0]
