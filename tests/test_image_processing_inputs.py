@@ -1,16 +1,19 @@
 """Every documented argument and kind of input of the image processor, where it can be against transformers'."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, load_image
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor as PeerImageProcessor
 
 from emu3.image_processing import Emu3ImageProcessor
 
 LIMITS = {"min_pixels": 16 * 16, "max_pixels": 32 * 32}
 OURS, PEER = (kind(**LIMITS) for kind in (Emu3ImageProcessor, PeerImageProcessor))
+PLAIN = Emu3ImageProcessor(do_resize=False)
 FLAGS = ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"]
 
 
@@ -263,3 +266,74 @@ def test_postprocess_undoes_preprocess_in_every_size():
     pixels = OURS.preprocess(pictures, do_pad=False)["pixel_values"]
     for back, picture in zip(OURS.postprocess(pixels)["pixel_values"], pictures, strict=True):
         np.testing.assert_array_equal(np.array(back), np.array(picture))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_read_upright(orientation):
+    """Stored sideways or mirrored, with a note which way, as cameras do."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    turned = upright.transpose(stored[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    turned.save(buffer, "PNG", exif=exif)
+    photo = Image.open(buffer)
+    expected = PLAIN(upright)["pixel_values"]
+    assert np.array_equal(PLAIN(photo)["pixel_values"], expected)
+    assert np.array_equal(PLAIN(load_image(Image.open(buffer)))["pixel_values"], expected)
+    assert photo.getexif()[0x0112] == orientation  # the caller's picture stays as it is
+
+
+def tiff(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "TIFF")
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_pictures_of_32_bits(dtype):
+    """Those of bytes are read; others are not clipped or wrapped, but refused."""
+    grey = np.arange(256, dtype=dtype).reshape(16, 16)
+    expected = PLAIN(np.repeat(grey[..., None], 3, 2).astype(np.uint8))["pixel_values"]
+    np.testing.assert_allclose(PLAIN(tiff(grey))["pixel_values"], expected, atol=1e-5)
+    for wrong in (grey * 300, grey - 1):
+        with pytest.raises(ValueError, match=r"32-bit numbers holds .* no rule scales"):
+            PLAIN(tiff(wrong))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pictures_with_numbers_that_are_none(value):
+    grey = np.full((16, 16), value, np.float32)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        PLAIN(tiff(grey))
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, object, "U1", "datetime64[s]"])
+def test_arrays_that_are_no_pictures(dtype):
+    with pytest.raises(ValueError, match="is no picture; give whole or real numbers"):
+        PLAIN(np.zeros((16, 16, 3)).astype(dtype))
+
+
+def test_arguments_of_one_call():
+    """What transformers' processors take at a call is taken; what has an effect has it here."""
+    picture = noise(40, 40)
+    small = Emu3ImageProcessor(min_pixels=8 * 8, max_pixels=16 * 16, spatial_factor=4)(picture)["pixel_values"]
+    processor = Emu3ImageProcessor()
+    for arguments in (
+        {"min_pixels": 8 * 8, "max_pixels": 16 * 16},
+        {"size": {"min_pixels": 8 * 8, "max_pixels": 16 * 16}},
+        {"size": {"min_pixels": 8 * 8}, "max_pixels": 16 * 16, "disable_grouping": True, "do_center_crop": False},
+    ):
+        assert np.array_equal(processor(picture, spatial_factor=4, **arguments)["pixel_values"], small)
+    tensors = processor(picture, min_pixels=64, max_pixels=256, spatial_factor=4, return_tensors="pt", device="cpu")
+    assert np.array_equal(tensors["pixel_values"], small)
+    assert processor(picture, min_pixels=64, max_pixels=256, return_tensors="pt", device="meta")["pixel_values"].is_meta

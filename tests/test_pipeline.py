@@ -192,6 +192,31 @@ def test_chat_equals_generate(pipeline):
     assert len(set(answers)) > 1
 
 
+def test_chat_answers_several_conversations(pipeline):
+    """Each as alone, whichever way it is given; seeds count up."""
+    asked = [
+        ("what is this?", [picture(0)]),
+        [{"role": "user", "content": "hello"}],
+        [{"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "image", "image": picture(1)}]}],
+    ]
+    assert pipeline.chat(asked, max_new_tokens=9) == [pipeline.chat(each, max_new_tokens=9) for each in asked]
+    warm = {"max_new_tokens": 9, "temperature": 2.0}
+    expected = [pipeline.chat(each, **warm, seed=5 + number) for number, each in enumerate(asked)]
+    assert pipeline.chat(asked, **warm, seed=5) == pipeline.chat(asked, **warm, seed=[5, 6, 7]) == expected
+    assert pipeline.chat(asked[1:2], max_new_tokens=9) == [pipeline.chat(asked[1], max_new_tokens=9)]
+    with pytest.raises(ValueError, match="2 seeds for 3"):
+        pipeline.chat(asked, seed=[1, 2])
+
+
+def test_chat_looks_whether_pictures_fit_before_it_encodes_them(pipeline, monkeypatch):
+    def encode(*arguments):
+        pytest.fail("a picture was encoded")
+
+    monkeypatch.setattr(pipeline.model.model.vqmodel, "encode", encode)
+    with pytest.raises(ValueError, match="do not fit the model's context of 300"):
+        pipeline.chat(("what is this?", [picture(seed, 32, 32) for seed in range(9)]))
+
+
 def test_chat_at_a_temperature_follows_its_seed(pipeline):
     def answer(seed):
         return pipeline.chat([{"role": "user", "content": "hello"}], max_new_tokens=20, temperature=2.0, seed=seed)

@@ -1,4 +1,9 @@
+import base64
+import io
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -259,6 +264,88 @@ def test_tokenized_chat_equals_the_rendered_prompt(plain):
     assert ours.keys() == expected.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-6)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The same picture in a file, at an address of this machine, and in base64."""
+    folder = tmp_path_factory.mktemp("pictures")
+    WIDE.save(folder / "wide.png")
+    encoded = base64.b64encode((folder / "wide.png").read_bytes()).decode()
+    handler = partial(QuietHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/wide.png"
+        yield {
+            "path": str(folder / "wide.png"),
+            "url": address,
+            "base64": encoded,
+            "image": f"data:image/png;base64,{encoded}",
+        }
+        server.shutdown()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("key", ["path", "url", "base64", "image"])
+def test_pictures_by_where_they_lie(places, key, plain):
+    expected = chat([said("user", shown(WIDE), "what?")], return_tensors="pt")
+    found = chat(
+        [said("user", {"type": "image", key: places[key]}, "what?")], split_special_tokens=plain, return_tensors="pt"
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    direct = PROCESSOR(images=places[key], text="<image>", return_tensors="pt")
+    assert torch.equal(direct["pixel_values"], expected["pixel_values"])
+
+
+def test_parts_of_openais_interface():
+    buffer = io.BytesIO()
+    WIDE.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    expected = chat([said("user", shown(WIDE), "what?")])
+    for address in (url, {"url": url}):
+        talk = [said("user", {"type": "image_url", "image_url": address}, "what?")]
+        for plain in (False, True):
+            assert chat(talk, split_special_tokens=plain)["input_ids"] == expected["input_ids"]
+
+
+def test_arguments_of_transformers_for_text_and_pictures():
+    """Flat, nested and common ones, against the peer; what they do is in its own documentation."""
+    for options in (
+        {"do_resize": False, "do_rescale": False},
+        {"images_kwargs": {"do_normalize": False}, "text_kwargs": {"padding": "max_length", "max_length": 60}},
+        {"common_kwargs": {"return_tensors": "pt"}, "padding": True},
+        {"return_mm_token_type_ids": True, "return_attention_mask": False},
+        {"return_length": True, "return_special_tokens_mask": True, "return_offsets_mapping": True},
+        {"return_text_replacement_offsets": True},
+    ):
+        arguments = {"text": ["<image> a red car", "<image>"], "images": [WIDE, WIDE], "padding": True} | options
+        arguments |= {} if "common_kwargs" in options else {"return_tensors": "np"}
+        if "text_kwargs" in options:
+            del arguments["padding"]
+        ours, peer = PROCESSOR(**arguments), PEER(**arguments)
+        assert ours.keys() == peer.keys(), options
+        for key in ours:
+            if key == "text_replacement_offsets":
+                assert ours[key] == peer[key]
+            else:
+                assert type(ours[key]) is type(peer[key])
+                np.testing.assert_allclose(np.asarray(ours[key]), np.asarray(peer[key]), rtol=0, atol=1e-6)
+
+
+def test_pictures_alone_and_their_token_counts():
+    sizes = [(100, 100), (300, 100), (500, 30)]
+    ours, peer = (side._get_num_multimodal_tokens(image_sizes=sizes) for side in (PROCESSOR, PEER))
+    assert (ours.num_image_tokens, ours.num_image_patches) == (peer.num_image_tokens, peer.num_image_patches)
+    assert PROCESSOR._get_num_multimodal_tokens().num_image_tokens is None
+    alone, expected = (PROCESSOR(images=WIDE, return_tensors="pt", **more) for more in ({}, {"text": "<image>"}))
+    assert list(alone) == ["pixel_values", "image_sizes"]
+    assert torch.equal(alone["pixel_values"], expected["pixel_values"])
 
 
 def test_tokenized_chats_in_a_batch():

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from emu3.image_processing import Emu3ImageProcessor
+from emu3.processing import Emu3Processor
 from emu3.tokenization import (
     RELEASED_TOKENS,
     SPLIT_PATTERN,
@@ -107,6 +109,14 @@ def test_hard_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     composed = unicodedata.normalize("NFC", text)
     assert tokenizer.decode(ids) == composed.encode("utf-8", "replace").decode()
     assert encode_plain(tokenizer, text) == REFERENCE.encode_ordinary(composed)
+
+
+@pytest.mark.parametrize("text", ["a\u0898\U00011d44", "\u0898\u0301e\u0323 \u1dfa\u0301", "x\u0c3c\u0301\u0898\u0328"])
+def test_marks_that_are_newer_than_the_tables_of_tokenizers(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Python orders them; the processor's way to ids does too, but `tokenizer(text)` by itself cannot."""
+    assert encode_plain(tokenizer, text) == REFERENCE.encode_ordinary(unicodedata.normalize("NFC", text))
+    processor = Emu3Processor(Emu3ImageProcessor(), tokenizer)
+    assert processor(text=text, add_special_tokens=False)["input_ids"][0] == encode_plain(tokenizer, text)
 
 
 PIECES = st.one_of(

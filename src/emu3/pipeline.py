@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 
@@ -149,54 +149,66 @@ class Emu3Pipeline:
         decoder = decoder_named(decoding) if isinstance(decoding, str) else decoding
         return [self._decode(ids, grammar) for ids in self._run(requests, decoder, on_event)]
 
+    @overload
     def chat(
         self,
         messages: Sequence[Message] | tuple[str, Any],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        seed: int | None = ...,
+        on_event: Callable[[Event], object] | None = ...,
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message] | tuple[str, Any]],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        seed: int | Sequence[int] | None = ...,
+        on_event: Callable[[Event], object] | None = ...,
+    ) -> list[str]: ...
+
+    def chat(
+        self,
+        messages: Any,
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         on_event: Callable[[Event], object] | None = None,
-    ) -> str:
-        """Answer the last message of a conversation.
+    ) -> str | list[str]:
+        """Answer the last message of a conversation, or of each of several.
 
         Args:
             messages: `{"role": ..., "content": ...}` each, where content is a text or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`. Or a pair (text, pictures):
-                one question, after its pictures, or its picture.
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`; see `emu3.chat.Message`. Or a
+                pair (text, pictures): one question, after its pictures, or its picture. Or a list of conversations.
             max_new_tokens: the longest answer; the context may end it sooner.
             temperature: 0 takes the likeliest token.
-            seed: of the answer, above temperature 0; None draws one.
-            on_event: is called with the engine's events.
+            seed: of the answer, above temperature 0; answer i of several has seed + i, or its own of a list. None draws
+                new ones.
+            on_event: is called with the engine's events; its requests are numbered like the conversations.
+
+        Returns:
+            The answer, or a list of answers for a list of conversations.
 
         Raises:
             ValueError: a checkpoint that only draws, a message or picture that cannot be read, or a conversation longer
                 than the context.
         """
         self.require("read")
-        if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
-            text, pictures = messages
-            pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
-            content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
-            messages = [{"role": "user", "content": content}]
-        if isinstance(messages, str | dict) or not messages:
-            raise ValueError(f"{messages!r:.80} is no conversation; give a list of messages, or (question, [picture])")
-        inputs = self.processor.apply_chat_template(
-            list(messages),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            split_special_tokens=True,
-            add_generation_prompt=True,
-        )
+        several = isinstance(messages, list) and bool(messages) and isinstance(messages[0], list | tuple)
+        conversations = [_conversation(each) for each in (messages if several else [messages])]
         sampling = Sampling(temperature, top_k=0)
-        request = Request(
-            self._reading_prompt(inputs),
-            sampling=sampling,
-            seed=_seeds(seed, 1)[0],
-            max_new_tokens=max_new_tokens,
-        )
-        (ids,) = self._run([request], RasterDecoder(), on_event)
-        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        requests = [
+            self._reading(conversation, sampling, own_seed, max_new_tokens)
+            for conversation, own_seed in zip(conversations, _seeds(seed, len(conversations)), strict=True)
+        ]
+        answers = [
+            str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            for ids in self._run(requests, RasterDecoder(), on_event)
+        ]
+        return answers if several else answers[0]
 
     def require(self, ability: str) -> None:
         """ValueError where the checkpoint is known to lack an ability, "draw" or "read"."""
@@ -246,18 +258,30 @@ class Emu3Pipeline:
         return [tuple(ids) for ids in inputs["input_ids"]]
 
     @torch.inference_mode()
-    def _reading_prompt(self, inputs: Any) -> tuple[int, ...]:
-        """Ids of one prompt, visual tokens in place of the placeholders."""
+    def _reading(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Request:
+        """The request for an answer: the conversation's ids, with visual tokens in place of the placeholders."""
+        inputs = self.processor.apply_chat_template(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            split_special_tokens=True,
+            add_generation_prompt=True,
+        )
         ids_S = inputs["input_ids"][0]
-        if "pixel_values" in inputs:
-            device = self.model.lm_head.weight.device
-            # One by one and without padding, which would change the codes near it.
-            visual = [
-                self.model.model.get_image_tokens(pixels_CHW[None, :, : size[0], : size[1]].to(device), size[None])
-                for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
-            ]
-            ids_S[ids_S == self.model.model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
-        return tuple(ids_S.tolist())
+        request = Request(tuple(ids_S.tolist()), sampling=sampling, seed=seed, max_new_tokens=max_new_tokens)
+        # Whether it fits is known before the pictures are encoded, which takes far longer.
+        request.budget(self.model.model.text_model.config.max_position_embeddings)
+        if "pixel_values" not in inputs:
+            return request
+        device = self.model.lm_head.weight.device
+        # One by one and without padding, which would change the codes near it.
+        visual = [
+            self.model.model.get_image_tokens(pixels_CHW[None, :, : size[0], : size[1]].to(device), size[None])
+            for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
+        ]
+        ids_S[ids_S == self.model.model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
+        return replace(request, prompt_ids=tuple(ids_S.tolist()))
 
     @torch.inference_mode()
     def _decode(self, ids: tuple[int, ...], grammar: GridGrammar) -> Image.Image:
@@ -266,6 +290,18 @@ class Emu3Pipeline:
         pixels_1CHW = self.model.model.vqmodel.decode(codes_1HW)
         picture: Image.Image = self.processor.postprocess(pixels_1CHW.float())["pixel_values"][0]
         return picture
+
+
+def _conversation(messages: Any) -> list[Message]:
+    """The messages of one conversation, which may be given as a pair (question, pictures)."""
+    if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
+        text, pictures = messages
+        pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+        return [{"role": "user", "content": content}]
+    if isinstance(messages, str | dict) or not messages:
+        raise ValueError(f"{messages!r:.80} is no conversation; give a list of messages, or (question, [picture])")
+    return list(messages)
 
 
 def _tokens(name: str, pixels: int, factor: int) -> int:

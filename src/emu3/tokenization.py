@@ -14,6 +14,7 @@ The released checkpoints bring a BPE in tiktoken's file format, followed by RELE
 
 import base64
 import binascii
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -160,7 +161,11 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     backend = tokenizer.backend_tokenizer
     try:
-        normalized = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        if isinstance(backend.normalizer, normalizers.NFC):
+            # By Python's tables, as the original does: those of `tokenizers` lack the newest combining marks.
+            normalized = unicodedata.normalize("NFC", text)
+        else:
+            normalized = backend.normalizer.normalize_str(text) if backend.normalizer else text
         pieces = backend.pre_tokenizer.pre_tokenize_str(normalized)
     except UnicodeEncodeError as error:
         raise ValueError(f"text {text!r} is not valid Unicode ({error.reason}); remove the lone surrogate") from error
