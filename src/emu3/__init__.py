@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from emu3.generation.grammar import GridGrammar
     from emu3.image_processing import Emu3ImageProcessor
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration, Emu3Model
-    from emu3.modeling.text import Emu3ForCausalLM, Emu3TextModel
+    from emu3.modeling.text import Emu3ForCausalLM, Emu3PreTrainedModel, Emu3TextModel
     from emu3.modeling.vision import Emu3VQVAE
     from emu3.pipeline import Emu3Pipeline
     from emu3.processing import Emu3Processor
@@ -24,6 +24,7 @@ _MODULES = {
     "Emu3TextConfig": "emu3.configuration",
     "Emu3VQVAEConfig": "emu3.configuration",
     "Emu3ForCausalLM": "emu3.modeling.text",
+    "Emu3PreTrainedModel": "emu3.modeling.text",
     "Emu3TextModel": "emu3.modeling.text",
     "Emu3VQVAE": "emu3.modeling.vision",
     "Emu3Model": "emu3.modeling.multimodal",
@@ -44,6 +45,7 @@ __all__ = [
     "Emu3ImageProcessor",
     "Emu3Model",
     "Emu3Pipeline",
+    "Emu3PreTrainedModel",
     "Emu3Processor",
     "Emu3TextConfig",
     "Emu3TextModel",

@@ -1,5 +1,7 @@
 """Runs transformers' common model tests on our classes and on its own Emu3, and compares.
 
+"Multimodal" has a whole vocabulary map, "Partial" one such as transformers' own tests have.
+
     python tests/common/run.py [FOLDER]      (`make common`)
 
 The source distribution of the installed transformers is fetched into FOLDER (out/common by default), which needs the
@@ -61,7 +63,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = outcomes(fetch(folder))
     worse = []
-    for name in ("CausalLM", "Multimodal"):
+    for name in ("CausalLM", "Multimodal", "Partial"):
         ours, theirs = (
             {test: kind for (c, test), kind in found.items() if c == f"{whose}{name}"} for whose in ("Our", "Their")
         )

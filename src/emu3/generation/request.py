@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.sampling import GREEDY, Sampling
 
+MOST_GUIDANCE = 1e6
+"""Beyond it, guided logits could overflow."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -20,15 +23,22 @@ class Guidance:
             1, which is no guidance, the negative prompt is not run.
 
     Raises:
-        ValueError: a scale that is not finite.
+        ValueError: a scale that is not finite, or so large that logits could overflow.
     """
 
     negative_ids: tuple[int, ...]
     scale: float | Callable[[float], float] = 3.0
 
     def __post_init__(self) -> None:
-        if not callable(self.scale) and not math.isfinite(self.scale):
-            raise ValueError(f"guidance scale must be a finite number, got {self.scale}")
+        if not callable(self.scale):
+            _check_scale(self.scale)
+
+
+def _check_scale(scale: float, where: str = "") -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale must be a finite number, got {scale}{where}")
+    if abs(scale) > MOST_GUIDANCE:
+        raise ValueError(f"guidance scale must be from -{MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}, got {scale}{where}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,7 @@ class Request:
             return self.guidance.scale
         assert self.grammar is not None
         scale = self.guidance.scale(k / self.grammar.length)
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance scale must be a finite number, got {scale} at token {k}")
+        _check_scale(scale, f" at token {k}")
         return scale
 
     def slots(self, context: int) -> int:

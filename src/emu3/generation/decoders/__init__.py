@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emu3.generation.broken import cause_of_broken_logits
 from emu3.generation.cache import SlotCache
 from emu3.generation.forward import Forward, product
 from emu3.generation.graphs import RecordedForward
 from emu3.generation.request import Request
-from emu3.generation.sampling import Sampling, choose, guide, uniform_noise
+from emu3.generation.sampling import Sampling, choose, guide, uniform_noise, unless_broken
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
@@ -194,13 +195,23 @@ class Batch:
         for (span, scale, sampling), members in groups.items():
             logits_NV = self.logits(hidden_BSE, [wanted[n].place for n in members], span, scale)
             noise = [wanted[n].sequence.noise_K[wanted[n].k] for n in members]
-            chosen.append(choose(logits_NV, sampling, torch.tensor(noise, device=logits_NV.device)) + span[0])
+            index_N = choose(logits_NV, sampling, torch.tensor(noise, device=logits_NV.device))
+            chosen.append(unless_broken(index_N + span[0], logits_NV))
         if not chosen:
             return []
         # The one wait for the device in a step.
         ids = torch.cat(chosen).tolist()
         order = [n for members in groups.values() for n in members]
-        return [id_ for _, id_ in sorted(zip(order, ids, strict=True))]
+        in_order = [id_ for _, id_ in sorted(zip(order, ids, strict=True))]
+        self.check(wanted, in_order)
+        return in_order
+
+    def check(self, wanted: Sequence[Wanted], ids: Sequence[int]) -> None:
+        """ValueError, saying why, where logits were not finite and an id is none; see `unless_broken`."""
+        for (sequence, k, _), id_ in zip(wanted, ids, strict=True):
+            if id_ < 0:
+                why = cause_of_broken_logits(self.model, sequence.request.prompt_ids)
+                raise ValueError(f"the model gives no finite logits for token {k} of request {sequence.number}: {why}")
 
     def span(self, request: Request, k: int) -> tuple[int, int]:
         """The ids lo..hi-1 that may stand at position k."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from emu3.generation.decoders import UNDECIDED, Batch, Plan, Running, Wanted, next_in_order
 from emu3.generation.decoders.guesses import guess_from_neighbour
-from emu3.generation.sampling import probabilities
+from emu3.generation.sampling import probabilities, unless_broken
 
 
 def couple(
@@ -129,7 +129,8 @@ class JacobiDecoder:
             proposals_NV = torch.cat((drafts.proposals_NV, proposals_NV))
         accept_N, redraw_N = torch.rand(2, len(wanted), generator=drafts.random).to(logits_NV.device)
         tokens_N, kept_N = couple(probabilities_NV, drafts_N, proposals_NV, accept_N, redraw_N)
-        ids, kept = (tokens_N + lo).tolist(), kept_N.tolist()
+        ids, kept = unless_broken(tokens_N + lo, logits_NV).tolist(), kept_N.tolist()
+        batch.check(wanted, ids)
         passed = kept.index(False) + 1 if False in kept else len(kept)
         decided = [(each.k, id_) for each, id_ in zip(wanted, ids, strict=True)]
         for k, id_ in decided[:passed]:
