@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from emu3 import Emu3Pipeline
@@ -34,6 +35,28 @@ def test_same_seed_same_picture_alone_in_a_batch_and_in_another_process(nano: Em
     command = [sys.executable, "-m", "emu3.cli", "image", PROMPT, "--seed", "7", "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": "src"})
     assert np.array_equal(pixels(Image.open(path)), alone)
+
+
+UNUSUAL = ["", "🐱🐶 ???", "<image> is a tag", "zzz qqq 12345", "\n\n", "Ünïcödé ﷽ 漢字", "dog " * 30, "photo a of"]
+
+
+@pytest.mark.parametrize("decoding", ["predictive", "zipar"])
+def test_unusual_prompts_are_the_same_alone_and_in_a_batch(nano: Emu3Pipeline, decoding: str) -> None:
+    """In float32, where rounding decides no token."""
+    together = nano.image(UNUSUAL, seed=3, decoding=decoding)
+    for number, (prompt, picture) in enumerate(zip(UNUSUAL, together, strict=True)):
+        assert np.array_equal(pixels(picture), pixels(nano.image(prompt, seed=3 + number, decoding=decoding)[0])), (
+            prompt
+        )
+
+
+def test_in_16_bits_the_same_call_gives_the_same_pictures() -> None:
+    """Alone and in a batch they may differ there: products of other shapes round differently."""
+    prompts = ["a photo of a cat", PROMPT, "two cups"]
+    first, second = (
+        Emu3Pipeline.from_pretrained("nano", dtype=torch.bfloat16).image(prompts, seed=3) for _ in range(2)
+    )
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(first, second, strict=True))
 
 
 def test_nano_draws_what_it_is_asked_for(nano: Emu3Pipeline) -> None:

@@ -430,7 +430,8 @@ def test_own_template_wins_over_the_default():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("processor")
-    Emu3Processor(Emu3ImageProcessor(**SMALL, spatial_factor=4), TOKENIZER).save_pretrained(path)
+    pictures = Emu3ImageProcessor(**SMALL, spatial_factor=4, do_pad=False)
+    Emu3Processor(pictures, TOKENIZER, image_area=48 * 48).save_pretrained(path)
     (path / "config.json").write_text(json.dumps({"model_type": "emu3"}))
     return path
 
@@ -440,6 +441,8 @@ def test_saved_processor_loads_our_classes(folder):
     assert type(loaded) is Emu3Processor
     assert type(loaded.image_processor) is Emu3ImageProcessor
     assert (loaded.image_processor.spatial_factor, loaded.image_processor.max_pixels) == (4, 32 * 32)
+    assert (loaded.image_area, loaded.image_processor.do_pad) == (48 * 48, False)
+    assert Emu3Processor.from_pretrained(folder, image_area=9).image_area == 9
     assert loaded.chat_template == CHAT_TEMPLATE
     text = "typed <|image start|> <image>"
     assert loaded(images=TALL, text=text)["input_ids"][0][-3 - 8 * 5 :][1:-2] == [TOKENIZER.image_token_id] * (8 * 5)

@@ -116,8 +116,8 @@ class Emu3Pipeline:
             guidance_scale: how closely to follow the words; 1 is no guidance, and half the work. Or a function of
                 progress, from 0 to 1.
             top_k, top_p, temperature: see `Sampling`. Temperature 0 takes the likeliest token, whatever the seed.
-            seed: picture i has seed + i, or its own of a list. A picture depends on its seed, not on the batch. None
-                draws new ones.
+            seed: picture i has seed + i, or its own of a list. None draws new ones. In float32 a picture depends on its
+                seed and not on the batch; in 16 bits products round differently in a batch, which may change a token.
             decoding: "predictive" or "raster", the same tokens up to rounding; "jacobi", lossless; "zipar", close to
                 them; perhaps with a window, as in "zipar:7"; or a decoder. See docs/draw.md.
             on_event: is called with the engine's events; its requests are numbered like the prompts.

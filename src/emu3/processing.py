@@ -130,6 +130,11 @@ class Emu3Processor(ProcessorMixin):
             **kwargs,
         )
 
+    @staticmethod
+    def validate_init_kwargs(processor_config: dict[str, Any], valid_kwargs: Sequence[str]) -> Any:
+        # What is saved and no argument by name is otherwise dropped when a processor is loaded.
+        return ProcessorMixin.validate_init_kwargs(processor_config, [*valid_kwargs, "image_area"])
+
     @property
     def downsample_ratio(self) -> int:
         """Pixels per token side: the image processor's `spatial_factor`."""
