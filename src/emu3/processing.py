@@ -130,9 +130,13 @@ class Emu3Processor(ProcessorMixin):
             **kwargs,
         )
 
+    # transformers saves and loads what `__init__` names, and there no option of calls may have a name.
+    def to_dict(self) -> dict[str, Any]:
+        own = {} if self.image_area == type(self).image_area else {"image_area": self.image_area}
+        return dict(super().to_dict()) | own
+
     @staticmethod
     def validate_init_kwargs(processor_config: dict[str, Any], valid_kwargs: Sequence[str]) -> Any:
-        # What is saved and no argument by name is otherwise dropped when a processor is loaded.
         return ProcessorMixin.validate_init_kwargs(processor_config, [*valid_kwargs, "image_area"])
 
     @property
