@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage common docs lint bench nano clean
+.PHONY: demo test coverage common versions docs lint bench nano clean
 
 demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,9 @@ coverage: .venv/.installed  ## the documented API, item by item, with the test o
 
 common: .venv/.installed  ## transformers' common model tests, on these classes and on its own
 	$(BIN)/python tests/common/run.py
+
+versions: .venv/.installed  ## the tests that transformers could break, under its oldest supported, 5.23 and newest release
+	$(BIN)/python tests/versions.py
 
 docs: .venv/.installed  ## the reference, from the docstrings, into out/reference/
 	$(BIN)/python docs/reference.py

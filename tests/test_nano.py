@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emu3 import Emu3Pipeline
+from emu3 import Emu3ForConditionalGeneration, Emu3Pipeline, Emu3Processor
 from emu3.checkpoints import resolve
 from emu3.data import Scene, SceneObject, evaluation_prompts, render
 from emu3.evaluation.judge import read_picture, satisfies
@@ -86,6 +86,36 @@ def test_nano_answers_about_a_picture(nano: Emu3Pipeline) -> None:
     picture = Image.fromarray(render(scene))
     assert nano.chat(("What color is the cat?", [picture])) == "blue"
     assert nano.chat(("Describe the picture.", [picture])) == "a photo of a blue cat"
+
+
+@pytest.fixture(scope="module")
+def documented() -> tuple[Emu3ForConditionalGeneration, Emu3Processor]:
+    folder = resolve("nano")
+    return Emu3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), Emu3Processor.from_pretrained(
+        folder
+    )
+
+
+@pytest.mark.parametrize("question", ["What is in the picture?", "What color is the {}?", "Describe the picture."])
+@pytest.mark.parametrize(("noun", "color"), [("cat", "purple"), ("dog", "red"), ("car", "blue")])
+def test_generate_answers_as_the_engine_does(
+    nano: Emu3Pipeline,
+    documented: tuple[Emu3ForConditionalGeneration, Emu3Processor],
+    noun: str,
+    color: str,
+    question: str,
+) -> None:
+    """Under whichever transformers is installed; each token sees all before it, so that answers are right."""
+    model, processor = documented
+    picture = Image.fromarray(render(Scene((SceneObject(noun, color, 16, 16),), "white")))
+    asked = question.format(noun)
+    content = [{"type": "image"}, {"type": "text", "text": asked}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert answer == nano.chat((asked, [picture]), max_new_tokens=16)
+    assert color in answer or noun in answer
 
 
 def test_shipped_weights_are_small_safetensors_only() -> None:
