@@ -99,6 +99,7 @@ def test_disk_offload(folder, model, shown, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # older releases do not see the offloading
 def test_cpu_offload(folder, model, shown):
     accelerate = pytest.importorskip("accelerate")
     loaded = accelerate.cpu_offload(Emu3ForConditionalGeneration.from_pretrained(folder), torch.device("cpu"))

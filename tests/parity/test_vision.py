@@ -61,3 +61,56 @@ def test_pixels(build, arguments, frames):
     scale = theirs.abs().max()
     assert scale > 0.1
     torch.testing.assert_close(ours / scale, theirs / scale, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["argument", "config"])
+@pytest.mark.parametrize("field", ["hidden_states", "attentions"])
+def test_hidden_states_and_attentions(pair, monkeypatch, field, where):
+    """Of every frame of the clip that a picture is; the codes are those without them."""
+    pictures, switch = pair.pixels((4, 3), (2, 5)), f"output_{field}"
+    plain = pair.ours.model.get_image_features(**pictures)
+    assert getattr(plain, field) is None
+    for model in pair.both:
+        model.model.vqmodel.set_attn_implementation("eager")
+    if where == "config":
+        for model in pair.both:
+            monkeypatch.setattr(model.config.vq_config, switch, True)
+    arguments = {switch: True} if where == "argument" else {}
+    ours, theirs = (model.model.get_image_features(**pictures, **arguments) for model in pair.both)
+    for model in pair.both:
+        model.model.vqmodel.set_attn_implementation("sdpa")
+    found, expected = getattr(ours, field), getattr(theirs, field)
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for a, b, c in zip(ours.pooler_output, theirs.pooler_output, plain.pooler_output, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert ours.keys() == theirs.keys()
+    whole = pair.ours.get_image_features(**pictures, **arguments, return_dict=False)
+    assert isinstance(whole, tuple)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_kind_of_attention_can_be_set(pair, implementation):
+    pixels = pair.pixels((4, 3))
+    expected = pair.ours.model.vqmodel.encode(**pixels).last_hidden_state
+    vision = pair.ours.model.vqmodel
+    vision.set_attn_implementation(implementation)
+    assert vision.config._attn_implementation == implementation
+    torch.testing.assert_close(vision.encode(**pixels).last_hidden_state, expected, atol=1e-5, rtol=0)
+    weights = vision.encode(**pixels, output_attentions=True).attentions
+    assert bool(weights) == (implementation == "eager")
+    vision.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_flash_attention_of_the_language_model_leaves_the_tokenizer_to_sdpa(pair):
+    """It stays in float32, for which there are no such kernels."""
+    pixels, vision = pair.pixels((4, 3)), pair.ours.model.vqmodel
+    expected = vision.encode(**pixels).image_tokens[0]
+    vision.config._attn_implementation = "flash_attention_2"
+    assert torch.equal(vision.encode(**pixels).image_tokens[0], expected)
+    vision.config._attn_implementation = "sdpa"
