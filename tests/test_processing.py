@@ -427,6 +427,15 @@ def test_own_template_wins_over_the_default():
     assert processor.apply_chat_template([{"role": "user", "content": "a"}]) == "a!"
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_template_that_fails_is_named(plain):
+    for template in ("{{ messages[0]['content'] + 1 }}", "{{ 1 // 0 }}"):
+        with pytest.raises(ValueError, match="chat template fails at this conversation"):
+            PROCESSOR.apply_chat_template(
+                [{"role": "user", "content": "a"}], template, tokenize=plain, split_special_tokens=plain
+            )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("processor")

@@ -81,13 +81,14 @@ class Emu3Pipeline:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}, but this PyTorch sees no GPU; leave it out to run on the CPU")
         folder = resolve(name, download=download)
+        processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
         model = load_model(folder, dtype=dtype, device=device)
         if int8:
             quantize_int8(model.model.text_model)
         release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
         # By its name too: one that was trained further has the same numbers, and other abilities.
         known = release is not None and Path(name).name.startswith(release.name)
-        return cls(model, load_processor(folder), release=release if known else None, compiled=compiled)
+        return cls(model, processor, release=release if known else None, compiled=compiled)
 
     def image(
         self,

@@ -324,10 +324,15 @@ class Emu3Processor(ProcessorMixin):
         return [texts] if isinstance(texts, str) else texts
 
     def _render(self, conversation: Any, chat_template: str | None, **kwargs: Any) -> Any:
+        """transformers' method; ValueError where the template refuses, or its own code fails."""
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        except (TypeError, KeyError, ArithmeticError) as error:
+            if kwargs.get("tokenize"):  # then it may come from anything behind the template
+                raise
+            raise ValueError(f"the chat template fails at this conversation: {error}") from error
 
     def _take_apart(self, text: str) -> Parts:
         """`text` with its control tokens as ids, as the tokenizer itself would find them."""

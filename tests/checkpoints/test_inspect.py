@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
 from emu3.checkpoints import NANO
-from emu3.checkpoints.inspect import check_tensors, documented_name, inspect, read_config, read_headers
+from emu3.checkpoints.headers import read_headers
+from emu3.checkpoints.inspect import check_tensors, documented_name, inspect, read_config
 
 CURRENT = {
     "model.text_model.embed_tokens.weight": (6, 4),

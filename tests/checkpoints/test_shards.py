@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.numpy import save_file
 
-from emu3.checkpoints.inspect import TensorHeader, read_headers
+from emu3.checkpoints.headers import TensorHeader, read_headers
 from emu3.checkpoints.shards import Tensor, write_shards
 
 

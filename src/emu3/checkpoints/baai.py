@@ -16,11 +16,14 @@ from typing import Any, Literal, cast
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from emu3.checkpoints.inspect import read_picture_settings
+from emu3.checkpoints.model_config import build_config, check_factor
+from emu3.checkpoints.settings import VISION_KEYS, check_pictures
 from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.processing import Emu3Processor
 from emu3.tokenization import tiktoken_tokenizer, vocabulary_map, write_tiktoken
-from emu3.vocabulary import Vocabulary
+from emu3.vocabulary import Vocabulary, visual_codes
 
 Part = Literal["language", "vision"]
 Shape = tuple[int, ...]
@@ -62,20 +65,6 @@ _TEXT_KEYS = (
     "attention_dropout",
     "tie_word_embeddings",
 )
-# BAAI's key -> the documented one.
-_VISION_KEYS = {
-    "codebook_size": "codebook_size",
-    "embed_dim": "embed_dim",
-    "z_channels": "latent_channels",
-    "double_z": "double_latent",
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "temporal_downsample_factor": "temporal_downsample_factor",
-    "ch": "base_channels",
-    "ch_mult": "channel_multiplier",
-    "num_res_blocks": "num_res_blocks",
-    "attn_resolutions": "attn_resolutions",
-}
 # BAAI's key of an id -> the role in a `Vocabulary`.
 _ID_KEYS = {f"{role}_token_id": role for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
@@ -117,10 +106,11 @@ def read_tokenizer(language: Path) -> PreTrainedTokenizerBase:
 def documented_config(
     language: Mapping[str, Any], vision: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Emu3Config:
-    """The documented config of two of BAAI's, given as read from JSON.
+    """The documented config of two of BAAI's, given as `read_original_config` reads them.
 
     Raises:
-        ValueError: the config and the tokenizer disagree on an id, or the tokenizer has more ids than the embedding.
+        ValueError: the config and the tokenizer disagree on an id, the tokenizer has more ids than the embedding, the
+            codebook has another size than the tokenizer's visual tokens, or there is no model of such settings.
     """
     surfaces = vocabulary_map(tokenizer)
     vocabulary = Vocabulary.from_map(surfaces)
@@ -130,30 +120,43 @@ def documented_config(
     text = {key: language[key] for key in (*_TEXT_KEYS, "rope_theta") if key in language}
     if language.get("rope_scaling"):
         text["rope_scaling"] = dict(language["rope_scaling"])  # a copy, because the config completes what it is given
-    pictures: dict[str, Any] = {_VISION_KEYS[key]: value for key, value in vision.items() if key in _VISION_KEYS}
-    config = Emu3Config(
-        text_config=text,
-        vq_config=pictures | {"dtype": vision.get("torch_dtype")},
-        vocabulary_map=surfaces,
-        tie_word_embeddings=language.get("tie_word_embeddings", False),
-        architectures=["Emu3ForConditionalGeneration"],
-        dtype=language.get("torch_dtype"),
-    )
-    vq = cast(Emu3VQVAEConfig, config.vq_config)
-    vq.hidden_size, vq.num_attention_heads = vq.base_channels * vq.channel_multiplier[-1], 1
-    vocabulary_size = cast(Emu3TextConfig, config.text_config).vocab_size
+    vocabulary_size = text.get("vocab_size", Emu3TextConfig.vocab_size)
     if len(tokenizer) > vocabulary_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but config.json says vocab_size={vocabulary_size}")
-    return config
+    pictures: dict[str, Any] = {VISION_KEYS[key]: value for key, value in vision.items() if key in VISION_KEYS}
+    codes = pictures.get("codebook_size", Emu3VQVAEConfig.codebook_size)
+    if (len(visual_codes(surfaces)), vocabulary.codebook_size) != (codes, codes):
+        raise ValueError(
+            f"the vision tokenizer's config.json says codebook_size={codes}, but {TOKENIZER_FILES[1]} of the language "
+            f"model has {len(visual_codes(surfaces))} visual tokens; give the vision tokenizer that belongs to it"
+        )
+    widths = pictures.get("channel_multiplier", Emu3VQVAEConfig.channel_multiplier)
+    pictures["hidden_size"] = pictures.get("base_channels", Emu3VQVAEConfig.base_channels) * widths[-1]
+    whole = {
+        "text_config": text,
+        "vq_config": pictures | {"num_attention_heads": 1, "dtype": vision.get("torch_dtype")},
+        "vocabulary_map": surfaces,
+        "tie_word_embeddings": language.get("tie_word_embeddings", False),
+        "architectures": ["Emu3ForConditionalGeneration"],
+        "dtype": language.get("torch_dtype"),
+    }
+    return build_config(whole, Path("config.json"))
 
 
 def documented_processor(
-    language: Mapping[str, Any], vision: Path, tokenizer: PreTrainedTokenizerBase
+    language: Mapping[str, Any], vision: Path, tokenizer: PreTrainedTokenizerBase, config: Emu3Config
 ) -> Emu3Processor:
-    """The processor of the language model's config (`image_area`) and the vision tokenizer's folder."""
-    file = vision / "preprocessor_config.json"
-    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    pictures = Emu3ImageProcessor(**{key: given.get(key, default) for key, default in _PICTURES.items()})
+    """The processor of the language model's config (`image_area`) and the vision tokenizer's folder.
+
+    Raises:
+        ValueError: preprocessor_config.json is no JSON, has a setting of another type or out of range, or means another
+            number of pixels per token side than `config`.
+    """
+    given, file = read_picture_settings(vision)
+    settings = {key: given.get(key, default) for key, default in _PICTURES.items()}
+    check_pictures(settings, file)
+    pictures = Emu3ImageProcessor(**settings)
+    check_factor(pictures.spatial_factor, config, file)
     return Emu3Processor(pictures, tokenizer, image_area=language.get("image_area", _IMAGE_AREA))
 
 
@@ -190,7 +193,7 @@ def original_configs(config: Emu3Config, image_area: int) -> dict[Part, dict[str
         "pretraining_tp": 1,
         "torch_dtype": _dtype(config),
     }
-    vision = {key: getattr(vq, documented) for key, documented in _VISION_KEYS.items()} | {
+    vision = {key: getattr(vq, documented) for key, documented in VISION_KEYS.items()} | {
         "architectures": ["Emu3VisionVQModel"],
         "model_type": VISION_TYPE,
         "dropout": 0.0,

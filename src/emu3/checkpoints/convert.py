@@ -17,9 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from emu3.checkpoints.baai import (
     documented_config,
     documented_processor,
@@ -30,21 +27,21 @@ from emu3.checkpoints.baai import (
     write_json,
     write_original_files,
 )
+from emu3.checkpoints.headers import FLOATS, INDEX, TensorHeader, read_headers
 from emu3.checkpoints.inspect import (
     LAYOUTS,
     LEGACY_PREFIXES,
     Layout,
-    TensorHeader,
     documented_name,
     folders_of,
-    read_headers,
-    read_json,
+    read_config,
+    read_original_config,
 )
 from emu3.checkpoints.load import load_processor
+from emu3.checkpoints.model_config import build_config, expected_tensors
 from emu3.checkpoints.shards import MAX_SHARD_BYTES, Tensor, write_shards
 from emu3.checkpoints.staging import staged_folder
 from emu3.configuration import Emu3Config, Emu3TextConfig
-from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
 
 # What a folder of transformers' layouts holds besides weights; config.json is written apart.
@@ -171,41 +168,31 @@ def _open_source(source: Path, vision: Path | None) -> _Source:
     headers = {
         (part, name): header for part, folder in folders.items() for name, header in read_headers(folder).items()
     }
-    _validate({header.file for header in headers.values()})
     if set(folders) == {""}:
-        raw = read_json(source / "config.json")
+        raw = read_config(source)
         legacy = any(documented_name(name) != name for _, name in headers)
         return _Source(
             layout="legacy" if legacy else "documented",
             folders=folders,
             headers=headers,
             raw_config=raw,
-            config=Emu3Config.from_dict(raw),
+            config=build_config(raw, source / "config.json"),
             processor=lambda: load_processor(source),
         )
     if set(folders) != {"language", "vision"}:
         part, missing = ("language model", "--vision") if "language" in folders else ("vision tokenizer", "SOURCE")
         raise ValueError(f"{source} is only BAAI's {part}; give the folder of the other repository as {missing}")
-    language, pictures = (read_json(folders[part] / "config.json") for part in ("language", "vision"))
+    language, pictures = (read_original_config(folders[part], part) for part in ("language", "vision"))
     tokenizer = read_tokenizer(folders["language"])
+    config = documented_config(language, pictures, tokenizer)
     return _Source(
         layout="baai",
         folders=folders,
         headers=headers,
         raw_config=language,
-        config=documented_config(language, pictures, tokenizer),
-        processor=lambda: documented_processor(language, folders["vision"], tokenizer),
+        config=config,
+        processor=lambda: documented_processor(language, folders["vision"], tokenizer, config),
     )
-
-
-def _validate(files: set[Path]) -> None:
-    """Let safetensors check what the headers announce: spans, shapes, dtypes."""
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged ({error}); get the checkpoint again") from error
 
 
 def _place(layout: Layout, name: str, shape: tuple[int, ...]) -> tuple[str, str, tuple[int, ...]]:
@@ -221,8 +208,8 @@ def _place(layout: Layout, name: str, shape: tuple[int, ...]) -> tuple[str, str,
 
 def _plan(source: _Source, layout: Layout, name: str) -> tuple[list[Move], dict[str, list[Tensor]]]:
     """What goes where. Raises `RefusedTensorsError` unless the tensors are exactly those of the config."""
-    with torch.device("meta"):
-        expected = Emu3ForConditionalGeneration(source.config).state_dict()
+    headers = {_label(*key): header for key, header in source.headers.items()}
+    expected = expected_tensors(source.config, headers, Path(name) / "config.json")
     moves: list[Move] = []
     tensors: dict[str, list[Tensor]] = {part: [] for part in _PARTS[layout]}
     refused: dict[str, str] = {}
@@ -236,6 +223,8 @@ def _plan(source: _Source, layout: Layout, name: str) -> tuple[list[Move], dict[
                 refused[label] = "missing"
         elif header.shape != shape:
             refused[label] = f"shape {list(header.shape)}, config.json says {list(shape)}"
+        elif (header.dtype in FLOATS) != tensor.is_floating_point():
+            refused[label] = f"dtype {header.dtype}, which is another kind of number"
         else:
             target_part, target, target_shape = _place(layout, documented, tuple(tensor.shape))
             tensors[target_part].append(Tensor(target, target_shape, header))
@@ -279,5 +268,5 @@ def _write_companions(
     else:
         for pattern in _COMPANIONS:
             for file in source.folders[""].glob(pattern):
-                if file.is_file() and file.name not in ("config.json", "model.safetensors.index.json"):
+                if file.is_file() and file.name not in ("config.json", INDEX):
                     shutil.copyfile(file, folders[""] / file.name)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from emu3.checkpoints import NANO
+from emu3.checkpoints.headers import FLOATS, read_headers
+from emu3.checkpoints.json_file import read_json
+from emu3.checkpoints.settings import PROMPTS, check_config, check_fields, check_original_config, check_pictures
 
 Layout = Literal["documented", "legacy", "baai"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -52,22 +53,6 @@ _RELEASES = {
     131072: Release("Emu3-Chat", ("read",)),
     5120: Release("Emu3-Stage1", ("draw", "read")),
 }
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor as its file announces it: `bytes` bytes from byte `start` on; `dtype` as in safetensors, "F32"."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    file: Path
-    start: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -118,53 +103,75 @@ def documented_name(name: str) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of an Emu3 checkpoint. ValueError if it is missing, is no JSON, or describes another model."""
+    """`config.json` of an Emu3 checkpoint, its documented fields checked one by one.
+
+    Raises:
+        ValueError: it is missing, is no JSON, describes another model, or has a field of another type or out of range.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
     config = read_json(file)
-    if _MODEL_TYPES.get(config.get("model_type", "")):
+    if _part_of(config):
         raise ValueError(f"{folder} is in BAAI's original layout; `emu3 convert` writes one that loads")
     if config.get("model_type") != "emu3":
-        raise ValueError(f"{file} describes a {config.get('model_type')!r} model, not 'emu3'")
+        raise ValueError(f"{file} describes a {config.get('model_type')!r:.60} model, not 'emu3'")
+    check_config(config, file)
     return config
 
 
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor announced by the safetensors files of a folder, under the name it is saved with.
+def read_original_config(folder: Path, part: str) -> dict[str, Any]:
+    """The same of BAAI's layout, "language" or "vision"."""
+    config = read_json(folder / "config.json")
+    check_original_config(config, part, folder / "config.json")
+    return config
+
+
+def read_picture_settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The image processor's settings and the file that holds them.
 
     Raises:
-        ValueError: no safetensors file, a file that an index names is missing, a file that is cut short or is not
-            safetensors at all, or a tensor that two files hold.
+        ValueError: a file is no JSON, or a setting is of another type or out of range.
     """
-    index = read_json(folder / "model.safetensors.index.json")
-    if not index:
-        files = sorted(folder.glob("*.safetensors"))
-    else:
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors file; weights in other formats are not read: convert them")
-    headers: dict[str, TensorHeader] = {}
-    for file in files:
-        for header in _read_header(file):
-            if header.name in headers:
-                raise ValueError(f"tensor {header.name!r} is in {file} and in another file of the folder; keep one")
-            headers[header.name] = header
-    return headers
+    file = folder / "processor_config.json"
+    processor = read_json(file)
+    check_fields(processor, PROMPTS, file)
+    settings = processor.get("image_processor")
+    if not settings:
+        file = folder / "preprocessor_config.json"
+        settings = read_json(file)
+    check_pictures(settings, file)
+    return settings, file
 
 
-def check_tensors(folder: Path, expected: Mapping[str, Sequence[int]], optional: Collection[str] = ()) -> None:
-    """Compare a checkpoint's tensors with those of a model, names and shapes, before any of them is loaded.
+def check_tensors(
+    folder: Path,
+    expected: Mapping[str, Sequence[int]],
+    optional: Collection[str] = (),
+    counters: Collection[str] = (),
+) -> None:
+    """Compare a checkpoint's tensors with those of a model, names, shapes and kinds, before any of them is loaded.
 
     Args:
         folder: the checkpoint.
         expected: name in the documented layout -> shape.
         optional: names that may be missing, such as a head that is tied to the embedding.
+        counters: names that hold whole numbers; all others hold real ones.
 
     Raises:
-        ValueError: naming what is missing, what is extra and whose shape differs.
+        ValueError: naming what is missing, what is extra, whose shape differs and what is stored as another kind of
+            number; or a tensor is there under two names.
     """
-    found = {documented_name(name): header.shape for name, header in read_headers(folder).items()}
+    headers = read_headers(folder)
+    found = {documented_name(name): header.shape for name, header in headers.items()}
+    if len(found) < len(headers):
+        twice = next(name for name in headers if documented_name(name) != name and documented_name(name) in headers)
+        raise ValueError(f"{folder} holds {twice!r} and {documented_name(twice)!r}, two names of one tensor; keep one")
+    retyped = [
+        f"{name} is {header.dtype}"
+        for name, header in sorted((documented_name(name), header) for name, header in headers.items())
+        if name in expected and (header.dtype in FLOATS) == (name in counters)
+    ]
     missing = sorted(expected.keys() - found.keys() - set(optional))
     extra = sorted(found.keys() - expected.keys())
     reshaped = [
@@ -174,7 +181,12 @@ def check_tensors(folder: Path, expected: Mapping[str, Sequence[int]], optional:
     ]
     complaints = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for names, what in ((missing, "missing"), (extra, "extra"), (reshaped, "of another shape"))
+        for names, what in (
+            (missing, "missing"),
+            (extra, "extra"),
+            (reshaped, "of another shape"),
+            (retyped, "of another kind of number"),
+        )
         if names
     ]
     if complaints:
@@ -197,7 +209,7 @@ def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
     if not (source / "config.json").is_file() and (source / "language" / "config.json").is_file():
         folders = {"language": source / "language", "vision": source / "vision"}
     else:
-        part = _MODEL_TYPES.get(read_json(source / "config.json").get("model_type", ""), "")
+        part = _part_of(read_json(source / "config.json")) or ""
         if not part:
             read_config(source)
         folders = {part: source}
@@ -206,9 +218,11 @@ def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
             raise ValueError(f"{vision} is not needed: {source} is not BAAI's language model on its own")
         folders["vision"] = vision
     for part, folder in folders.items():
-        model_type = read_json(folder / "config.json").get("model_type")
-        if _MODEL_TYPES.get(model_type or "") != part:
-            raise ValueError(f"{folder} is not the {part} part of BAAI's layout: its model_type is {model_type!r}")
+        config = read_json(folder / "config.json")
+        if _part_of(config) != part:
+            raise ValueError(
+                f"{folder} is not the {part} part of BAAI's layout: its model_type is {config.get('model_type')!r:.60}"
+            )
     return folders
 
 
@@ -292,50 +306,13 @@ def _kind(text: Mapping[str, Any]) -> Release | None:
 def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The configs of language model, vision tokenizer and image processor."""
     if "" in folders:
-        config = read_json(folders[""] / "config.json")
-        return config.get("text_config", {}), config.get("vq_config", {}), _image_processor_settings(folders[""])
-    text, vision = (read_json(folders[key] / "config.json") if key in folders else {} for key in ("language", "vision"))
-    return text, vision, _image_processor_settings(folders["vision"]) if "vision" in folders else {}
+        config = read_config(folders[""])
+        return config.get("text_config") or {}, config.get("vq_config") or {}, read_picture_settings(folders[""])[0]
+    text, vision = (read_original_config(folders[key], key) if key in folders else {} for key in ("language", "vision"))
+    return text, vision, read_picture_settings(folders["vision"])[0] if "vision" in folders else {}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty without the file, ValueError where it holds something else."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); get the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object; get the checkpoint again")
-    return content
-
-
-def _read_header(file: Path) -> list[TensorHeader]:
-    """A safetensors file is: 8 bytes length n (little endian) | n bytes JSON header | tensor data."""
-    if not file.is_file():
-        raise ValueError(f"{file} is missing, though the index of the checkpoint names it; get the checkpoint again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length:
-            raise ValueError(f"{file} is cut short or no safetensors file: {size} bytes, header to {8 + length}")
-        header_bytes = stream.read(length)
-    try:
-        entries = {name: entry for name, entry in json.loads(header_bytes).items() if name != "__metadata__"}
-        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
-        headers = [
-            TensorHeader(name, tuple(entry["shape"]), entry["dtype"], end - start, file, 8 + length + start)
-            for (name, entry), (start, end) in zip(entries.items(), spans.values(), strict=True)
-        ]
-        end = 8 + length + max((end for _, end in spans.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{file} has no readable safetensors header ({error}); get the checkpoint again") from error
-    if size != end:
-        raise ValueError(f"{file} is damaged: {size} bytes, but its header announces {end}; get the checkpoint again")
-    return headers
-
-
-def _image_processor_settings(folder: Path) -> dict[str, Any]:
-    processor = read_json(folder / "processor_config.json")
-    return processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
+def _part_of(config: Mapping[str, Any]) -> str | None:
+    """ "" for the documented layout, "language" or "vision" of BAAI's, None for another model."""
+    kind = config.get("model_type", "")
+    return _MODEL_TYPES.get(kind) if isinstance(kind, str) else None

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from emu3.checkpoints.inspect import check_tensors, read_config
-from emu3.configuration import Emu3Config
+from emu3.checkpoints.headers import INDEX, read_headers, read_index
+from emu3.checkpoints.inspect import check_tensors, read_config, read_picture_settings
+from emu3.checkpoints.json_file import read_json
+from emu3.checkpoints.model_config import build_config, check_factor, expected_tensors, vocabulary_of
+from emu3.checkpoints.settings import PICTURES, PROMPTS, TOKENIZER, check_fields, check_pictures
+from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
+from emu3.tokenization import CONTROL_TOKENS, encode_plain
+from emu3.vocabulary import SURFACES
 
 LONG_LOAD = 1e9
 """Bytes from which loading shows a progress bar."""
+
+# What any tokenizer and template of Emu3 must get through: all printable ASCII, and letters of two to four bytes.
+_SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u6f22\U0001f41e"
+_CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": _SAMPLE}],
+    [
+        {"role": "system", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SAMPLE}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+    ],
+)
+_GENERATION, _TOKENIZER_FILES = "generation_config.json", ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_model(
@@ -24,31 +47,160 @@ def load_model(
     """The model of a checkpoint folder, in eval mode.
 
     Raises:
-        ValueError: the folder is no checkpoint, a file is damaged, or its tensors are not exactly those of config.json.
+        ValueError: the folder is no checkpoint, a file is damaged, a setting is none that a model can have, its tensors
+            are not exactly those of config.json, or hold NaN or infinity.
     """
     folder = Path(path)
-    config = Emu3Config.from_dict(read_config(folder))
+    config = build_config(read_config(folder), folder / "config.json")
     # transformers fills missing tensors with random values and drops extra ones, with a warning; so look first.
-    with torch.device("meta"):
-        tensors = Emu3ForConditionalGeneration(config).state_dict()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    check_tensors(folder, {name: tensor.shape for name, tensor in tensors.items()}, optional=tied)
+    tensors = expected_tensors(config, read_headers(folder), folder / "config.json")
+    check_tensors(
+        folder,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        optional={"lm_head.weight"} if config.tie_word_embeddings else (),
+        counters={name for name, tensor in tensors.items() if not tensor.is_floating_point()},
+    )
+    _check_weight_files(folder)
+    _check_generation(folder, cast(Emu3TextConfig, config.text_config).vocab_size)
     with _progress_bar(shown=sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LONG_LOAD):
         model = Emu3ForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    _check_finite(model, folder)
+    return cast(Emu3ForConditionalGeneration, model)
 
 
 def load_processor(path: str | Path) -> Emu3Processor:
-    """The processor of a checkpoint folder. Raises ValueError where its files are missing or damaged."""
+    """The processor of a checkpoint folder.
+
+    Raises:
+        ValueError: a file is missing or damaged, or its pictures or tokens are not those of the model in the folder.
+    """
     folder = Path(path)
-    read_config(folder)
+    config = build_config(read_config(folder), folder / "config.json")
+    try:
+        file = read_picture_settings(folder)[1]
+        for name in _TOKENIZER_FILES:
+            read_json(folder / name)
+        check_fields(read_json(folder / _TOKENIZER_FILES[1]), TOKENIZER, folder / _TOKENIZER_FILES[1])
+        processor = _read_processor(folder)
+        _check_pictures(processor, config, file)
+        _check_tokenizer(processor.tokenizer, config, folder)
+        _check_template(processor, folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no complete processor and tokenizer: {error}") from error
+    return processor
+
+
+def _check_weight_files(folder: Path) -> None:
+    """ValueError where transformers would read other files than those whose headers were compared."""
+    read = {header.file.name for header in read_headers(folder).values()}
+    index = folder / INDEX
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        if read != {"model.safetensors"}:
+            raise ValueError(
+                f"{folder} holds weights in {', '.join(sorted(read))}; name a single file model.safetensors, or list "
+                f"several in {INDEX} and keep no model.safetensors beside them"
+            )
+    elif not isinstance(read_json(index).get("metadata"), dict) or not read_index(folder):
+        raise ValueError(f'{index} has no "metadata"; get the checkpoint again')
+
+
+def _check_generation(folder: Path, vocab_size: int) -> None:
+    """ValueError where generation_config.json holds what transformers cannot use."""
+    file = folder / _GENERATION
+    settings = read_json(file)
+    try:
+        GenerationConfig(**settings).validate()
+        given = [settings.get(f"{role}_token_id") for role in ("bos", "eos", "pad")]
+        ids = [id_ for each in given if each is not None for id_ in (each if isinstance(each, list) else [each])]
+        if not all(type(id_) is int and 0 <= id_ < vocab_size for id_ in ids):
+            raise ValueError(f"its ids {ids!r:.100} must be whole numbers from 0 to {vocab_size - 1}")
+    # What transformers raises depends on which setting is odd.
+    except Exception as error:
+        raise ValueError(f"{file} cannot be used: {error}; correct it, or get the checkpoint again") from error
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """ValueError where a weight is NaN or infinite, or the rotary positions come to that."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # A sum reads the numbers once and keeps none, and is finite only if they are. Only large ones sum to infinity.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder}: {name} holds NaN or infinite values as {tensor.dtype}; get the checkpoint again, or load "
+                "it in a wider dtype"
+            )
+
+
+def _read_processor(folder: Path) -> Emu3Processor:
     try:
         return Emu3Processor.from_pretrained(folder, local_files_only=True)
-    # What transformers raises depends on which file is missing or broken, and where.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} holds no complete processor and tokenizer: {error}") from error
+    # What is raised depends on which file is missing or broken, and where; the tokenizers library raises Exception.
+    except Exception as error:
+        readers: dict[str, Callable[..., Any]] = {
+            "processor_config.json or preprocessor_config.json": Emu3ImageProcessor.from_pretrained,
+            " or ".join(_TOKENIZER_FILES): AutoTokenizer.from_pretrained,
+        }
+        for files, read in readers.items():
+            try:
+                read(folder, local_files_only=True)
+            except Exception:
+                raise ValueError(f"{files} is missing or damaged ({error}); get the checkpoint again") from error
+        raise ValueError(f"{error}; get the checkpoint again") from error
+
+
+def _check_pictures(processor: Emu3Processor, config: Emu3Config, file: Path) -> None:
+    pictures = processor.image_processor
+    settings = {name: getattr(pictures, name) for name in PICTURES}
+    check_pictures(settings | {"resample": int(pictures.resample)}, file)
+    check_fields({"image_area": processor.image_area}, PROMPTS, file)
+    check_factor(pictures.spatial_factor, config, file)
+    context = cast(Emu3TextConfig, config.text_config).max_position_embeddings
+    if pictures.min_pixels > context * pictures.spatial_factor**2:
+        raise ValueError(
+            f"{file} says min_pixels={pictures.min_pixels}, which is more than the {context} tokens of the context; "
+            "give the settings that belong to the model"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Emu3Config, folder: Path) -> None:
+    """ValueError where the tokenizer's ids are not the model's, or it cannot encode and decode."""
+    files = f"{folder / _TOKENIZER_FILES[0]} and {_TOKENIZER_FILES[1]}"
+    control = vocabulary_of(config).control
+    roles: Mapping[str, str] = {surface: role for role, surface in SURFACES.items()}
+    for attribute, surface in CONTROL_TOKENS.items():
+        expected = control.get(roles[surface])
+        found = getattr(tokenizer, f"{attribute}_id", expected)
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"{files} say {attribute}={getattr(tokenizer, attribute)!r:.60} with id {found}, config.json has "
+                f"{surface!r} with id {expected}; give the tokenizer that belongs to the model"
+            )
+    vocab_size = cast(Emu3TextConfig, config.text_config).vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"{files} have the id {largest}, but config.json says text_config.vocab_size={vocab_size}")
+    try:
+        ids = encode_plain(tokenizer, _SAMPLE)
+        tokenizer.decode(ids, skip_special_tokens=True)
+        tokenizer.backend_tokenizer.encode(_SAMPLE)
+        tokenizer.encode("a", add_special_tokens=False)
+    except Exception as error:
+        raise ValueError(f"{files} cannot encode {_SAMPLE!r}: {error}; get the checkpoint again") from error
+
+
+def _check_template(processor: Emu3Processor, folder: Path) -> None:
+    """ValueError where the chat template is none. It may refuse a conversation, but not fail at one."""
+    for conversation in _CONVERSATIONS:
+        try:
+            processor.apply_chat_template(conversation, add_generation_prompt=True)
+        except Exception as error:
+            if isinstance(error.__cause__ or error, TemplateError) and not isinstance(
+                error.__cause__ or error, TemplateSyntaxError
+            ):
+                continue
+            raise ValueError(f"the chat template of {folder} fails: {error}; get the checkpoint again") from error
 
 
 @contextmanager

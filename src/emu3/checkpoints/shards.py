@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emu3.checkpoints.inspect import TensorHeader
+from emu3.checkpoints.headers import INDEX, TensorHeader
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -52,7 +52,7 @@ def write_shards(
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.source.bytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
