@@ -217,6 +217,12 @@ def test_chat_looks_whether_pictures_fit_before_it_encodes_them(pipeline, monkey
         pipeline.chat(("what is this?", [picture(seed, 32, 32) for seed in range(9)]))
 
 
+def test_a_processor_of_another_factor_is_refused(pipeline):
+    pictures = Emu3ImageProcessor(spatial_factor=16)
+    with pytest.raises(ValueError, match="spatial_factor=16, the model's vision tokenizer 2 pixels a token"):
+        Emu3Pipeline(pipeline.model, Emu3Processor(pictures, pipeline.processor.tokenizer))
+
+
 def test_chat_at_a_temperature_follows_its_seed(pipeline):
     def answer(seed):
         return pipeline.chat([{"role": "user", "content": "hello"}], max_new_tokens=20, temperature=2.0, seed=seed)

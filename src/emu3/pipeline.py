@@ -44,12 +44,23 @@ class Emu3Pipeline:
         processor: the checkpoint's own.
         compiled: whether to compile the layers; see `Engine`.
         release: which of the released models it is, where that is known.
+
+    Raises:
+        ValueError: the processor counts other pixels per token side than the model.
     """
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
     release: Release | None = None
     compiled: bool = False
+
+    def __post_init__(self) -> None:
+        ours, theirs = self.processor.image_processor.spatial_factor, self.model.model.vqmodel.spatial_scale_factor
+        if ours != theirs:
+            raise ValueError(
+                f"the processor has spatial_factor={ours}, the model's vision tokenizer {theirs} pixels a token; "
+                "give the processor that belongs to the model"
+            )
 
     @classmethod
     def from_pretrained(
