@@ -326,7 +326,9 @@ def _read_picture(path: Path) -> Image.Image:
             opened.load()
             return opened
     except FileNotFoundError:
-        raise ValueError(f"no picture at {str(path)!r}") from None
+        raise ValueError(f"no picture at {str(path)!r}; name the picture first, then the question") from None
+    except IsADirectoryError:
+        raise ValueError(f"{str(path)!r} is a folder; name a picture") from None
     # What Pillow raises depends on the format and on where the file breaks.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error

@@ -165,3 +165,17 @@ def test_a_part_of_a_whole_checkpoint(folder, model, kind):
         Emu3VQVAE: model.model.vqmodel,
     }[kind]
     assert_same(kind.from_pretrained(folder), part)
+
+
+@pytest.mark.parametrize("kind", [Emu3ForCausalLM, Emu3TextModel, Emu3VQVAE, Emu3Model])
+def test_a_part_of_a_whole_checkpoint_loads_without_surprise(folder, kind):
+    """The rest of the checkpoint is not reported; in a whole model, what does not belong is."""
+    _, found = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+
+
+def test_what_does_not_belong_to_a_whole_model_is_reported(folder, model, tmp_path):
+    extra = {"model.text_model.layers.9.mlp.up_proj.weight": torch.ones(2), "model.vqmodel.more.weight": torch.ones(2)}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | extra)
+    _, found = Emu3ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(found["unexpected_keys"]) == set(extra)

@@ -49,7 +49,7 @@ def _from_hub(name: str, download: bool) -> Path:
             raise ValueError(f"cannot reach the hub for {name!r}, and its local cache holds no copy") from error
         raise ValueError(
             f"{name!r} is no folder here and not in the local cache of the hub; "
-            f"fetch it with `emu3 pull {name}`, or allow it with `download=True` in Python"
+            f"fetch it with `emu3 pull {name}`, or allow it with --download, in Python with `download=True`"
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"the hub refused {name!r}: {error}") from error

@@ -96,7 +96,10 @@ def _read_header(file: Path) -> list[TensorHeader]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 + length:
-            raise ValueError(f"{file} is cut short or no safetensors file: {size} bytes, header to {8 + length}")
+            raise ValueError(
+                f"{file} is cut short or no safetensors file: it has {size} bytes, its header alone says {8 + length}; "
+                "get the checkpoint again"
+            )
         if length > MAX_BYTES:
             raise ValueError(f"{file} has a header of {length} bytes, no safetensors file may have that")
         header_bytes = stream.read(length)

@@ -114,8 +114,9 @@ class Request:
         prompt = max(map(len, self.rows))
         needed = prompt + (1 if self.grammar is None else self.grammar.length)
         if needed > context:
+            remedy = "give fewer or smaller pictures" if self.grammar is None else "ask for a smaller picture"
             raise ValueError(
                 f"{needed} tokens ({prompt} of prompt) do not fit the model's context of {context}; "
-                "shorten the prompt or ask for a smaller picture"
+                f"shorten the prompt or {remedy}"
             )
         return min(self.max_new_tokens or context, context - prompt) if self.grammar is None else self.grammar.length

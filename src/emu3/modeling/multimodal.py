@@ -145,6 +145,8 @@ class Emu3Model(Emu3PreTrainedModel):
         self.vocabulary_mapping = Emu3ImageVocabularyMapping(vocabulary_map)
         config.image_token_id = self.vocabulary_mapping.image_token_id  # `generate` asks the config for it
         self.post_init()
+        # What its parts find beside them in a whole checkpoint is no surprise to them, but would be one here.
+        self._keys_to_ignore_on_load_unexpected = {r"(?:^|\.)lm_head\."}
 
     def get_input_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.text_model.get_input_embeddings())
@@ -322,6 +324,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         text_config = cast(Emu3TextConfig, config.text_config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -204,6 +204,8 @@ class Emu3TextModel(Emu3PreTrainedModel):
     config: Emu3TextConfig
     config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    # What a whole model has beside it.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\.", r"(?:^|\.)lm_head\."]
     # "model." is the prefix that a base model's names lose on loading.
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "model.", r"^model\.text_model\.": "model."}
 
@@ -336,6 +338,7 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         r"^text_model\.lm_head\.": "lm_head.",
         r"^model\.text_model\.": "model.",
     }
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # of a whole model
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}

@@ -450,6 +450,8 @@ class Emu3VQVAE(AnyLayoutModel):
         r"^model\.vqmodel\.": "emuvideovq.",
         r"^vqmodel\.": "emuvideovq.",
     }
+    # What a whole model has beside it.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)text_model\.", r"(?:^|\.)lm_head\."]
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
     _supports_sdpa = True
