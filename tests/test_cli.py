@@ -89,7 +89,7 @@ def test_an_unreadable_picture_is_one_line(capsys: pytest.CaptureFixture[str], p
     for content in (b"", b"words", whole[:20], whole[:100], whole[: len(whole) // 2]):
         picture.write_bytes(content)
         assert f"cannot read '{picture}' as a picture" in one_line_error(capsys, "chat", picture, "What is it?")
-    assert "cannot read" in one_line_error(capsys, "chat", picture.parent, "What is it?")
+    assert "is a folder; name a picture" in one_line_error(capsys, "chat", picture.parent, "What is it?")
 
 
 def test_a_picture_is_written_wholly_with_its_settings(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         text_config = cast(Emu3TextConfig, config.text_config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = set()
+        self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
