@@ -1,7 +1,7 @@
 """What the settings of a checkpoint may be: types and ranges of the documented fields.
 
-They are looked at as read from JSON, before a config, a module or an image processor is built of them, which would fail
-in other ways, or not end.
+They are looked at as read from JSON. What is built of wrong ones, a config, a module or an image processor, would fail
+in other ways, or never be done.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 def attention_function(config: PreTrainedConfig) -> AttentionFunction:
     """The function that `config` names ("sdpa", "flash_attention_2" ...), `eager_attention` for "eager".
 
-    It takes the module, query (B, N, S, D), key and value (B, G, K, D), mask, `scaling`, `dropout` and more, and
-    returns the mixed values (B, S, N, D), with the weights (B, N, S, K) where it computes them.
+    It takes the module, query (B, N, S, D), key and value (B, G, K, D), mask, `scaling`, `dropout` and more. It returns
+    the mixed values (B, S, N, D), and the weights (B, N, S, K) or None.
     """
     return cast(AttentionFunction, ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention))
 
