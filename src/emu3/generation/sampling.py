@@ -1,7 +1,7 @@
 """How one id is chosen from logits. The order is guidance, legal ids, temperature, top-k, top-p, as in `generate`.
 
-Logits come sliced to the legal ids. Guidance works on log-probabilities, whose normaliser the slice changes by a
-constant per row, so the distribution is that of guidance on the whole vocabulary followed by the constraint.
+Logits come sliced to the legal ids. The slice changes the normaliser of their log-probabilities, by a constant a row.
+So guidance gives the distribution that it gives on the whole vocabulary, followed by the constraint.
 
 B rows, V legal ids.
 """
