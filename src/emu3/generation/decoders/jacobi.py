@@ -5,7 +5,8 @@ max(0, p - q); what comes out is distributed as p (Leviathan et al., arXiv 2211.
 of the forward before (SJD, arXiv 2410.01699). Every position of the window is verified, not only those up to the first
 replaced one. What stands there then is a draft of the p just computed (SCD, arXiv 2510.24211). That holds for kept
 drafts too, as in SJD-PAC (arXiv 2603.18599); with their old q the tokens drift. So drafts rarely change, and long runs
-of them pass at once. A position new to the window is guessed from its neighbour, a draft of a q with all its weight there.
+of them pass at once. A position new to the window is guessed from its neighbour, a draft of a q with all its weight
+there.
 
 Lossless: the tokens have the distribution of raster decoding with the same guidance and sampling, but a seed gives
 another picture. At temperature 0 it is the same picture.
