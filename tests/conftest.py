@@ -15,50 +15,9 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete checkpoint folder of a tiny random model: pictures of 48x48 pixels as 12x12 tokens of 16 codes."""
-    import torch
+    from emu3.testing import write_tiny_checkpoint
 
-    from emu3.configuration import Emu3Config
-    from emu3.image_processing import Emu3ImageProcessor
-    from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-    from emu3.processing import Emu3Processor
-    from emu3.tokenization import train_tokenizer, vocabulary_map
-
-    codes, side = 16, 48
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = train_tokenizer(["a photo of a red car", "What color is the cat?"], 262, codes)
-    pictures = Emu3ImageProcessor(
-        image_mean=[0.5] * 3, image_std=[0.5] * 3, spatial_factor=4, min_pixels=side**2, max_pixels=side**2
-    )
-    Emu3Processor(pictures, tokenizer, image_area=side**2).save_pretrained(folder)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "attention_dropout": 0.0,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {
-        "codebook_size": codes,
-        "base_channels": 32,
-        "channel_multiplier": [1, 1, 1],
-        "num_res_blocks": 1,
-        "attn_resolutions": [2],
-        "hidden_size": 32,
-    }
-    torch.manual_seed(0)
-    config = Emu3Config(text_config=text, vq_config=vision, vocabulary_map=vocabulary_map(tokenizer))
-    model = Emu3ForConditionalGeneration(config)
-    # Codes as far apart as those of a trained tokenizer, so that other tokens are another picture.
-    torch.nn.init.normal_(model.model.vqmodel.quantize.embedding.weight)
-    model.save_pretrained(folder)
-    return folder
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
