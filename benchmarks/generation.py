@@ -16,6 +16,7 @@ import json
 import logging
 import platform
 import time
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -28,7 +29,7 @@ from emu3.data.scenes import TASKS
 from emu3.evaluation.speed import processor_name
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
-from emu3.generation.events import Finished
+from emu3.generation.events import Finished, Stepped
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
@@ -59,17 +60,6 @@ def wide() -> Emu3ForConditionalGeneration:
     vision = {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": []}
     config = Emu3Config(text_config={"num_hidden_layers": 2}, vq_config=vision | {"hidden_size": 32})
     return Emu3ForConditionalGeneration(config).eval()
-
-
-class Counting:
-    """A decoder whose steps are counted."""
-
-    def __init__(self, name: str) -> None:
-        self.decoder, self.steps = decoder_named(name), 0
-
-    def step(self, batch: Any) -> None:
-        self.steps += 1
-        self.decoder.step(batch)
 
 
 def captions_of(pipeline: Emu3Pipeline, side: int, captions: list[str]) -> list[tuple[int, ...]]:
@@ -107,8 +97,8 @@ def padded(prompts: list[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torc
 
 def theirs(model: Any, vocabulary: Vocabulary, wanted: list[Request], side: int, tokens: int) -> float:
     """Seconds of `generate` for whole pictures, scaled up from so many tokens of each."""
-    prompt, mask = padded([request.rows[0] for request in wanted], vocabulary.pad)
-    negative, negative_mask = padded([request.rows[1] for request in wanted], vocabulary.pad)
+    prompt, mask = padded([request.prompts[0] for request in wanted], vocabulary.pad)
+    negative, negative_mask = padded([request.prompts[1] for request in wanted], vocabulary.pad)
     visual = torch.arange(*vocabulary.visual_span).tolist()
 
     def allowed(batch: int, ids: torch.Tensor) -> tuple[int, ...] | list[int]:
@@ -147,12 +137,14 @@ def theirs(model: Any, vocabulary: Vocabulary, wanted: list[Request], side: int,
     return run(whole) if tokens >= whole else (run(tokens + 4) - run(4)) / tokens * whole
 
 
-def ours(model: Emu3ForConditionalGeneration, decoder: Counting, wanted: list[Request], compiled: bool) -> float:
-    """Seconds of the engine for whole pictures."""
+def ours(engine: Engine, name: str, wanted: list[Request]) -> tuple[float, int]:
+    """Seconds of the engine for whole pictures, and forwards after the prompts."""
+    wanted = [replace(request, decoder=decoder_named(name)) for request in wanted]
     start = time.perf_counter()
-    done = [event for event in Engine(model, decoder, compiled=compiled).stream(wanted) if isinstance(event, Finished)]
-    assert len(done) == len(wanted)
-    return time.perf_counter() - start
+    events = list(engine.stream(wanted))
+    elapsed = time.perf_counter() - start
+    assert sum(isinstance(event, Finished) for event in events) == len(wanted)
+    return elapsed, sum(isinstance(event, Stepped) and not event.prefill for event in events)
 
 
 def main() -> None:
@@ -176,20 +168,20 @@ def main() -> None:
     model = copy.deepcopy(model).to(getattr(torch, arguments.dtype))
     if arguments.int8:
         quantize_int8(model.model.text_model)
-    decoders = {name: Counting(name) for name in arguments.decoding}
-    seconds: dict[str, list[float]] = {name: [] for name in ("transformers", *decoders)}
+    engine, steps = Engine(model, compiled=arguments.compiled), dict.fromkeys(arguments.decoding, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in ("transformers", *steps)}
     for number in range(-1, arguments.rounds):  # one round more, to warm up
         wanted = requests(model, pipeline, side, pictures, number + 1)
         for name in seconds if number % 2 == 0 else reversed(seconds):
             if name == "transformers":
                 elapsed = theirs(peer, model.model.vocabulary, wanted, side, tokens)
             else:
-                elapsed = ours(model, decoders[name], wanted, arguments.compiled)
+                elapsed, forwards = ours(engine, name, wanted)
+                steps[name] += forwards
             seconds[name].append(elapsed)
         if number < 0:
             seconds = {name: [] for name in seconds}
-            for decoder in decoders.values():
-                decoder.steps = 0
+            steps = dict.fromkeys(steps, 0)
     medians = {name: median(times) for name, times in seconds.items()}
     result = {
         "benchmark": "generation",
@@ -204,7 +196,7 @@ def main() -> None:
             name: {
                 "seconds": [round(each, 4) for each in times],
                 "tokens_per_second": round(pictures * whole / medians[name], 1),
-                "steps": round(decoders[name].steps / arguments.rounds, 1) if name in decoders else whole,
+                "steps": round(steps[name] / arguments.rounds, 1) if name in steps else whole,
                 "ratio": round(medians["transformers"] / medians[name], 2),
             }
             for name, times in seconds.items()

@@ -12,16 +12,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 
 from emu3.configuration import Emu3Config
-from emu3.generation.decoders import Batch, Decoder
 from emu3.generation.decoders.named import decoder_named
-from emu3.generation.engine import Engine, Session
-from emu3.generation.events import Finished
+from emu3.generation.engine import Engine
+from emu3.generation.events import Finished, Stepped
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
@@ -29,19 +29,6 @@ from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
 PROMPT_LENGTH = 40
 NEGATIVE_LENGTH = 12
-
-
-class Counting:
-    """A decoder whose steps are counted, and which gives up after some seconds."""
-
-    def __init__(self, decoder: Decoder, seconds: float) -> None:
-        self.decoder, self.steps, self.until = decoder, 0, time.perf_counter() + seconds
-
-    def step(self, batch: Batch) -> None:
-        self.steps += 1
-        if time.perf_counter() > self.until:
-            raise TimeoutError
-        self.decoder.step(batch)
 
 
 def report(**values: Any) -> None:
@@ -97,25 +84,25 @@ def limit(model: Emu3ForConditionalGeneration, side: int, steps: int, bandwidth:
 
 
 def draw(model: Emu3ForConditionalGeneration, name: str, side: int, bandwidth: float, seconds: float) -> torch.Tensor:
-    """Two pictures in a session, of which the second is reported; returns its ids."""
-    decoder = Counting(decoder_named(name), seconds)
-    request = request_of(model, side, 0)
-    session = Session(Engine(model, decoder, compiled=True), rows=2, slots=PROMPT_LENGTH + request.grammar.length)
+    """Two pictures by one engine, of which the second is warm; returns its ids."""
+    engine, until = Engine(model, compiled=True), time.perf_counter() + seconds
     for warm in (True, False):
-        session.submit(request_of(model, side, int(warm)))
-        decoder.steps, start, ids = 0, time.perf_counter(), None
-        while not session.idle:
-            ids = next((event.ids for event in session.step() if isinstance(event, Finished)), ids)
+        start, ids, steps = time.perf_counter(), None, 0
+        for event in engine.stream([replace(request_of(model, side, int(warm)), decoder=decoder_named(name))]):
+            steps += isinstance(event, Stepped) and not event.prefill
+            ids = event.ids if isinstance(event, Finished) else ids
+            if time.perf_counter() > until:
+                raise TimeoutError
         torch.cuda.synchronize()
         taken = time.perf_counter() - start
-        least = limit(model, side, decoder.steps, bandwidth)
+        least = limit(model, side, steps, bandwidth)
         report(
             measured=name,
             first=warm,
             seconds=taken,
-            steps=decoder.steps,
+            steps=steps,
             tokens_per_second=side * side / taken,
-            milliseconds_per_step=1e3 * taken / decoder.steps,
+            milliseconds_per_step=1e3 * taken / steps,
             times_the_limit=taken / least,
             gigabytes_in_use=torch.cuda.max_memory_allocated() / 1e9,
         )
@@ -143,7 +130,7 @@ def peer(model: Emu3ForConditionalGeneration, side: int, tokens: int) -> None:
         offset = ids.shape[0] - position
         return [vocabulary.eol] if offset % (side + 1) == 0 else visual
 
-    both = [torch.tensor([ids], device="cuda") for ids in request.rows]
+    both = [torch.tensor([ids], device="cuda") for ids in request.prompts]
 
     def run(count: int) -> None:
         theirs.generate(

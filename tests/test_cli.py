@@ -173,7 +173,7 @@ def test_the_recorded_settings_draw_the_picture_again(
         (("--height", 16), "give both height and width"),
         (("--height", 18, "--width", 16), "height must be a positive multiple of 4 pixels, got 18"),
         (("--height", 480, "--width", 480), "do not fit the model's context of 512"),
-        (("--ratio", "wide"), "'wide' is not \"width:height\""),
+        (("--ratio", "wide"), "such as \"16:9\", got 'wide'"),
     ],
 )
 def test_a_refused_drawing_writes_nothing(

@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 logger = logging.get_logger(__name__)
 
-_MAX_ASPECT_RATIO = 200
+MAX_ASPECT_RATIO = 200
 _RGB = 3
 _BYTE = 255
 _LONGEST_PATH = 4096
@@ -48,9 +48,9 @@ def smart_resize(
     """
     if min(height, width) < 1:
         raise ValueError(f"a picture of {height}x{width} pixels is empty; both sides must be at least 1")
-    if max(height, width) / min(height, width) > _MAX_ASPECT_RATIO:
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(
-            f"a picture of {height}x{width} pixels is more than {_MAX_ASPECT_RATIO} times longer than wide; crop it"
+            f"a picture of {height}x{width} pixels is more than {MAX_ASPECT_RATIO} times longer than wide; crop it"
         )
     resized_height, resized_width = round(height / factor) * factor, round(width / factor) * factor
     if resized_height * resized_width > max_pixels:

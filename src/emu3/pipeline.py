@@ -6,24 +6,28 @@ What a user writes is plain text: "<image>" or "<|image start|>" in it are chara
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from emu3.chat import Message
 from emu3.checkpoints import resolve
 from emu3.checkpoints.inspect import Release, release_of, releases_that
-from emu3.generation.decoders import Decoder
 from emu3.generation.decoders.named import decoder_named
-from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.engine import Engine
-from emu3.generation.events import Event, Finished
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.events import Event, Failed, Finished
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
+from emu3.image_processing import MAX_ASPECT_RATIO
+from emu3.layout import Emu3Layout, Layout
+from emu3.options import Answer, Draw, Load, check_text, check_whole, make, takes
+from emu3.segments import Shape, Text, Visual
+from emu3.tokenization import PlainText
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,12 +36,25 @@ if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
-MAX_ASPECT_RATIO = 200
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a request came to: the last event of each in `Emu3Pipeline.stream`.
+
+    Attributes:
+        request: place of the prompt or conversation in what was asked for.
+        output: an RGB picture, or an answer.
+    """
+
+    request: int
+    output: Image.Image | str
 
 
 @dataclass(frozen=True, eq=False)
 class Emu3Pipeline:
     """A model and its processor, ready to draw and to answer.
+
+    Its engine is made at the first call and kept. Call `engine.refresh()` after the model's weights were changed.
 
     Args:
         model: in evaluation mode.
@@ -62,165 +79,132 @@ class Emu3Pipeline:
                 "give the processor that belongs to the model"
             )
 
+    def __repr__(self) -> str:
+        weight = self.model.lm_head.weight
+        return f"Emu3Pipeline({self.model.num_parameters():,} parameters, {weight.dtype}, on {weight.device})"
+
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        download: bool = False,
-        compiled: bool = False,
-        int8: bool = False,
-    ) -> Emu3Pipeline:
+    @takes(Load)
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Emu3Pipeline:
         """Load "nano", which is part of the package, a folder, or a hub id `owner/name`.
 
         Args:
             name: which checkpoint.
-            device: where the model runs.
-            dtype: of its weights.
-            download: whether a hub id may be fetched; otherwise it must be in the local cache.
-            compiled: whether to compile the layers, which pays for many pictures; see `Engine`.
-            int8: whether to compute the layers in 8 bits, on a CPU; see `emu3.quantization`.
+            **options: see `emu3.options.Load`.
 
         Raises:
-            ValueError: there is no such checkpoint, or its files do not fit together.
+            ValueError: there is no such checkpoint, its files do not fit together, or an option that cannot be used.
         """
+        load = make(Load, options)
         from emu3.checkpoints.load import load_model, load_processor
         from emu3.quantization import quantize_int8
 
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r}, but this PyTorch sees no GPU; leave it out to run on the CPU")
-        folder = resolve(name, download=download)
+        if (
+            torch.device(load.device if load.device != "auto" else "cpu").type == "cuda"
+            and not torch.cuda.is_available()
+        ):
+            raise ValueError(f"device={load.device!r}, but this PyTorch sees no GPU; leave it out to run on the CPU")
+        folder = resolve(name, download=load.download)
         processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
-        model = load_model(folder, dtype=dtype, device=device)
-        if int8:
+        model = load_model(folder, dtype=torch.float32, device="cpu")
+        if load.int8:
             quantize_int8(model.model.text_model)
         release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
         # By its name too: one that was trained further has the same numbers, and other abilities.
         known = release is not None and Path(name).name.startswith(release.name)
-        return cls(model, processor, release=release if known else None, compiled=compiled)
+        return cls(model, processor, release=release if known else None, compiled=load.compiled)
 
+    @cached_property
+    def engine(self) -> Engine:
+        """Runs what is asked for; threads may share it."""
+        return Engine(self.model, compiled=self.compiled)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the checkpoint spells pictures."""
+        return Emu3Layout(self.model.model.vocabulary, PlainText(self.processor.tokenizer))
+
+    @takes(Draw)
     def image(
-        self,
-        prompts: str | Sequence[str],
-        negative_prompt: str | None = None,
-        ratio: str = "1:1",
-        image_area: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float | Callable[[float], float] = 3.0,
-        top_k: int = 2048,
-        top_p: float = 1.0,
-        temperature: float = 1.0,
-        seed: int | Sequence[int] | None = None,
-        decoding: str | Decoder = "predictive",
-        on_event: Callable[[Event], object] | None = None,
+        self, prompts: str | Sequence[str], on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> list[Image.Image]:
         """Draw one picture for each prompt, together in one batch.
 
         Args:
             prompts: what to draw; a string is one prompt.
-            negative_prompt: what to stay away from; None guides away from the empty prompt.
-            ratio: "width:height"; with `image_area` it sets the size.
-            image_area: in pixels; None is what the model was trained on.
-            height, width: in pixels, in place of ratio and area; multiples of the vision tokenizer's factor.
-            guidance_scale: how closely to follow the words; 1 is no guidance, and half the work. Or a function of
-                progress, from 0 to 1.
-            top_k, top_p, temperature: see `Sampling`. Temperature 0 takes the likeliest token, whatever the seed.
-            seed: picture i has seed + i, or its own of a list. None draws new ones. In float32 a picture depends on its
-                seed and not on the batch; in 16 bits products round differently in a batch, which may change a token.
-            decoding: "predictive" or "raster", the same tokens up to rounding; "jacobi", lossless; "zipar", close to
-                them; perhaps with a window, as in "zipar:7"; or a decoder. See docs/draw.md.
             on_event: is called with the engine's events; its requests are numbered like the prompts.
+            **options: see `emu3.options.Draw`, and:
+                negative_prompt: None guides away from the empty prompt.
+                ratio, image_area: set the size; the area is what the model was trained on by default.
+                height, width: in pixels, in place of ratio and area; multiples of the vision tokenizer's factor.
+                guidance_scale: a number, or a function of progress, which goes from 0 to 1.
+                seed: picture i has seed + i, or its own of a list. In float32 a picture depends on its seed and not on
+                    the batch; in 16 bits products round differently in a batch, which may change a token.
+                decoding: "predictive" or "raster", the same tokens up to rounding; "jacobi", lossless; "zipar", close
+                    to them; perhaps with a window, as in "zipar:7"; or a decoder. See docs/draw.md.
 
         Returns:
             A list of RGB pictures, also for a single prompt.
 
         Raises:
             ValueError: a checkpoint that only reads, a size that cannot be drawn or does not fit the context with its
-                prompt, sampling settings or a ratio out of range, or seeds that are not as many as the prompts.
+                prompt, an option that cannot be used, or seeds that are not as many as the prompts.
         """
-        self.require("draw")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
-        rows, columns = self._grid(ratio, image_area, height, width)
-        grammar = GridGrammar(rows, columns, vocabulary=self.model.model.vocabulary)
-        sampling = Sampling(temperature, top_k, top_p)
-        prompt_ids = self._drawing_prompts(texts, rows, columns)
-        guidance = None
-        if guidance_scale != 1:
-            if not isinstance(negative_prompt, str | None):
-                raise ValueError(f"negative_prompt must be a string, for all prompts, got {negative_prompt!r:.80}")
-            guidance = Guidance(self._drawing_prompts([negative_prompt or ""], rows, columns)[0], guidance_scale)
-        requests = [
-            Request(ids, grammar, sampling, guidance, own_seed)
-            for ids, own_seed in zip(prompt_ids, _seeds(seed, len(texts)), strict=True)
-        ]
-        decoder = decoder_named(decoding) if isinstance(decoding, str) else decoding
-        return [self._decode(ids, grammar) for ids in self._run(requests, decoder, on_event)]
+        return cast("list[Image.Image]", self._results(self._drawings(prompts, make(Draw, options)), on_event))
 
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message] | tuple[str, Any],
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        seed: int | None = ...,
-        on_event: Callable[[Event], object] | None = ...,
-    ) -> str: ...
-
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Sequence[Message] | tuple[str, Any]],
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        seed: int | Sequence[int] | None = ...,
-        on_event: Callable[[Event], object] | None = ...,
-    ) -> list[str]: ...
-
+    @takes(Answer)
     def chat(
         self,
         messages: Any,
-        max_new_tokens: int = 1024,
-        temperature: float = 0.0,
-        seed: int | Sequence[int] | None = None,
+        pictures: Any = None,
         on_event: Callable[[Event], object] | None = None,
-    ) -> str | list[str]:
-        """Answer the last message of a conversation, or of each of several.
+        **options: Any,
+    ) -> Any:
+        """Answer a question, the last message of a conversation, or several of them at once.
 
         Args:
-            messages: `{"role": ..., "content": ...}` each, where content is a text or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`; see `emu3.chat.Message`. Or a
-                pair (text, pictures): one question, after its pictures, or its picture. Or a list of conversations.
-            max_new_tokens: the longest answer; the context may end it sooner.
-            temperature: 0 takes the likeliest token.
-            seed: of the answer, above temperature 0; answer i of several has seed + i, or its own of a list. None draws
-                new ones.
+            messages: a question, or the messages of a conversation: `{"role": ..., "content": ...}` each, where content
+                is a text or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`; see
+                `emu3.chat.Message`. Or a list of conversations, each a list of messages or a pair (question, pictures).
+            pictures: of the question, in front of it: one, or a list.
             on_event: is called with the engine's events; its requests are numbered like the conversations.
+            **options: see `emu3.options.Answer`, and:
+                max_new_tokens: the context may end the answer sooner.
+                seed: answer i of several has seed + i, or its own of a list.
 
         Returns:
             The answer, or a list of answers for a list of conversations.
 
         Raises:
-            ValueError: a checkpoint that only draws, a message or picture that cannot be read, or a conversation longer
-                than the context.
+            ValueError: a checkpoint that only draws, a message or picture that cannot be read, an option that cannot be
+                used, or a conversation longer than the context.
         """
-        self.require("read")
-        several = isinstance(messages, list) and bool(messages) and isinstance(messages[0], list | tuple)
-        conversations = [_conversation(each) for each in (messages if several else [messages])]
-        sampling = Sampling(temperature, top_k=0)
-        requests = [
-            self._reading(conversation, sampling, own_seed, max_new_tokens)
-            for conversation, own_seed in zip(conversations, _seeds(seed, len(conversations)), strict=True)
-        ]
-        answers = [
-            str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            for ids in self._run(requests, RasterDecoder(), on_event)
-        ]
-        return answers if several else answers[0]
+        conversations = _conversations(messages, pictures)
+        answers = self._results(self._answers(conversations, make(Answer, options)), on_event)
+        return answers if _are_several(messages) else answers[0]
+
+    def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Iterator[Event | Result]:
+        """Draw or answer, and report as tokens come.
+
+        Args:
+            asked: as for `image`: one or more prompts. Or as for `chat`: messages, or a question with its pictures.
+            pictures: of the question.
+            **options: see `emu3.options.Draw` or `emu3.options.Answer`.
+
+        Yields:
+            The engine's events, and behind each `Finished` a `Result` with the picture or the answer.
+
+        Raises:
+            ValueError: as `image` and `chat`.
+        """
+        is_words = isinstance(asked, str) or (
+            isinstance(asked, list | tuple) and all(isinstance(a, str) for a in asked)
+        )
+        if is_words and pictures is None:
+            requests = self._drawings(asked, make(Draw, options))
+        else:
+            requests = self._answers(_conversations(asked, pictures), make(Answer, options))
+        return self._run(requests)
 
     def require(self, ability: str) -> None:
         """ValueError where the checkpoint is known to lack an ability, "draw" or "read"."""
@@ -228,49 +212,77 @@ class Emu3Pipeline:
             what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
             raise ValueError(f"{self.release.name} does not {what}; load {releases_that(ability)}")
 
-    def _run(
-        self, requests: list[Request], decoder: Decoder, on_event: Callable[[Event], object] | None
-    ) -> list[tuple[int, ...]]:
-        """The ids of each request."""
-        finished = {}
-        for event in Engine(self.model, decoder, compiled=self.compiled).stream(requests):
-            if on_event is not None:
-                on_event(event)
+    def _run(self, requests: list[Request]) -> Iterator[Event | Result]:
+        for event in self.engine.stream(requests):
+            yield event
+            if isinstance(event, Failed):
+                raise ValueError(event.error)
             if isinstance(event, Finished):
-                finished[event.request] = event.ids
-        return [finished[number] for number in range(len(requests))]
+                yield Result(event.request, self._decode(requests[event.request], event.ids))
 
-    def _grid(self, ratio: str, image_area: int | None, height: int | None, width: int | None) -> tuple[int, int]:
-        """Rows and columns of visual tokens of the picture to draw."""
-        factor: int = self.processor.image_processor.spatial_factor
-        if height is None and width is None:
-            area = self.processor.image_area if image_area is None else image_area
-            rows, columns = self.processor.calculate_generate_size(ratio, area, factor)
-        elif height is None or width is None:
-            raise ValueError(f"give both height and width, or neither; got height={height}, width={width}")
-        else:
-            rows, columns = _tokens("height", height, factor), _tokens("width", width, factor)
-        if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
-            raise ValueError(
-                f"a picture of {rows * factor}x{columns * factor} pixels is more than {MAX_ASPECT_RATIO} times longer "
-                "than wide; ask for a squarer one"
+    def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
+        """What each request comes to."""
+        outputs: dict[int, Any] = {}
+        for event in self._run(requests):
+            if isinstance(event, Result):
+                outputs[event.request] = event.output
+            elif on_event is not None:
+                on_event(event)
+        return [outputs[number] for number in range(len(requests))]
+
+    def _drawings(self, prompts: str | Sequence[str], draw: Draw) -> list[Request]:
+        """The requests for pictures."""
+        self.require("draw")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
+        shape = self._shape(draw)
+        guidance = None
+        if draw.guidance_scale != 1:
+            negative_ids = self.layout.prompt(draw.negative_prompt or "", shape)
+            guidance = Guidance(tuple(negative_ids), draw.guidance_scale)
+        decoder = decoder_named(draw.decoding) if isinstance(draw.decoding, str) else draw.decoding
+        return [
+            Request(
+                tuple(self.layout.prompt(check_text("prompt", text), shape)),
+                self.layout.grammar(shape),
+                Sampling(draw.temperature, draw.top_k, draw.top_p),
+                guidance,
+                seed,
+                decoder=decoder,
             )
-        return rows, columns
+            for text, seed in zip(texts, _seeds(draw.seed, len(texts)), strict=True)
+        ]
 
-    def _drawing_prompts(self, texts: list[str], rows: int, columns: int) -> list[tuple[int, ...]]:
-        """Ids of the prompts, each with the image prefix of this size."""
-        factor = self.processor.image_processor.spatial_factor
-        inputs = self.processor(
-            text=texts,
-            return_for_image_generation=True,
-            ratio=f"{columns}:{rows}",
-            image_area=rows * columns * factor**2,
-            split_special_tokens=True,
-        )
-        return [tuple(ids) for ids in inputs["input_ids"]]
+    def _shape(self, draw: Draw) -> Shape:
+        """Size of the picture to draw, in visual tokens."""
+        factor: int = self.processor.image_processor.spatial_factor
+        if draw.height is None and draw.width is None:
+            area = self.processor.image_area if draw.image_area is None else draw.image_area
+            shape = Shape(*self.processor.calculate_generate_size(draw.ratio, area, factor))
+        elif draw.height is None or draw.width is None:
+            raise ValueError(f"give both height and width, or neither; got height={draw.height}, width={draw.width}")
+        else:
+            shape = Shape(_tokens("height", draw.height, factor), _tokens("width", draw.width, factor))
+        if max(shape) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
+            raise ValueError(
+                f"a picture of {shape.width * factor}x{shape.height * factor} pixels is more than {MAX_ASPECT_RATIO} "
+                "times longer than wide; ask for a squarer one"
+            )
+        return shape
+
+    def _answers(self, conversations: list[list[Message]], answer: Answer) -> list[Request]:
+        """The requests for answers."""
+        self.require("read")
+        sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
+        seeds = _seeds(answer.seed, len(conversations))
+        return [
+            self._answer(conversation, sampling, seed, answer.max_new_tokens)
+            for conversation, seed in zip(conversations, seeds, strict=True)
+        ]
 
     @torch.inference_mode()
-    def _reading(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Request:
+    def _answer(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Request:
         """The request for an answer: the conversation's ids, with visual tokens in place of the placeholders."""
         inputs = self.processor.apply_chat_template(
             conversation,
@@ -281,9 +293,10 @@ class Emu3Pipeline:
             add_generation_prompt=True,
         )
         ids_S = inputs["input_ids"][0]
-        request = Request(tuple(ids_S.tolist()), sampling=sampling, seed=seed, max_new_tokens=max_new_tokens)
+        grammar = self.layout.answer(len(self.model.lm_head.weight))
+        request = Request(tuple(ids_S.tolist()), grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
         # Whether it fits is known before the pictures are encoded, which takes far longer.
-        request.budget(self.model.model.text_model.config.max_position_embeddings)
+        request.budget(self.engine.context)
         if "pixel_values" not in inputs:
             return request
         device = self.model.lm_head.weight.device
@@ -295,13 +308,35 @@ class Emu3Pipeline:
         ids_S[ids_S == self.model.model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
         return replace(request, prompt_ids=tuple(ids_S.tolist()))
 
+    def _decode(self, request: Request, ids: tuple[int, ...]) -> Image.Image | str:
+        """The picture or the text that an answer says."""
+        if request.grammar.kind == "text":
+            return "".join(each.text for each in self.layout.read(ids) if isinstance(each, Text)).strip()
+        opening = len(request.prompt_ids) - 1 - request.prompt_ids[::-1].index(self.layout.vocabulary.boi)
+        (visual,) = self.layout.read([*request.prompt_ids[opening:], *ids])
+        return self.decode(cast(Visual, visual))
+
     @torch.inference_mode()
-    def _decode(self, ids: tuple[int, ...], grammar: GridGrammar) -> Image.Image:
-        """The picture that the ids say."""
-        codes_1HW = grammar.codes_of(torch.tensor(ids, device=self.model.lm_head.weight.device))
-        pixels_1CHW = self.model.model.vqmodel.decode(codes_1HW)
-        picture: Image.Image = self.processor.postprocess(pixels_1CHW.float())["pixel_values"][0]
+    def decode(self, visual: Visual) -> Image.Image:
+        """The picture of codes: RGB."""
+        codes_THW = torch.tensor(np.asarray(visual.codes_THW), device=self.model.lm_head.weight.device)
+        pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
+        picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
         return picture
+
+
+def _are_several(messages: Any) -> bool:
+    """Whether there is a list of conversations, and not one."""
+    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], list | tuple)
+
+
+def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
+    """The messages of each conversation."""
+    if isinstance(messages, str):
+        messages = (messages, () if pictures is None else pictures)
+    elif pictures is not None:
+        raise ValueError("pictures go with one question; put those of a conversation into its messages")
+    return [_conversation(each) for each in (messages if _are_several(messages) else [messages])]
 
 
 def _conversation(messages: Any) -> list[Message]:
@@ -311,16 +346,17 @@ def _conversation(messages: Any) -> list[Message]:
         pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
         content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
         return [{"role": "user", "content": content}]
-    if isinstance(messages, str | dict) or not messages:
-        raise ValueError(f"{messages!r:.80} is no conversation; give a list of messages, or (question, [picture])")
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(
+            f"{messages!r:.80} is no conversation; give a question with its pictures, as in "
+            'chat("What is it?", [picture]), or a list of messages'
+        )
     return list(messages)
 
 
 def _tokens(name: str, pixels: int, factor: int) -> int:
     """Tokens along a side of so many pixels."""
-    if not isinstance(pixels, int):
-        raise ValueError(f"{name} must be a whole number of pixels, got {pixels!r}")
-    if pixels < 1 or pixels % factor:
+    if pixels % factor:
         lower = pixels // factor * factor
         nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
         raise ValueError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}; nearest: {nearest}")
@@ -334,4 +370,4 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
             raise ValueError(f"{len(seed)} seeds for {count} prompts; give one each, or a single one to count from")
         return list(seed)
     first = secrets.randbelow(2**31) if seed is None else seed
-    return [first + number for number in range(count)]
+    return [check_whole("seed", first + number, 0, 2**63 - 1) for number in range(count)]

@@ -9,9 +9,11 @@ H and W count tokens, not pixels. The processor sees no network: the model puts 
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -20,7 +22,10 @@ from transformers.utils import logging
 
 from emu3.chat import CHAT_TEMPLATE, STAND_IN, Message, as_plain, check_message, strip
 from emu3.image_processing import Emu3ImageProcessor, Emu3ImageProcessorKwargs, flat_pictures, smart_resize
-from emu3.tokenization import encode_plain
+from emu3.layout import Emu3Layout
+from emu3.segments import Shape, Visual
+from emu3.tokenization import CONTROL_TOKENS, PlainText, encode_plain
+from emu3.vocabulary import SURFACES, Vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -351,29 +356,23 @@ class Emu3Processor(ProcessorMixin):
             parts += [texts[int(piece)]] if index % 2 else self._take_apart(piece)
         return parts
 
-    def _size_ids(self, height: int, width: int) -> list[int]:
-        """What comes before a picture of `height` x `width` tokens: boi, "H*W", img."""
-        size = encode_plain(self.tokenizer, f"{height}*{width}")
-        return [self.tokenizer.boi_token_id, *size, self.tokenizer.image_wrapper_token_id]
-
-    def _picture_ids(self, height: int, width: int) -> list[int]:
-        """A whole picture in a prompt, with a placeholder for each visual and each end-of-row token."""
-        placeholders = [self.image_token_id] * (height * (width + 1))
-        return [
-            *self._size_ids(height, width),
-            *placeholders,
-            self.tokenizer.eof_token_id,
-            self.tokenizer.eoi_token_id,
-        ]
+    @cached_property
+    def _layout(self) -> Emu3Layout:
+        """Spells pictures that are not encoded yet: each visual and each end-of-row token is a placeholder."""
+        roles = {SURFACES[role]: role for role in SURFACES}
+        ids = {roles[surface]: getattr(self.tokenizer, f"{name}_id") for name, surface in CONTROL_TOKENS.items()}
+        placeholder = ids["image_placeholder"]
+        vocabulary = Vocabulary(visual_base=placeholder, codebook_size=1, control=ids | {"eol": placeholder})
+        return Emu3Layout(vocabulary, PlainText(self.tokenizer))
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """What a picture is written out as: transformers' name for it."""
         height, width = (int(side) // self.downsample_ratio for side in image_inputs["image_sizes"][image_idx])
-        placeholders = self.image_token * (height * (width + 1))
-        return f"{self._size_text(height, width)}{placeholders}{self.eof_token}{self.image_end_token}"
+        return self._written_out(self._layout.spell([_unknown(height, width)]))
 
-    def _size_text(self, height: int, width: int) -> str:
-        return f"{self.image_start_token}{height}*{width}{self.fake_token_around_image}"
+    def _written_out(self, ids: list[int]) -> str:
+        """The surfaces of a picture's tokens, joined; its digits stand for themselves."""
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """How many placeholders pictures of so many (height, width) pixels take; servers ask by this name."""
@@ -415,7 +414,7 @@ class Emu3Processor(ProcessorMixin):
         wants_types = for_text.pop("return_mm_token_type_ids", False)
         wants_offsets = for_text.pop("return_text_replacement_offsets", False)
         texts, offsets = self.get_text_with_replacements(texts, replacements)
-        ends = [self._size_text(*size) for size in sizes] or [""] * len(texts)
+        ends = [self._written_out(self._layout.opening(Shape(*size))) for size in sizes] or [""] * len(texts)
         encoded = self.tokenizer([text + end for text, end in zip(texts, ends, strict=True)], **for_text)
         if wants_types:
             encoded["mm_token_type_ids"] = self._kinds([list(map(int, row)) for row in encoded["input_ids"]])
@@ -453,11 +452,12 @@ class Emu3Processor(ProcessorMixin):
                     ids += encode_plain(self.tokenizer, "".join(map(str, run)))
                 else:
                     for token in map(int, run):
-                        ids += self._picture_ids(*next(remaining)) if token == self.image_token_id else [token]
+                        is_picture = token == self.image_token_id
+                        ids += self._layout.spell([_unknown(*next(remaining))]) if is_picture else [token]
             bos = self.tokenizer.bos_token_id
             wants_bos = for_text.get("add_special_tokens") in (None, True)
             rows.append([bos, *ids] if wants_bos and ids[:1] != [bos] else ids)
-        ends = [self._size_ids(*size) for size in sizes] or [[] for _ in rows]
+        ends = [self._layout.opening(Shape(*size)) for size in sizes] or [[] for _ in rows]
         if _switched_on("truncation", for_text, ("longest_first", "only_first"), "do_not_truncate"):
             longest = self._longest("truncation=True", for_text)
             rows = [self._cut(ids, longest - len(end)) for ids, end in zip(rows, ends, strict=True)]
@@ -504,6 +504,11 @@ class Emu3Processor(ProcessorMixin):
                 "raise max_length, or give smaller pictures"
             )
         return kept
+
+
+def _unknown(height: int, width: int) -> Visual:
+    """A picture of so many tokens whose codes are not known yet."""
+    return Visual(np.zeros((1, height, width), dtype=np.int32))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What tests need of this project and of those that build on it: tiny random models that are whole in every other way."""
+"""Tiny random models that are whole in every other way, for the tests of this project and of others."""
 
 from __future__ import annotations
 

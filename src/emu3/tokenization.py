@@ -15,7 +15,7 @@ The released checkpoints bring a BPE in tiktoken's file format, followed by RELE
 import base64
 import binascii
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -170,6 +170,21 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         raise ValueError(f"text {text!r} is not valid Unicode ({error.reason}); remove the lone surrogate") from error
     return [token.id for piece, _ in pieces for token in backend.model.tokenize(piece)]
+
+
+class PlainText:
+    """What a layout needs of a tokenizer: words to ids and back, without control tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """See `encode_plain`."""
+        return encode_plain(self.tokenizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control and visual tokens are left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

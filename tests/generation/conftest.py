@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from emu3.generation.grammar import TextGrammar
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
 
@@ -21,3 +22,9 @@ def model(config):
 @pytest.fixture(scope="session")
 def vocabulary(model):
     return model.model.vocabulary
+
+
+@pytest.fixture(scope="session")
+def text(model, vocabulary):
+    """The rules for a text."""
+    return TextGrammar(model.config.text_config.vocab_size, (vocabulary.eos,))

@@ -11,19 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3 import quantization
-from emu3.generation import forward
-from emu3.generation.decoders import UNDECIDED, Running, Wanted
 from emu3.generation.decoders.guesses import Guesses, guess_from_neighbour, turns_of
 from emu3.generation.decoders.jacobi import JacobiDecoder, couple
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.decoders.predictive import PredictiveDecoder
+from emu3.generation.decoders.protocol import UNDECIDED
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.decoders.zipar import ZipARDecoder
 from emu3.generation.engine import Engine
-from emu3.generation.events import Finished, RowDone, Tokens
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.events import Finished, FrameDone, RowDone, Stepped, Tokens
+from emu3.generation.grammar import GridGrammar, TextGrammar
 from emu3.generation.request import Guidance, Request
+from emu3.generation.runtime import forward
 from emu3.generation.sampling import GREEDY, Sampling
+from emu3.generation.sequence import Sequence
+from emu3.vocabulary import EMU3, Vocabulary
 
 WARM = Sampling(1.3, top_k=12, top_p=0.95)
 
@@ -31,28 +33,36 @@ WARM = Sampling(1.3, top_k=12, top_p=0.95)
 def request(vocabulary, height, width, frames=1, sampling=WARM, seed=0, scale=3.0):
     prompt = (vocabulary.bos, 5, 6, 7 + seed, vocabulary.boi, 1, vocabulary.img)
     guidance = None if scale is None else Guidance((vocabulary.bos, vocabulary.boi, 1, vocabulary.img), scale)
-    return Request(prompt, GridGrammar(height, width, frames, vocabulary), sampling, guidance, seed)
+    grammar = GridGrammar(height, width, frames, vocabulary=vocabulary)
+    return Request(prompt, grammar, sampling, guidance, seed)
 
 
 def finished(model, decoder, requests):
-    events = [event for event in Engine(model, decoder).stream(requests) if isinstance(event, Finished)]
+    requests = [replace(each, decoder=decoder) for each in requests]
+    events = [event for event in Engine(model).stream(requests) if isinstance(event, Finished)]
     return [event.ids for event in sorted(events, key=lambda event: event.request)]
 
 
+def steps(events):
+    """Forwards that decided something."""
+    return sum(1 for event in events if isinstance(event, Stepped) and not event.prefill)
+
+
 @pytest.fixture(scope="module")
-def mixed(vocabulary):
+def mixed(model, vocabulary):
     """Pictures and clips of many sizes, and texts."""
+    size = model.config.text_config.vocab_size
     sizes = [(3, 4, 1), (2, 1, 1), (1, 2, 1), (4, 3, 1), (2, 3, 3), (5, 5, 1), (1, 1, 4)]
     pictures = [
         request(vocabulary, *size, seed=seed, scale=[3.0, None, 1.5][seed % 3]) for seed, size in enumerate(sizes)
     ]
-    texts = [Request((vocabulary.bos, n), None, WARM, None, n, max_new_tokens=9 + n) for n in range(2)]
+    texts = [Request((vocabulary.bos, n), TextGrammar(size, (vocabulary.eos,)), WARM, None, n, 9 + n) for n in range(2)]
     return [*pictures[:3], texts[0], *pictures[3:], texts[1]]
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9))
 def test_turns_are_those_of_a_wavefront(height, width, frames, window):
-    grammar = GridGrammar(height, width, frames)
+    grammar = GridGrammar(height, width, frames, vocabulary=EMU3)
     turns, lag = turns_of(grammar, window), min(window, width)
     for k in range(grammar.length):
         if not grammar.is_forced(k):
@@ -78,7 +88,7 @@ def answers(grammar, turns, id_at):
 @given(*[st.integers(1, 4)] * 3, st.integers(1, 5), st.integers(1, 20), st.integers(2, 3), st.integers(0, 99))
 def test_guesses_change_no_decision(height, width, frames, window, most, size, seed):
     """Against deciding one position after the other; the cache of the model remembers what was fed, right or wrong."""
-    grammar = GridGrammar(height, width, min(frames, 2))
+    grammar = GridGrammar(height, width, min(frames, 2), vocabulary=EMU3)
     lo, turns = grammar.vocabulary.visual_base, turns_of(grammar, window)
 
     def id_after(k, state):
@@ -91,30 +101,29 @@ def test_guesses_change_no_decision(height, width, frames, window, most, size, s
         return expected[q]
 
     answers(grammar, turns, decide)
-    sequence = Running.begin(Request((grammar.vocabulary.img,), grammar), 0, 999)
+    ids = Sequence.begin(Request((grammar.vocabulary.img,), grammar), 0, 999).ids
     guesses, cache, steps = Guesses.begin(grammar, window), {}, 0
-    while (sequence.ids_K == UNDECIDED).any():
-        plan, steps = guesses.plan(sequence.ids_K, most), steps + 1
-        assert plan.feeds == sorted(set(plan.feeds))
-        for q, turn in zip(plan.feeds, plan.turns, strict=True):
+    while (ids == UNDECIDED).any():
+        step, steps = guesses.propose(ids, most), steps + 1
+        assert step.inputs == sorted(set(step.inputs))
+        for q, turn in zip(step.inputs, step.turns, strict=True):
             assert turn == turns[q + 1]
             seen = [cache[p] for p in sorted(cache) if p < q and turns[p + 1] <= turn]
-            id_ = None if q < 0 else plan.guesses.get(q, int(sequence.ids_K[q]))
+            id_ = None if q < 0 else step.drafts.get(q, int(ids[q]))
             assert id_ != UNDECIDED
             cache[q] = hash((q, id_, tuple(seen)))
-        assert all(plan.feeds[index] == k - 1 for index, k in plan.wants)
-        chosen = [id_after(k, cache[plan.feeds[index]]) for index, k in plan.wants]
-        for k, id_ in guesses.settle(plan, chosen):
-            assert sequence.ids_K[k] == UNDECIDED
-            sequence.decide(k, id_)
-    assert all(sequence.ids_K[k] == id_ for k, id_ in expected.items())
+        assert {k - 1 for k in step.targets} <= set(step.inputs)
+        for k, id_ in guesses.settle(step, [id_after(k, cache[k - 1]) for k in step.targets]):
+            assert ids[k] == UNDECIDED
+            ids[k] = id_
+    assert all(ids[k] == id_ for k, id_ in expected.items())
     assert steps <= int(turns[:-2].max()) + 1
 
 
 def test_a_window_as_wide_as_the_row_is_raster(model, mixed):
     expected = finished(model, RasterDecoder(), mixed)
     assert finished(model, ZipARDecoder(window=9), mixed) == expected
-    one_row = [each for each in mixed if each.grammar is None or each.grammar.height == 1]
+    one_row = [each for each in mixed if each.grammar.kind == "text" or each.grammar.height == 1]
     assert finished(model, ZipARDecoder(window=1), one_row) == finished(model, RasterDecoder(), one_row)
 
 
@@ -124,7 +133,7 @@ def test_a_window_as_wide_as_the_row_is_raster(model, mixed):
 def test_whatever_decides_pictures_are_complete_and_neighbours_do_not_matter(model, mixed, decoder):
     together = finished(model, decoder, mixed)
     for each, ids in zip(mixed, together, strict=True):
-        if each.grammar is not None:
+        if each.grammar.kind == "visual":
             lo, hi = each.grammar.span(np.arange(len(ids)))
             assert len(ids) == each.grammar.length
             assert ((lo <= np.array(ids)) & (np.array(ids) < hi)).all()
@@ -133,15 +142,9 @@ def test_whatever_decides_pictures_are_complete_and_neighbours_do_not_matter(mod
 
 def test_a_narrow_window_takes_fewer_steps(model, vocabulary):
     drawn = request(vocabulary, 6, 6)
-    raster, steps = finished(model, RasterDecoder(), [drawn]), []
-
-    class Counting(ZipARDecoder):
-        def step(self, batch):
-            steps.append(len(batch.sequences))
-            super().step(batch)
-
-    assert finished(model, Counting(2, guesses=1), [drawn]) != raster
-    assert len(steps) == 6 + 5 * 2
+    events = list(Engine(model).stream([replace(drawn, decoder=ZipARDecoder(2, guesses=1))]))
+    assert [events[-1].ids] != finished(model, RasterDecoder(), [drawn])
+    assert steps(events) == 6 + 5 * 2
 
 
 @pytest.mark.parametrize("guesses", [2, 7, 50])
@@ -153,12 +156,13 @@ def test_zipar_decides_the_same_however_much_it_guesses(model, mixed, window, gu
 def test_rows_are_reported_as_they_are_done(model, vocabulary):
     drawn = request(vocabulary, 4, 3)
     for decoder in (ZipARDecoder(1), JacobiDecoder(4), PredictiveDecoder(4)):
-        events = list(Engine(model, decoder).stream([drawn]))
+        events = list(Engine(model).stream([replace(drawn, decoder=decoder)]))
         tokens = [event for event in events if isinstance(event, Tokens)]
         at = {k: id_ for event in tokens for k, id_ in enumerate(event.ids, event.position)}
         assert tuple(at[k] for k in range(drawn.grammar.length)) == events[-1].ids
         assert sum(len(event.ids) for event in tokens) == drawn.grammar.length
         assert [event.row for event in events if isinstance(event, RowDone)] == [0, 1, 2, 3]
+        assert [event.frame for event in events if isinstance(event, FrameDone)] == [0]
         for event in tokens:
             positions = range(event.position, event.position + len(event.ids))
             assert event.forced == tuple(drawn.grammar.is_forced(k) for k in positions)
@@ -177,8 +181,8 @@ def test_predictive_decides_what_raster_does(model, mixed, window):
 
 def test_guesses_are_of_the_neighbour(vocabulary):
     """Of a clip of two frames of 2x3, whose first row is decided."""
-    lo, grammar = vocabulary.visual_base, GridGrammar(2, 3, 2, vocabulary)
-    ids = Running.begin(request(vocabulary, 2, 3, frames=2), 0, 99).ids_K
+    lo, grammar = vocabulary.visual_base, GridGrammar(2, 3, 2, vocabulary=vocabulary)
+    ids = Sequence.begin(request(vocabulary, 2, 3, frames=2), 0, 99).ids
     assert guess_from_neighbour(grammar, 0, ids, {}) == lo
     ids[:3] = lo + 1, lo + 2, lo + 3
     assert guess_from_neighbour(grammar, 4, ids, {}) == lo + 1
@@ -207,9 +211,12 @@ def test_coupled_drafts_are_distributed_as_the_new_probabilities(seed):
     assert torch.equal(tokens[kept], drafts[kept])
 
 
+def replace_codebook(vocabulary, size):
+    return Vocabulary(visual_base=vocabulary.visual_base, codebook_size=size, control=vocabulary.control)
+
+
 class Toy:
-    """A model of pictures of one row, of `length` tokens of `size` kinds, with any dependence on what went before: many
-    pictures at once, in the place of a batch."""
+    """A model of pictures of one row, of `length` tokens of `size` kinds, with any dependence on what went before."""
 
     def __init__(self, size, length, seed):
         random = torch.Generator().manual_seed(seed)
@@ -266,55 +273,21 @@ def test_the_toy_tells_the_right_rule_from_the_published_one():
 
 
 def test_the_decoder_has_the_distribution_of_the_model(vocabulary):
-    """The decoder itself, on a batch that answers from the toy's tables."""
+    """The decoder itself, which is told the toy's probabilities."""
     toy, count = Toy(3, 4, seed=2), 6_000
     lo = vocabulary.visual_base
-    ids = replace(vocabulary, codebook_size=3)
-    grammar = GridGrammar(1, 4, vocabulary=ids)
-
-    class ToyBatch:
-        def __init__(self, sequences):
-            self.sequences = sequences
-
-        def run(self, plans):
-            self.known = [
-                {k: plan.guesses.get(k, int(sequence.ids_K[k])) - lo for k in range(max(plan.feeds) + 1)}
-                for sequence, plan in zip(self.sequences, plans, strict=True)
-            ]
-            return torch.empty(0)
-
-        def wanted(self, plans):
-            return [
-                Wanted(sequence, k, (n, k))
-                for n, (sequence, plan) in enumerate(zip(self.sequences, plans, strict=True))
-                for _, k in plan.wants
-            ]
-
-        def logits(self, hidden, places, span, scale):
-            rows = [torch.tensor([[self.known[n][j] for j in range(k)]], dtype=torch.long) for n, k in places]
-            return torch.stack([toy.probabilities(row)[0, -1].log() for row in rows])
-
-        def check(self, wanted, ids):
-            assert min(ids) >= 0
-
-        def span(self, request, k):
-            return request.grammar.span(k)
-
-        def chosen(self, hidden, wanted):
-            assert not wanted
-            return []
-
-    outcomes = np.zeros(3**4)
-    requests = [Request((ids.bos, ids.img), grammar, Sampling(top_k=0), None, seed) for seed in range(count)]
-    batch = ToyBatch([Running.begin(each, n, 99) for n, each in enumerate(requests)])
-    decoder = JacobiDecoder(3)
-    while batch.sequences:
-        decoder.step(batch)
-        for sequence in batch.sequences:
-            if sequence.emitted == sequence.budget:
-                outcomes[int("".join(str(id_ - lo) for id_ in sequence.ids_K[:4]), 3)] += 1
-        batch.sequences = [sequence for sequence in batch.sequences if sequence.emitted < sequence.budget]
-    assert outcomes.sum() == count
+    grammar = GridGrammar(1, 4, vocabulary=replace_codebook(vocabulary, 3))
+    outcomes, decoder = np.zeros(3**4), JacobiDecoder(3)
+    for seed in range(count):
+        state, ids = decoder.begin(grammar, seed), np.full(4, UNDECIDED)
+        while (ids == UNDECIDED).any():
+            step = decoder.propose(state, ids, most=99)
+            known = [step.drafts.get(k, int(ids[k])) - lo for k in range(max(step.targets))]
+            p_SV = toy.probabilities(torch.tensor([known], dtype=torch.long))[0, step.targets[0] :]
+            for k, id_ in decoder.accept(state, step, p_SV, lo):
+                assert ids[k] == UNDECIDED
+                ids[k] = id_
+        outcomes[int("".join(str(id_ - lo) for id_ in ids), 3)] += 1
     assert chi_square(outcomes, count * toy.distribution().numpy()) < 1.4
 
 
@@ -328,27 +301,28 @@ def test_decoders_by_name():
         with pytest.raises(ValueError, match="decoding"):
             decoder_named(name)
     for kind in (PredictiveDecoder, JacobiDecoder, ZipARDecoder):
-        with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="window must be a whole number, at least 1, got 0"):
             kind(0)
-        with pytest.raises(ValueError, match=r"window must be at least 1, got 1\.5"):
+        with pytest.raises(ValueError, match=r"window must be a whole number, at least 1, got 1\.5"):
             kind(1.5)
-    with pytest.raises(ValueError, match="guesses must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="guesses must be a whole number, at least 1, got 0"):
         ZipARDecoder(guesses=0)
 
 
 @pytest.mark.parametrize("kind", [JacobiDecoder, PredictiveDecoder])
 def test_several_tokens_a_forward_where_guesses_pass(model, vocabulary, kind):
     """Greedy drafts settle, as the iteration's fixed point is the sequence; so it takes fewer steps than tokens."""
-    steps = []
+    drawn = replace(request(vocabulary, 5, 6, sampling=GREEDY), decoder=kind(8))
+    assert steps(Engine(model).stream([drawn])) < 30
 
-    class Counting(kind):
-        def step(self, batch):
-            steps.append(1)
-            super().step(batch)
 
-    drawn = request(vocabulary, 5, 6, sampling=GREEDY)
-    finished(model, Counting(8), [drawn])
-    assert len(steps) < 30
+def test_decoders_of_one_batch_do_not_disturb_each_other(model, vocabulary, mixed):
+    """Every request with another decoder, twice, together and alone."""
+    decoders = [RasterDecoder(), PredictiveDecoder(5), ZipARDecoder(1), JacobiDecoder(4), ZipARDecoder(2, guesses=3)]
+    requests = [replace(each, decoder=decoders[n % len(decoders)]) for n, each in enumerate([*mixed, *mixed])]
+    events = [event for event in Engine(model).stream(requests) if isinstance(event, Finished)]
+    together = [event.ids for event in sorted(events, key=lambda event: event.request)]
+    assert together == [finished(model, each.decoder, [each])[0] for each in requests]
 
 
 @pytest.mark.slow
@@ -359,12 +333,12 @@ def test_several_tokens_a_forward_where_guesses_pass(model, vocabulary, kind):
 )
 def test_compiled_layers_decide_the_same(model, mixed, monkeypatch, few_layers, int8, small):
     """Layer by layer, and all as one; in 8 bits with matrices that are small, and that are not."""
-    monkeypatch.setattr(forward, "_FEW_LAYERS", few_layers)
+    monkeypatch.setattr(forward, "FEW_LAYERS", few_layers)
     monkeypatch.setattr(quantization, "_SMALL_MATRIX", small)
     model = copy.deepcopy(model)
     if int8:
         quantization.quantize_int8(model.model.text_model)
     expected = finished(model, RasterDecoder(), mixed[:1])
-    engine = Engine(model, RasterDecoder(), compiled=True)
+    engine = Engine(model, compiled=True)
     events = [event for event in engine.stream(mixed[:1]) if isinstance(event, Finished)]
     assert [event.ids for event in sorted(events, key=lambda event: event.request)] == expected

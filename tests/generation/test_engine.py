@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from emu3.generation.decoders import Batch
 from emu3.generation.engine import Engine
-from emu3.generation.events import Finished, RowDone, Started, Tokens
+from emu3.generation.events import Finished, FrameDone, RowDone, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import GREEDY, Sampling, choose, guide, uniform_noise
+from emu3.vocabulary import EMU3
 
 
 def prompt(vocabulary, *text):
@@ -19,7 +19,7 @@ def prompt(vocabulary, *text):
 
 def picture(vocabulary, text, height, width, frames=1, negative=(30, 31), scale=3.0, sampling=GREEDY, seed=0):
     guidance = Guidance(prompt(vocabulary, *negative), scale) if scale != 1 else None
-    grammar = GridGrammar(height, width, frames, vocabulary)
+    grammar = GridGrammar(height, width, frames, vocabulary=vocabulary)
     return Request(prompt(vocabulary, *text), grammar, sampling, guidance, seed)
 
 
@@ -29,7 +29,7 @@ def finished(model, requests):
 
 
 @pytest.fixture(scope="module")
-def mixed(vocabulary):
+def mixed(vocabulary, text):
     """Pictures of many sizes, with and without guidance, greedy and not, and two texts."""
     warm = Sampling(1.3, top_k=12, top_p=0.95)
     return [
@@ -39,8 +39,8 @@ def mixed(vocabulary):
         picture(vocabulary, (14,), 4, 3, scale=1, sampling=warm, seed=2),
         picture(vocabulary, (), 2, 3, frames=3, negative=(1, 2, 3, 4, 5, 6, 7), scale=1.5, sampling=warm, seed=3),
         picture(vocabulary, (15, 16, 17), 5, 5, negative=(), scale=7.0),
-        Request((vocabulary.bos, 20, 21, 22), max_new_tokens=9),
-        Request((vocabulary.bos, 23), sampling=warm, seed=4, max_new_tokens=30),
+        Request((vocabulary.bos, 20, 21, 22), text, max_new_tokens=9),
+        Request((vocabulary.bos, 23), text, sampling=warm, seed=4, max_new_tokens=30),
     ]
 
 
@@ -51,7 +51,7 @@ def together(model, mixed):
 
 def test_every_id_is_legal_and_every_picture_complete(mixed, together, model):
     for request, ids in zip(mixed, together, strict=True):
-        if request.grammar is None:
+        if request.grammar.kind == "text":
             assert 1 <= len(ids) <= request.max_new_tokens
             assert all(0 <= id_ < model.config.text_config.vocab_size for id_ in ids)
         else:
@@ -66,14 +66,14 @@ def test_neighbours_do_not_matter(model, mixed, together):
     assert finished(model, mixed[::-1]) == together[::-1]
 
 
-def test_padding_at_the_end_of_the_cache(model, vocabulary):
-    """The longest row takes its last steps beside one that feeds three tokens at once (end of row, end of frame)."""
+def test_padding_at_the_end_of_the_cache(model, vocabulary, text):
+    """The longest lane takes its last steps beside one that feeds three tokens at once (end of row, end of frame)."""
     for length in range(5, 9):
-        text = Request((vocabulary.bos, *[3] * 60), max_new_tokens=length)
+        words = Request((vocabulary.bos, *[3] * 60), text, max_new_tokens=length)
         clip = picture(vocabulary, (), 1, 1, frames=length + 1, scale=1)
-        alone = finished(model, [text]) + finished(model, [clip])
+        alone = finished(model, [words]) + finished(model, [clip])
         assert len(alone[0]) == length
-        assert finished(model, [text, clip]) == alone
+        assert finished(model, [words, clip]) == alone
 
 
 def test_a_seed_is_the_picture(model, vocabulary):
@@ -87,9 +87,9 @@ def test_a_seed_is_the_picture(model, vocabulary):
     assert finished(model, [dataclasses.replace(request, seed=12)]) != [alone]
 
 
-def test_text_ends_at_eos_or_at_its_limit(model, vocabulary):
+def test_text_ends_at_eos_or_at_its_limit(model, vocabulary, text):
     """Drawn with many seeds, so that some end early."""
-    requests = [Request((vocabulary.bos, n), None, Sampling(3.0, 0), None, n, 40) for n in range(16)]
+    requests = [Request((vocabulary.bos, n), text, Sampling(3.0, 0), None, n, 40) for n in range(16)]
     events = [event for event in Engine(model).stream(requests) if isinstance(event, Finished)]
     assert {event.reason for event in events} == {"stop", "length"}
     for event in events:
@@ -116,58 +116,62 @@ def test_scoring_what_was_drawn_reproduces_every_choice(model, mixed, together):
             logits = guide(logits, unconditional, request.guidance.scale)
         noise = uniform_noise(request.seed, len(ids))
         for k, id_ in enumerate(ids):
-            lo, hi = (0, logits.shape[-1]) if request.grammar is None else request.grammar.span(k)
+            lo, hi = request.grammar.span(k)
             assert choose(logits[k : k + 1, lo:hi], request.sampling, noise[k : k + 1]) + lo == id_, (request, k)
 
 
-def test_forced_tokens_cost_no_forward(model, vocabulary, monkeypatch):
+def test_forced_tokens_cost_no_forward(model, vocabulary):
     """A picture takes one forward a visual token; its rows' ends ride along."""
-    calls, feed = [], Batch.feed
-
-    def counting(batch, tokens, rows=None):
-        calls.append(max(len(ids) for ids, _, _ in tokens))
-        return feed(batch, tokens, rows)
-
-    monkeypatch.setattr(Batch, "feed", counting)
     request = picture(vocabulary, (5, 6), 3, 4)
-    finished(model, [request])
-    assert calls == [len(request.prompt_ids) - 1, 1, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1]
+    steps = [event for event in Engine(model).stream([request]) if isinstance(event, Stepped)]
+    assert [step.lanes for step in steps] == [2] * 13
+    assert [step.tokens // 2 for step in steps] == [len(request.prompt_ids) - 1, 1, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1]
+    assert [step.decided for step in steps] == [0, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 5]
+    assert [step.prefill for step in steps] == [True] + [False] * 12
 
 
 def test_events_tell_the_whole_story(model, mixed, together):
     events = list(Engine(model).stream(mixed))
     for number, (request, ids) in enumerate(zip(mixed, together, strict=True)):
-        mine = [event for event in events if event.request == number]
+        mine = [event for event in events if not isinstance(event, Stepped) and event.request == number]
         tokens = [event for event in mine if isinstance(event, Tokens)]
-        assert mine[0] == Started(number, len(request.prompt_ids), len(ids) if request.grammar else mine[0].length)
+        assert mine[0] == Started(
+            number, len(request.prompt_ids), len(ids) if request.grammar.length else mine[0].length
+        )
         assert mine[-1].ids == ids
         assert sum((event.ids for event in tokens), ()) == ids
         assert [event.position for event in tokens] == [sum(len(e.ids) for e in tokens[:n]) for n in range(len(tokens))]
         forced = sum((event.forced for event in tokens), ())
         rows = [(event.frame, event.row) for event in mine if isinstance(event, RowDone)]
-        if grammar := request.grammar:
+        if (grammar := request.grammar).kind == "visual":
             assert forced == tuple(grammar.is_forced(k) for k in range(grammar.length))
             assert rows == [(frame, row) for frame in range(grammar.frames) for row in range(grammar.height)]
+            assert [event.frame for event in mine if isinstance(event, FrameDone)] == list(range(grammar.frames))
         else:
             assert not any(forced)
             assert not rows
 
 
-def test_requests_that_cannot_run_are_refused(model, vocabulary):
-    with pytest.raises(ValueError, match=r"needs at least one token"):
-        Request(())
+def test_requests_that_cannot_run_are_refused(model, vocabulary, text):
+    with pytest.raises(ValueError, match=r"prompt_ids must be a tuple of at least one whole number, got \(\)"):
+        Request((), text)
     with pytest.raises(ValueError, match="ends with the image start"):
         Request((vocabulary.bos,), GridGrammar(2, 2, vocabulary=vocabulary))
     with pytest.raises(ValueError, match="max_new_tokens"):
-        Request((vocabulary.bos,), max_new_tokens=0)
+        Request((vocabulary.bos,), text, max_new_tokens=0)
     with pytest.raises(ValueError, match=r"278 tokens \(5 of prompt\) do not fit the model's context of 256"):
         finished(model, [picture(vocabulary, (5,), 10, 26, scale=1)])
     with pytest.raises(ValueError, match="do not fit"):
-        finished(model, [Request((vocabulary.bos,) * 256)])
+        finished(model, [Request((vocabulary.bos,) * 256, text)])
+    with pytest.raises(ValueError, match="holds the id 5000; the model's ids are 0 to"):
+        finished(model, [Request((vocabulary.bos, 5000), text)])
+    other = GridGrammar(2, 2, vocabulary=EMU3)
+    with pytest.raises(ValueError, match="another vocabulary than the model"):
+        finished(model, [Request((EMU3.img,), other)])
 
 
-def test_text_without_a_limit_fills_the_context(model, vocabulary):
-    (ids,) = finished(model, [Request((vocabulary.bos,) * 250)])
+def test_text_without_a_limit_fills_the_context(model, vocabulary, text):
+    (ids,) = finished(model, [Request((vocabulary.bos,) * 250, text)])
     assert len(ids) == 6 or ids[-1] == vocabulary.eos
 
 

@@ -16,7 +16,7 @@ import pytest
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.grammar import GridGrammar, TextGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
 from emu3.pipeline import Emu3Pipeline
@@ -83,21 +83,21 @@ def request(pipeline: Emu3Pipeline, wanted: Golden) -> Request:
     scale = SCHEDULES[wanted.scale] if isinstance(wanted.scale, str) else wanted.scale
     return Request(
         prompt(wanted.words),
-        wanted.size and GridGrammar(wanted.size[1], wanted.size[2], wanted.size[0], vocabulary),
+        GridGrammar(wanted.size[1], wanted.size[2], wanted.size[0], vocabulary=vocabulary)
+        if wanted.size
+        else TextGrammar(len(pipeline.model.lm_head.weight), (vocabulary.eos,)),
         Sampling(*wanted.sampling),
         None if scale == 1 else Guidance(prompt(wanted.negative), scale),
         wanted.seed,
         wanted.max_new_tokens,
+        decoder_named(wanted.decoder),
     )
 
 
 def answers(pipeline: Emu3Pipeline, asked: list[Golden]) -> list[tuple[int, ...]]:
     """The ids of each, run together."""
-    found: dict[int, tuple[int, ...]] = {}
-    for name in DECODERS:
-        numbers = [number for number, each in enumerate(asked) if each.decoder == name]
-        stream = Engine(pipeline.model, decoder_named(name)).stream([request(pipeline, asked[n]) for n in numbers])
-        found |= {numbers[event.request]: event.ids for event in stream if isinstance(event, Finished)}
+    stream = Engine(pipeline.model).stream([request(pipeline, each) for each in asked])
+    found = {event.request: event.ids for event in stream if isinstance(event, Finished)}
     return [found[number] for number in range(len(asked))]
 
 

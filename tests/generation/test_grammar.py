@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from emu3.generation.grammar import GridGrammar, prefix_allowed_tokens_fn
+from emu3.generation.grammar import GridGrammar, TextGrammar, prefix_allowed_tokens_fn
 from emu3.vocabulary import EMU3, Vocabulary
 
 SMALL = Vocabulary(
@@ -58,7 +58,7 @@ def test_narrow_pictures_where_the_documented_function_errs(width):
 
 def test_every_position_of_every_small_size():
     for height, width, frames in itertools.product(range(1, 6), range(1, 6), range(1, 4)):
-        grammar = GridGrammar(height, width, frames, SMALL)
+        grammar = GridGrammar(height, width, frames, vocabulary=SMALL)
         expected = spelled_out(height, width, frames)
         assert grammar.length == len(expected) - 40
         assert [grammar.span(k) for k in range(len(expected))] == expected, grammar
@@ -67,7 +67,7 @@ def test_every_position_of_every_small_size():
 
 @pytest.mark.parametrize("container", [np.array, torch.tensor])
 def test_arrays_of_positions(container):
-    grammar = GridGrammar(3, 2, 2, SMALL)
+    grammar = GridGrammar(3, 2, 2, vocabulary=SMALL)
     lo, hi = grammar.span(container([[0, 2, 9], [8, 20, 21], [22, 23, 99]]))
     assert list(zip(lo.flatten().tolist(), hi.flatten().tolist(), strict=True)) == [
         grammar.span(k) for k in (0, 2, 9, 8, 20, 21, 22, 23, 99)
@@ -75,21 +75,21 @@ def test_arrays_of_positions(container):
 
 
 def test_documented_sizes():
-    assert GridGrammar(90, 90).length == 8193
-    assert GridGrammar(64, 64, frames=30).length == 30 * (64 * 65 + 1) + 2
-    assert GridGrammar(90, 90).span(90) == (151846, 151847)
-    assert GridGrammar(90, 90).span(91) == (151854, 184622)
+    assert GridGrammar(90, 90, vocabulary=EMU3).length == 8193
+    assert GridGrammar(64, 64, frames=30, vocabulary=EMU3).length == 30 * (64 * 65 + 1) + 2
+    assert GridGrammar(90, 90, vocabulary=EMU3).span(90) == (151846, 151847)
+    assert GridGrammar(90, 90, vocabulary=EMU3).span(91) == (151854, 184622)
 
 
-@pytest.mark.parametrize("size", [(0, 3, 1), (3, 0, 1), (3, 3, 0), (-1, 3, 1)])
+@pytest.mark.parametrize("size", [(0, 3, 1), (3, 0, 1), (3, 3, 0), (-1, 3, 1), (1.5, 2, 1), ("2", 2, 1)])
 def test_sizes_below_one_are_refused(size):
-    with pytest.raises(ValueError, match="at least 1"):
-        GridGrammar(*size)
+    with pytest.raises(ValueError, match="must be a whole number, at least 1"):
+        GridGrammar(*size, vocabulary=SMALL)
 
 
 @pytest.mark.parametrize("container", [np.array, torch.tensor])
 def test_codes_come_back_from_the_ids(container):
-    grammar = GridGrammar(2, 2, 2, SMALL)
+    grammar = GridGrammar(2, 2, 2, vocabulary=SMALL)
     v, eol, eof = SMALL.visual_base, SMALL.eol, SMALL.eof
     ids = [v, v + 1, eol, v + 2, v + 3, eol, eof, v + 4, v, eol, v, v + 1, eol, eof, SMALL.eoi, SMALL.eos]
     assert len(ids) == grammar.length
@@ -130,5 +130,29 @@ def test_prefix_function_needs_an_image_start():
         allowed(function, 0, [SMALL.bos, 0])
 
 
-def test_default_vocabulary_is_the_released_one():
-    assert GridGrammar(1, 1).vocabulary is EMU3
+def test_a_grammar_must_be_told_its_vocabulary():
+    with pytest.raises(TypeError, match="vocabulary"):
+        GridGrammar(1, 1)
+
+
+def test_ids_of_codes_are_legal_and_come_back():
+    for height, width, frames in itertools.product(range(1, 5), range(1, 5), range(1, 4)):
+        grammar = GridGrammar(height, width, frames, vocabulary=SMALL)
+        codes = np.arange(height * width * frames).reshape(frames, height, width) % SMALL.codebook_size
+        ids = grammar.ids_of(codes)
+        assert all(lo <= id_ < hi for id_, (lo, hi) in zip(ids, map(grammar.span, range(grammar.length)), strict=True))
+        assert np.array_equal(grammar.codes_of(ids), codes)
+
+
+def test_rows_end_where_their_end_of_line_stands():
+    grammar = GridGrammar(2, 3, 2, vocabulary=SMALL)
+    ends = {k: grammar.row_ending_at(k) for k in range(grammar.length + 9) if grammar.row_ending_at(k)}
+    assert ends == {3: (0, 0), 7: (0, 1), 12: (1, 0), 16: (1, 1)}
+    assert all(grammar.span(k)[0] == SMALL.eol for k in ends)
+
+
+def test_a_text_goes_on_until_an_id_that_ends_it():
+    text = TextGrammar(20, (SMALL.eos,))
+    assert text.span(7) == (0, 20)
+    assert text.then([3, SMALL.eos, 4]) is text
+    assert text.then([3, SMALL.eos]) is None

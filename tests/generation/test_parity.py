@@ -7,7 +7,7 @@ from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished
-from emu3.generation.grammar import GridGrammar, prefix_allowed_tokens_fn
+from emu3.generation.grammar import GridGrammar, TextGrammar, prefix_allowed_tokens_fn
 from emu3.generation.request import Guidance, Request
 
 
@@ -111,9 +111,10 @@ def test_pictures_of_different_sizes_equal_generate_with_our_function(model, ref
 
 def test_text_equals_generate(model, reference, vocabulary):
     prompts = [(vocabulary.bos, *range(n, n + n)) for n in range(1, 6)]
+    text = TextGrammar(model.config.text_config.vocab_size, (vocabulary.eos,))
     ours = {
         event.request: event.ids
-        for event in Engine(model).stream([Request(prompt, max_new_tokens=25) for prompt in prompts])
+        for event in Engine(model).stream([Request(prompt, text, max_new_tokens=25) for prompt in prompts])
         if isinstance(event, Finished)
     }
     theirs = reference.generate(**padded(prompts, vocabulary.pad), do_sample=False, max_new_tokens=25)

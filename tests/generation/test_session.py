@@ -1,188 +1,296 @@
-"""Requests that come and go: admission, shared prompts, chunks, cancelling, and the accounting of the cache."""
+"""Requests that come and go: admission, shared prompts, chunks, cancelling, failures, and what the cache holds."""
 
+import copy
 import random
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from emu3.generation.cache import EMPTY
-from emu3.generation.decoders import Batch
 from emu3.generation.decoders.jacobi import JacobiDecoder
+from emu3.generation.decoders.predictive import PredictiveDecoder
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.decoders.zipar import ZipARDecoder
-from emu3.generation.engine import WORTH_SHARING, Engine, Session
-from emu3.generation.events import Finished, Started, Tokens
+from emu3.generation.engine import Engine
+from emu3.generation.events import Failed, Finished, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
+from emu3.generation.prefixes import BLOCK
 from emu3.generation.request import Guidance, Request
-from emu3.generation.sampling import Sampling
+from emu3.generation.runtime.cache import EMPTY
+from emu3.generation.sampling import GREEDY, Sampling
 
 WARM = Sampling(1.3, top_k=12)
+DECODERS = [RasterDecoder(), PredictiveDecoder(4), ZipARDecoder(1), JacobiDecoder(4)]
 
 
-def picture(vocabulary, text, height=2, width=3, scale=3.0, seed=0, negative=()):
+def picture(vocabulary, text, height=2, width=3, scale=3.0, seed=0, negative=(), decoder=DECODERS[0]):
     prompts = [(vocabulary.bos, *words, vocabulary.boi, 1, vocabulary.img) for words in (text, negative)]
-    return Request(prompts[0], GridGrammar(height, width, 1, vocabulary), WARM, Guidance(prompts[1], scale), seed)
+    grammar = GridGrammar(height, width, vocabulary=vocabulary)
+    return Request(prompts[0], grammar, WARM, Guidance(prompts[1], scale), seed, decoder=decoder)
 
 
-def alone(model, request, decoder=None):
-    return list(Engine(model, decoder or RasterDecoder()).stream([request]))[-1].ids
+def alone(model, request):
+    return list(Engine(model).stream([request]))[-1].ids
 
 
-def run(session):
-    events = []
-    while not session.idle:
-        events += session.step()
+def finished(events):
     return {event.request: event.ids for event in events if isinstance(event, Finished)}
 
 
-@pytest.fixture
-def fed(monkeypatch):
-    """Tokens that each forward feeds, by row."""
-    calls, feed = [], Batch.feed
+def run(engine):
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    return finished(events)
 
-    def counting(batch, tokens, rows=None):
-        calls.append([len(ids) for ids, _, _ in tokens])
-        return feed(batch, tokens, rows)
 
-    monkeypatch.setattr(Batch, "feed", counting)
-    return calls
+def is_empty(engine):
+    return engine.lanes_in_use == engine.tokens_in_use == 0 and bool((engine._cache.turns_BL == EMPTY).all())
 
 
 def test_what_does_not_fit_waits_for_its_turn(model, vocabulary):
     requests = [picture(vocabulary, (n,), height=1 + n % 3, seed=n) for n in range(7)]
-    session = Session(Engine(model), rows=5, slots=40)
-    numbers = [session.submit(request) for request in requests]
-    started = [event.request for event in session.step() if isinstance(event, Started)]
-    assert started == numbers[:2]  # two rows each, and one row stays free
-    assert session.rows_in_use == 4
-    assert run(session) == {n: alone(model, request) for n, request in zip(numbers, requests, strict=True)}
-    assert session.rows_in_use == 0
-    assert (session.batch.cache.turns_BC == EMPTY).all()
+    engine = Engine(model, lanes=5)
+    numbers = [engine.submit(request) for request in requests]
+    started = [event.request for event in engine.step() if isinstance(event, Started)]
+    assert started == numbers[:2]  # two lanes each, and one lane stays free
+    assert engine.lanes_in_use == 4
+    assert run(engine) == {n: alone(model, request) for n, request in zip(numbers, requests, strict=True)}
+    assert is_empty(engine)
 
 
-def test_requests_may_come_while_others_run(model, vocabulary):
+def test_tokens_are_counted_and_not_lanes_only(model, vocabulary):
+    """A large picture beside small ones makes every lane as long as its own."""
+    small, large = picture(vocabulary, (5,), 1, 2), picture(vocabulary, (5,), 4, 4)
+    slots = [request.reserved(256) for request in (small, large)]
+    engine = Engine(model, tokens=4 * slots[1])
+    numbers = [engine.submit(request) for request in (small, small, small, large, small)]
+    started = [event.request for event in engine.step() if isinstance(event, Started)]
+    assert started == numbers[:3]  # six lanes of small ones fit, eight as long as the large one do not
+    assert engine.tokens_in_use == 6 * slots[0] <= engine.tokens
+    assert run(engine) == {n: alone(model, large if n == 3 else small) for n in numbers}
+    assert is_empty(engine)
+    with pytest.raises(ValueError, match=r"takes \d+ tokens of the cache, this engine has 20"):
+        Engine(model, tokens=20).submit(small)
+
+
+def test_requests_may_come_while_others_run(model, vocabulary, text):
     first, second = picture(vocabulary, (5,), 4, 4), picture(vocabulary, (6, 7), 2, 5, scale=1, seed=3)
-    text = Request((vocabulary.bos, 20, 21), sampling=WARM, seed=9, max_new_tokens=12)
-    session, found = Session(Engine(model), rows=8, slots=64), {}
-    for late in (first, second, text):
-        session.submit(late)
+    words = Request((vocabulary.bos, 20, 21), text, WARM, seed=9, max_new_tokens=12)
+    engine, found = Engine(model, lanes=8), {}
+    for late in (first, second, words):
+        engine.submit(late)
         for _ in range(3):
-            found |= {event.request: event.ids for event in session.step() if isinstance(event, Finished)}
-    found |= run(session)
-    assert found == {n: alone(model, request) for n, request in enumerate((first, second, text))}
+            found |= finished(engine.step())
+    found |= run(engine)
+    assert found == {n: alone(model, request) for n, request in enumerate((first, second, words))}
 
 
-def test_a_prompt_in_chunks_is_the_prompt(model, vocabulary, fed):
+def test_a_prompt_in_chunks_is_the_prompt(model, vocabulary):
     long, short = picture(vocabulary, tuple(range(1, 31))), picture(vocabulary, (5,), 3, 3)
-    expected = [alone(model, long), alone(model, short)]
-    fed.clear()
-    session = Session(Engine(model, chunk=8), rows=4, slots=64)
-    session.submit(short)
-    session.step()
-    session.submit(long)
-    fed.clear()
-    session.step()
-    assert fed == [[8, 3], [1, 1]]  # a chunk of the long prompt and all of its negative one, then the others' step
-    assert run(session) == {0: expected[1], 1: expected[0]}
-    assert max(max(call) for call in fed) == 8
+    engine = Engine(model, chunk=8)
+    engine.submit(short)
+    engine.step()
+    engine.submit(long)
+    steps = [event for event in engine.step() if isinstance(event, Stepped)]
+    # A chunk of the long prompt and all of its negative one, then the others' step.
+    assert [(step.lanes, step.tokens, step.prefill) for step in steps] == [(2, 16, True), (2, 2, False)]
+    assert run(engine) == {0: alone(model, short), 1: alone(model, long)}
 
 
-def test_what_prompts_share_is_computed_once(model, vocabulary, fed):
-    same = tuple(range(1, WORTH_SHARING + 5))
+def test_short_prompts_are_not_padded_to_a_long_one(model, vocabulary, text):
+    prompts = [(n, *[7] * length) for n, length in enumerate((200, 150, 3, 40, 38))]
+    engine = Engine(model)
+    for prompt in prompts:
+        engine.submit(Request(prompt, text, GREEDY, max_new_tokens=1))
+    fed = [(step.lanes, step.tokens) for step in engine.step() if isinstance(step, Stepped) and step.prefill]
+    assert fed == [(2, 400), (2, 80), (1, 3)]
+
+
+def test_what_prompts_share_is_computed_once(model, vocabulary):
+    same = tuple(range(1, BLOCK + 5))
     requests = [picture(vocabulary, (*same, 30 + n), negative=(*same, 3), seed=n) for n in range(3)]
-    expected = {n: alone(model, request) for n, request in enumerate(requests)}
-    fed.clear()
-    session = Session(Engine(model), rows=6, slots=64)
-    for request in requests:
-        session.submit(request)
-    found = run(session)
-    prefills = [call for call in fed if max(call) > 2 or len(call) < 6]
-    assert sum(sum(call) for call in prefills) < 2 * len(requests[0].prompt_ids)
-    assert found == expected
+    events = list(Engine(model).stream(requests))
+    prefilled = sum(event.tokens for event in events if isinstance(event, Stepped) and event.prefill)
+    assert prefilled < 2 * len(requests[0].prompt_ids)
+    assert finished(events) == {n: alone(model, request) for n, request in enumerate(requests)}
 
 
-@pytest.mark.parametrize("decoder", [RasterDecoder(), ZipARDecoder(1), JacobiDecoder(4)])
-def test_cancelling_frees_the_rows_at_once_and_disturbs_nobody(model, vocabulary, decoder):
-    requests = [picture(vocabulary, (n,), 3, 3, seed=n) for n in range(4)]
-    session = Session(Engine(model, decoder), rows=6, slots=40)
+def test_a_prompt_whose_source_is_cancelled_is_computed(model, vocabulary):
+    same = tuple(range(1, 40))
+    requests = [picture(vocabulary, (*same, 30 + n), scale=1.0, seed=n) for n in range(2)]
+    engine = Engine(model, chunk=8)
+    first, second = map(engine.submit, requests)
+    engine.step()
+    assert engine.cancel(first)
+    assert run(engine) == {second: alone(model, requests[1])}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_cancelling_frees_the_lanes_at_once_and_disturbs_nobody(model, vocabulary, decoder):
+    requests = [picture(vocabulary, (n,), 3, 3, seed=n, decoder=decoder) for n in range(4)]
+    engine = Engine(model, lanes=6)
     for request in requests:
-        session.submit(request)
-    session.step()
-    session.step()
-    assert session.rows_in_use == 6
-    assert session.cancel(1)
-    assert session.rows_in_use == 4
-    assert not session.cancel(1)
-    assert not session.cancel(99)
-    events = session.step()
+        engine.submit(request)
+    engine.step()
+    engine.step()
+    assert engine.lanes_in_use == 6
+    assert engine.cancel(1)
+    assert engine.lanes_in_use == 4
+    assert not engine.cancel(1)
+    assert not engine.cancel(99)
+    events = engine.step()
     assert Started(3, len(requests[3].prompt_ids), requests[3].grammar.length) in events
-    rest = run(session)
-    assert rest == {n: alone(model, requests[n], decoder) for n in (0, 2, 3)}
+    assert run(engine) == {n: alone(model, requests[n]) for n in (0, 2, 3)}
 
 
-def test_a_thousand_comings_and_goings_leave_the_accounting_exact(model, vocabulary):
-    """Random submissions, cancellations and steps; the rows in use and filled are those of who is there."""
-    dice = random.Random(0)
-    session = Session(Engine(model), rows=7, slots=24)
-    alive, done, tokens = {}, 0, {}
-    for _ in range(1000):
+def anything(vocabulary, text, dice, number):
+    """A request of any kind; some fail."""
+    if dice.random() < 0.25:
+        return Request((vocabulary.bos, *[3] * dice.randrange(30)), text, WARM, None, number, dice.randrange(1, 12))
+    scale = dice.choice([1.0, 3.0, lambda progress: 1 + progress, lambda progress: 2.0 if progress < 0.5 else None])
+    words = tuple(dice.choices(range(4), k=dice.choice([0, 3, 20])))
+    size = dice.randrange(1, 4), dice.randrange(1, 5)
+    return picture(vocabulary, words, *size, scale, number, decoder=dice.choice(DECODERS))
+
+
+def test_one_engine_for_five_hundred_requests(model, vocabulary, text):
+    """Random submissions, cancellations, failures and steps: each result is that of the request alone, what is in use
+    is what is there, and the cache does not grow with the number of requests."""
+    dice, engine = random.Random(0), Engine(model, lanes=9, tokens=9 * 60)
+    asked, alive, found, failed, tokens, sizes = [], set(), {}, {}, {}, set()
+    while len(asked) < 500 or not engine.idle:
         action = dice.random()
-        if action < 0.25:
-            scale = dice.choice([1.0, 3.0])
-            request = picture(vocabulary, (1,) * dice.randrange(4), 1 + dice.randrange(2), 1 + dice.randrange(3), scale)
-            alive[session.submit(request)] = request
-        elif action < 0.35 and alive:
-            number = dice.choice(list(alive))
-            assert session.cancel(number)
-            del alive[number]
+        if action < 0.3 and len(asked) < 500:
+            asked.append(anything(vocabulary, text, dice, len(asked)))
+            alive.add(engine.submit(asked[-1]))
+        elif action < 0.34 and alive:
+            number = dice.choice(sorted(alive))
+            assert engine.cancel(number)
+            alive.remove(number)
         else:
-            for event in session.step():
+            for event in engine.step():
+                if isinstance(event, Stepped):
+                    continue
                 assert event.request in alive
                 if isinstance(event, Tokens):
                     tokens[event.request] = tokens.get(event.request, 0) + len(event.ids)
-                if isinstance(event, Finished):
-                    assert len(event.ids) == tokens[event.request] == alive.pop(event.request).grammar.length
-                    done += 1
-        admitted = [s.number for s in (*session.batch.sequences, *session.prefilling)]
-        waiting = [s.number for s in session.waiting]
-        assert sorted(admitted + waiting) == sorted(alive)
-        assert session.rows_in_use == sum(len(alive[n].rows) for n in admitted) <= 7
-        assert (session.batch.cache.turns_BC[session.rows_in_use :] == EMPTY).all()
-    while not session.idle:
-        session.step()
-    assert session.rows_in_use == 0
-    assert (session.batch.cache.turns_BC == EMPTY).all()
-    assert done > 50
+                elif isinstance(event, Finished):
+                    found[event.request] = event.ids
+                    assert tokens[event.request] == len(event.ids)
+                elif isinstance(event, Failed):
+                    failed[event.request] = event.error
+                if isinstance(event, Finished | Failed):
+                    alive.remove(event.request)
+        admitted = engine._decoding + engine._prefilling
+        assert {s.number for s in (*admitted, *engine._waiting)} == alive
+        lanes = [lane for sequence in admitted for lane in sequence.lanes]
+        assert [lane.index for lane in lanes] == list(range(len(lanes)))
+        assert engine.lanes_in_use == sum(len(asked[s.number].prompts) for s in admitted) <= 9
+        longest = max((asked[s.number].reserved(256) for s in admitted), default=0)
+        assert engine.tokens_in_use == engine.lanes_in_use * longest <= 9 * 60
+        if engine._cache is not None:
+            sizes.add(engine._cache.turns_BL.numel())
+            assert (engine._cache.turns_BL[engine.lanes_in_use :] == EMPTY).all()
+    assert max(sizes) <= 9 * 60
+    assert is_empty(engine)
+    assert not engine._prefixes._lanes
+    assert len(found) > 300 and len(failed) > 30
+    assert all("guidance scale at token" in error for error in failed.values())
+    for number, ids in found.items():
+        assert ids == alone(model, asked[number]), asked[number]
+
+
+def test_threads_may_share_an_engine(model, vocabulary):
+    requests = [picture(vocabulary, (n,), 2, 4, seed=n, decoder=DECODERS[n % 4]) for n in range(12)]
+    engine, found = Engine(model), {}
+
+    def ask(own):
+        ids = finished(engine.stream([requests[n] for n in own]))
+        found.update({own[place]: each for place, each in ids.items()})
+
+    threads = [threading.Thread(target=ask, args=(range(start, start + 3),)) for start in range(0, 12, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: alone(model, request) for n, request in enumerate(requests)}
+    assert engine.idle
+
+
+def test_a_stream_that_is_closed_cancels_what_it_asked_for(model, vocabulary):
+    engine = Engine(model)
+    stream = engine.stream([picture(vocabulary, (n,)) for n in range(3)])
+    assert isinstance(next(stream), Started)
+    assert not engine.idle
+    stream.close()
+    assert engine.idle
+    assert is_empty(engine)
+
+
+def test_a_request_that_fails_ends_alone(model, vocabulary):
+    """A schedule that gives no number half-way, and one that raises."""
+    good = picture(vocabulary, (5,), 3, 3)
+    nan = picture(vocabulary, (6,), 3, 3, scale=lambda progress: float("nan") if progress > 0.5 else 2.0)
+    worse = picture(vocabulary, (7,), 3, 3, scale=lambda progress: 1 / 0)
+    events = list(Engine(model).stream([nan, good, worse]))
+    assert finished(events) == {1: alone(model, good)}
+    errors = {event.request: event.error for event in events if isinstance(event, Failed)}
+    assert errors[0] == "guidance scale at token 8 must be a finite number from -1e+06 to 1e+06, got nan"
+    assert errors[2].startswith("the guidance schedule fails at token 0: ZeroDivisionError")
+
+
+def test_weights_that_were_changed_are_read_after_refresh(model, vocabulary):
+    model = copy.deepcopy(model)
+    request = replace(picture(vocabulary, (5,), 4, 4), sampling=GREEDY)
+    engine = Engine(model)
+    before = finished(engine.stream([request]))
+    with torch.no_grad():
+        for weight in model.model.text_model.parameters():
+            weight.copy_(weight.roll(1, 0))
+    engine.refresh()
+    after = finished(engine.stream([request]))
+    assert after == {0: alone(model, request)} != before
+    engine.submit(request)
+    engine.step()
+    with pytest.raises(RuntimeError, match="requests are under way"):
+        engine.refresh()
 
 
 def test_a_schedule_of_guidance(model, vocabulary):
-    constant = picture(vocabulary, (5, 6), 4, 4, scale=2.0)
     for decoder in (RasterDecoder(), ZipARDecoder(2), JacobiDecoder(4)):
-        scheduled = picture(vocabulary, (5, 6), 4, 4, scale=lambda progress: 2.0)
-        assert alone(model, scheduled, decoder) == alone(model, constant, decoder)
-        rising = picture(vocabulary, (5, 6), 4, 4, scale=lambda progress: 2.0 if progress < 0.5 else 9.0)
-        late = alone(model, rising, decoder)
+        constant = picture(vocabulary, (5, 6), 4, 4, scale=2.0, decoder=decoder)
+        scheduled = picture(vocabulary, (5, 6), 4, 4, scale=lambda progress: 2.0, decoder=decoder)
+        assert alone(model, scheduled) == alone(model, constant)
+        rising = picture(
+            vocabulary, (5, 6), 4, 4, scale=lambda progress: 2.0 if progress < 0.5 else 9.0, decoder=decoder
+        )
+        late = alone(model, rising)
         if isinstance(decoder, RasterDecoder):
             assert late[:11] == alone(model, constant)[:11]
-        assert late != alone(model, constant, decoder)
+        assert late != alone(model, constant)
 
 
-def test_no_guidance_runs_no_negative_row(model, vocabulary, fed):
-    alone(model, picture(vocabulary, (5, 6), scale=1.0))
-    assert {len(call) for call in fed} == {1}
+def test_no_guidance_runs_no_negative_prompt(model, vocabulary):
+    steps = Engine(model).stream([picture(vocabulary, (5, 6), scale=1.0)])
+    assert {step.lanes for step in steps if isinstance(step, Stepped)} == {1}
 
 
-def test_what_never_fits_is_refused(model, vocabulary):
-    session = Session(Engine(model), rows=1, slots=20)
-    with pytest.raises(ValueError, match="takes 2 rows, this session has 1"):
-        session.submit(picture(vocabulary, (5,)))
-    with pytest.raises(ValueError, match=r"do not fit the model's context of 20"):
-        session.submit(picture(vocabulary, (5,), 3, 9, scale=1.0))
+def test_what_never_fits_is_refused(model, vocabulary, text):
+    engine = Engine(model, lanes=1)
+    with pytest.raises(ValueError, match="takes 2 lanes, this engine has 1"):
+        engine.submit(picture(vocabulary, (5,)))
+    with pytest.raises(ValueError, match=r"do not fit the model's context of 256"):
+        engine.submit(picture(vocabulary, (5,), 10, 26, scale=1.0))
+    good = picture(vocabulary, (5,), scale=1.0)
+    with pytest.raises(ValueError, match="takes 2 lanes"):
+        list(engine.stream([good, picture(vocabulary, (5,))]))
+    assert engine.idle
     with pytest.raises(ValueError, match="schedule of guidance needs a picture"):
-        Request((1, 2), guidance=Guidance((1,), lambda progress: 2.0))
-    endless = picture(vocabulary, (5,), scale=lambda progress: float("nan"))
-    with pytest.raises(ValueError, match="finite number, got nan at token 0"):
-        alone(model, endless)
+        replace(good, guidance=Guidance((1,), lambda progress: 2.0), grammar=text)
+    with pytest.raises(ValueError, match="lanes must be a whole number, at least 1, got 0"):
+        Engine(model, lanes=0)
 
 
 def test_the_model_can_be_trained_and_saved_after_it_was_run(model, vocabulary, tmp_path):

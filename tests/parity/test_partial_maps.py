@@ -12,7 +12,7 @@ from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
 from emu3.configuration import Emu3Config
 from emu3.generation.engine import Engine
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.grammar import GridGrammar, TextGrammar
 from emu3.generation.request import Request
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
@@ -143,7 +143,17 @@ def test_texts_need_no_control_tokens_of_pictures(both):
     ours = both[0]
     ids = [5, 50, 60]
     expected = ours.generate(torch.tensor([ids]), attention_mask=torch.ones(1, 3), max_new_tokens=12, do_sample=False)
-    events = list(Engine(ours).stream([Request(tuple(ids), max_new_tokens=12)]))
+    events = list(
+        Engine(ours).stream(
+            [
+                Request(
+                    tuple(ids),
+                    TextGrammar(ours.config.text_config.vocab_size, (ours.config.text_config.eos_token_id,)),
+                    max_new_tokens=12,
+                )
+            ]
+        )
+    )
     assert list(events[-1].ids) == expected[0, 3:].tolist()
 
 

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from emu3.data.prompts import evaluation_prompts
 from emu3.data.scenes import TASKS
-from emu3.generation.decoders import Batch, Decoder
-from emu3.generation.decoders.named import decoder_named
-from emu3.generation.events import Event, Finished
+from emu3.generation.events import Event, Finished, Stepped
+from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
 from emu3.quantization import Int8Linear
 
@@ -90,23 +88,6 @@ class Speed:
         return "\n".join(lines)
 
 
-class _Counting:
-    """A decoder that counts what it has the layers do."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.steps, self.fed = decoder, 0, 0
-        self._feed = Batch.feed
-
-    def step(self, batch: Batch) -> None:
-        def feed(tokens: Any, rows: Any = None) -> Tensor:
-            hidden_BSE = self._feed(batch, tokens, rows)
-            self.steps, self.fed = self.steps + 1, self.fed + hidden_BSE.shape[0] * hidden_BSE.shape[1]
-            return hidden_BSE
-
-        batch.feed = feed  # type: ignore[method-assign]
-        self.decoder.step(batch)
-
-
 def measure(
     pipeline: Emu3Pipeline,
     decodings: Sequence[str] = ("predictive", "raster"),
@@ -122,7 +103,8 @@ def measure(
     """
     if rounds < 1 or min(pictures, default=1) < 1:
         raise ValueError(f"rounds and pictures count from 1, got {rounds} and {list(pictures)}")
-    decoders = {name: decoder_named(name) for name in decodings}
+    for name in decodings:
+        parse_decoding(name)
     weight = pipeline.model.lm_head.weight
     layers = pipeline.model.model.text_model.layers
     quantized = [module.weight_OI for module in layers.modules() if isinstance(module, Int8Linear)]
@@ -138,36 +120,33 @@ def measure(
     head = weight[lo:hi]
     for count in pictures:
         prompts = [evaluation_prompts(TASKS[n % len(TASKS)], 1, seed=n)[0].prompt for n in range(count)]
-        for name, decoder in decoders.items():
-            seconds: list[float] = []
-            for _ in range(rounds + 1):
-                counting = _Counting(decoder)
-                took, tokens = _drawing(pipeline, prompts, counting, height, width)
-                seconds.append(took)
-            best = min(seconds[1:])
-            read = counting.steps * (sum(each.nbytes for each in weights) + head.nbytes)
+        for name in decodings:
+            # The first one warms up.
+            drawn = [_draw(pipeline, prompts, name, height, width) for _ in range(rounds + 1)][1:]
+            seconds, (_, tokens, steps, fed) = tuple(each[0] for each in drawn), drawn[-1]
+            read = steps * (sum(each.nbytes for each in weights) + head.nbytes)
             # The head sees decided positions only, which are fewer than those fed; so this is a little too much.
-            operations = 2 * counting.fed * (sum(each.numel() for each in weights) + head.numel())
-            counts = (tokens, counting.steps, counting.fed)
-            speed.runs.append(Run(name, count, tuple(seconds[1:]), *counts, read / best, operations / best))
+            operations = 2 * fed * (sum(each.numel() for each in weights) + head.numel())
+            best = min(seconds)
+            speed.runs.append(Run(name, count, seconds, tokens, steps, fed, read / best, operations / best))
     return speed
 
 
-def _drawing(
-    pipeline: Emu3Pipeline, prompts: list[str], decoder: Decoder, height: int | None, width: int | None
-) -> tuple[float, int]:
-    """Seconds from the first event to the last picture's tokens, and how many these are."""
+def _draw(
+    pipeline: Emu3Pipeline, prompts: list[str], decoding: str, height: int | None, width: int | None
+) -> tuple[float, int, int, int]:
+    """Seconds from the first event to the last picture's tokens, tokens in all, forwards, and tokens fed."""
     times: list[float] = []
-    tokens = 0
+    events: list[Event] = []
 
-    def heard(event: Event) -> None:
-        nonlocal tokens
+    def hear(event: Event) -> None:
         times.append(time.perf_counter())
-        if isinstance(event, Finished):
-            tokens += len(event.ids)
+        events.append(event)
 
-    pipeline.image(prompts, seed=0, decoding=decoder, height=height, width=width, on_event=heard)
-    return times[-1] - times[0], tokens
+    pipeline.image(prompts, seed=0, decoding=decoding, height=height, width=width, on_event=hear)
+    stepped = [event for event in events if isinstance(event, Stepped) and not event.prefill]
+    tokens = sum(len(event.ids) for event in events if isinstance(event, Finished))
+    return times[-1] - times[0], tokens, len(stepped), sum(event.tokens for event in stepped)
 
 
 def processor_name() -> str:

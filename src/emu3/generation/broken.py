@@ -6,23 +6,23 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
-    from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+    from emu3.modeling.text import Emu3TextModel
 
 
 @torch.inference_mode()
-def cause_of_broken_logits(model: Emu3ForConditionalGeneration, prompt_ids: tuple[int, ...]) -> str:
-    """The weight, setting or layer that logits behind this prompt owe their NaN or infinity to, as words."""
-    text_model = model.model.text_model
-    for name, weight in [*text_model.named_parameters(prefix="model.text_model"), *model.lm_head.named_parameters()]:
+def cause_of_broken_logits(text_model: Emu3TextModel, head: nn.Linear, prompt_ids: tuple[int, ...]) -> str:
+    """Say which weight, setting or layer makes the logits behind this prompt NaN or infinite."""
+    for name, weight in [*text_model.named_parameters(prefix="model.text_model"), *head.named_parameters()]:
         if weight.device.type != "meta" and weight.is_floating_point() and not weight.isfinite().all():
             name = name if "." in name else f"lm_head.{name}"
             return f"{name} holds NaN or infinite values; get the checkpoint again"
     eps = text_model.config.rms_norm_eps
     if not math.isfinite(eps) or eps < 0:
         return f"rms_norm_eps={eps}; set it to a small positive number, such as 1e-5"
-    ids = torch.tensor([prompt_ids], device=model.lm_head.weight.device)
+    ids = torch.tensor([prompt_ids], device=head.weight.device)
     states = text_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     for index, state in enumerate(states):
         if not state.isfinite().all():

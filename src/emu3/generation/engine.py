@@ -1,236 +1,487 @@
 """The decode loop: requests in, events out.
 
-    waiting ──admit── prefilling ──── decoding ──── finished
-              rows of the cache, as many as the request has prompts
+    waiting ──admit── prefilling ──── decoding ──── finished | failed
+                      lanes of the cache, one for each prompt of a request
 
-Requests come and go while others run. A row's prompt that begins like one in the cache is copied from it as far as they
-agree; the rest goes in by chunks, between the steps of the requests that decode.
+An engine lives as long as its model. Requests come and go while others run, each with its own decoder. One step:
+
+    1. admit      what fits into the lanes and tokens of the cache
+    2. prefill    a chunk of every prompt that is not in the cache yet
+    3. propose    each decoder says what it feeds and which positions it decides
+    4. forward    all of that at once
+    5. draw       logits of the legal ids, guided; targets that choose alike together
+    6. accept     each decoder decides; the request reports, goes on to its next part, or ends
+
+Shapes: B lanes, S tokens of a lane, E model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from emu3.generation.cache import SlotCache
-from emu3.generation.decoders import Batch, Decoder, Fed, Running
-from emu3.generation.decoders.raster import RasterDecoder
-from emu3.generation.events import Event, Finished, RowDone, Started, Tokens
-from emu3.generation.forward import Forward, working_dtype
-from emu3.generation.graphs import RecordedForward
+from emu3.generation.broken import cause_of_broken_logits
+from emu3.generation.decoders.protocol import Step
+from emu3.generation.events import Event, Failed, Finished, Started, Stepped
+from emu3.generation.grammar import Grid
+from emu3.generation.prefixes import Prefixes
 from emu3.generation.request import Request
+from emu3.generation.runtime.cache import SlotCache
+from emu3.generation.runtime.forward import Forward, linear, working_dtype
+from emu3.generation.runtime.graphs import RecordedForward
+from emu3.generation.sampling import Sampling, guide
+from emu3.generation.sequence import Inputs, Lane, Sequence
+from emu3.options import check_whole
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
+# With more tokens than this in a forward, it is arithmetic that takes the time, and wrong guesses cost it.
+_MOST_TOKENS = 128
+# Prompts of so many tokens or fewer may be padded to one another: a forward of its own costs more.
+_SHORT_CHUNK = 32
+# The cache grows to a multiple of so many slots.
+_SLOT_STEP = 64
 
-# A shorter beginning is computed again, rather than waited for.
-WORTH_SHARING = 16
+Draw = Callable[[Tensor, Sampling, Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+class Target(NamedTuple):
+    """A position to decide, of one of the sequences that decode.
+
+    Attributes:
+        lane: of its conditional prompt.
+        place: in that lane's inputs.
+        noise: the position's own number.
+        alike: targets with equal values share the head, the sorting and the draw: span, guidance scale, sampling.
+        draw: of its decoder; see `Decoder.draw`.
+    """
+
+    lane: int
+    place: int
+    noise: float
+    alike: tuple[tuple[int, int], float | None, Sampling]
+    draw: Draw
+
+
 class Engine:
     """Runs requests of any kind and size together.
 
     A request's result depends on the request only, not on what runs beside it, up to the rounding of matrix products,
     which may differ with the batch's shape. In float32 that rarely decides a token; in 16 bits it may.
 
+    Threads may share an engine: each `stream` gets its own events, and what they ask for runs together.
+
     Args:
-        model: in evaluation mode.
-        decoder: which tokens a step decides.
-        rows: most rows of the cache; a request under guidance takes two. What does not fit waits.
+        model: in evaluation mode. Call `refresh` after its weights were changed.
+        lanes: most prompts in the cache; a request under guidance takes two. What does not fit waits.
+        tokens: most slots of the cache, lanes times the longest of them; None: as many as the lanes may need.
         chunk: most tokens of a prompt that one step feeds.
         compiled: whether to compile the layers for the steps, and on a GPU to record them (CUDA graphs); takes a
             while at first, and needs a C++ compiler on a CPU.
     """
 
-    model: Emu3ForConditionalGeneration
-    decoder: Decoder = field(default_factory=RasterDecoder)
-    rows: int = 64
-    chunk: int = 512
-    compiled: bool = False
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Run requests and report as tokens come. Events name a request by its place in the list.
-
-        Raises:
-            ValueError: a request does not fit the model's context, or the model is in training mode.
-        """
-        requests = list(requests)
-        context = self.model.model.text_model.config.max_position_embeddings
-        slots = max((request.slots(context) for request in requests), default=1)
-        rows = min(self.rows, max(2, sum(len(request.rows) for request in requests)))
-        session = Session(self, rows, slots)
-        for request in requests:
-            session.submit(request)
-        while not session.idle:
-            yield from session.step()
-
-
-class Session:
-    """Requests under way in one cache.
-
-    Args:
-        engine: what runs them.
-        rows, slots: size of the cache: prompts at once, and tokens of the longest of them with what it grows by.
-
-    Raises:
-        ValueError: the model is in training mode.
-    """
-
-    def __init__(self, engine: Engine, rows: int, slots: int) -> None:
-        model, text_model = engine.model, engine.model.model.text_model
-        if model.training:
-            raise ValueError("the model is in training mode, with dropout; call model.eval() first")
-        config, head = text_model.config, model.lm_head.weight
-        cache = SlotCache.allocate(
-            layers=config.num_hidden_layers,
-            rows=rows,
-            heads=config.num_key_value_heads or config.num_attention_heads,
-            slots=slots,
-            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=working_dtype(head),
-            device=head.device,
-        )
-        self.engine = engine
-        forward = Forward.of(text_model, slots, engine.compiled)
-        recorded = engine.compiled and head.device.type == "cuda"
-        self.batch = Batch(model, cache, RecordedForward(forward) if recorded else forward, [])
-        self.waiting: deque[Running] = deque()
-        # Behind the batch's rows in the cache, first come, first served: so those that decode stay together.
-        self.prefilling: list[Running] = []
+    def __init__(
+        self,
+        model: Emu3ForConditionalGeneration,
+        lanes: int = 64,
+        tokens: int | None = None,
+        chunk: int = 512,
+        compiled: bool = False,
+    ) -> None:
+        for name, value in (("lanes", lanes), ("tokens", 1 if tokens is None else tokens), ("chunk", chunk)):
+            check_whole(name, value)
+        self.model, self.lanes, self.tokens, self.chunk, self.compiled = model, lanes, tokens, chunk, compiled
+        self._cache: SlotCache | None = None
+        self._forward: Forward | None = None
+        self._run: Forward | RecordedForward | None = None  # a recording belongs to one cache
+        self._waiting: deque[Sequence] = deque()
+        # Their lanes lie in this order in the cache, those that decode in front.
+        self._decoding: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._prefixes = Prefixes()
         self._submitted = 0
+        self._lock = threading.RLock()
+        self._streams: list[_Stream] = []
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing left to do."""
-        return not (self.waiting or self.prefilling or self.batch.sequences)
+        return not (self._waiting or self._prefilling or self._decoding)
 
     @property
-    def rows_in_use(self) -> int:
-        """Rows of the cache that belong to a request."""
-        return sum(len(sequence.request.rows) for sequence in self._admitted)
+    def lanes_in_use(self) -> int:
+        """Lanes of the cache that belong to a request."""
+        return sum(len(sequence.lanes) for sequence in self._admitted)
+
+    @property
+    def tokens_in_use(self) -> int:
+        """Slots that are reserved: every lane in use has as many as the longest of them needs."""
+        return self.lanes_in_use * max((self._slots(sequence) for sequence in self._admitted), default=0)
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self._text_model.config.max_position_embeddings)
 
     def submit(self, request: Request) -> int:
-        """Take a request on; returns the number that events name it by.
+        """Take a request on; returns the number by which events name it.
 
         Raises:
-            ValueError: it never fits this session, whatever else runs.
+            ValueError: the request never fits, whatever else runs; it holds ids that the model does not have, or a
+                grammar of another vocabulary; or the model is in training mode.
         """
-        cache = self.batch.cache
-        context = min(self.engine.model.model.text_model.config.max_position_embeddings, cache.slots)
-        if len(request.rows) > cache.rows:
-            raise ValueError(f"the request takes {len(request.rows)} rows, this session has {cache.rows}")
-        sequence = Running.begin(request, self._submitted, context)
-        self._submitted += 1
-        self.waiting.append(sequence)
-        return sequence.number
+        if not isinstance(request, Request):
+            raise ValueError(f"a request must be a Request, got {request!r:.80}")
+        if self.model.training:
+            raise ValueError("the model is in training mode, with dropout; call model.eval() first")
+        size, grammar = len(self._head), request.grammar
+        if isinstance(grammar, Grid) and grammar.vocabulary != self.model.model.vocabulary:
+            raise ValueError("the grammar has another vocabulary than the model; give it model.model.vocabulary")
+        for prompt in request.prompts:
+            if min(prompt) < 0 or max(prompt) >= size:
+                wrong = next(id_ for id_ in prompt if not 0 <= id_ < size)
+                raise ValueError(f"the prompt holds the id {wrong}; the model's ids are 0 to {size - 1}")
+        if len(request.prompts) > self.lanes:
+            raise ValueError(f"the request takes {len(request.prompts)} lanes, this engine has {self.lanes}")
+        needed = len(request.prompts) * request.reserved(self.context)
+        if self.tokens is not None and needed > self.tokens:
+            raise ValueError(
+                f"the request takes {needed} tokens of the cache, this engine has {self.tokens}; "
+                "ask for less, or make an engine with more tokens"
+            )
+        with self._lock:
+            sequence = Sequence.begin(request, self._submitted, self.context)
+            self._submitted += 1
+            self._waiting.append(sequence)
+            return sequence.number
 
     def cancel(self, number: int) -> bool:
-        """Drop a request and free its rows; no event of it follows. False if it is not under way (any more)."""
-        everything = len(self.waiting) + len(self._admitted)
-        self.waiting = deque(sequence for sequence in self.waiting if sequence.number != number)
-        self._keep([sequence for sequence in self._admitted if sequence.number != number])
-        return len(self.waiting) + len(self._admitted) < everything
+        """Drop a request and free its lanes; no event of it follows. False if it is not under way (any more)."""
+        with self._lock:
+            everything = len(self._waiting) + len(self._admitted)
+            self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
+            self._remove({number})
+            return len(self._waiting) + len(self._admitted) < everything
 
     def step(self) -> list[Event]:
         """Admit what fits, feed a chunk of prompts, and run one forward of all that decode."""
-        events: list[Event] = []
-        self._admit(events)
-        self._prefill()
-        if not self.batch.sequences:
+        with self._lock, torch.inference_mode():
+            events = [*self._admit(), *self._prefill(), *self._decode()]
+            for stream in self._streams:
+                stream.hear(events)
             return events
-        self.engine.decoder.step(self.batch)
-        running = []
-        for sequence in self.batch.sequences:
-            for k, ids in sequence.new:
-                events += _reports(sequence, k, ids)
-            reason = self._reason_to_stop(sequence)
-            if reason is None:
-                running.append(sequence)
-            else:
-                ids = tuple(sequence.ids_K[: sequence.emitted].tolist())
-                events.append(Finished(sequence.number, ids, reason))
-        self._keep([*running, *self.prefilling])
-        return events
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Run requests and report as tokens come. Events name a request by its place in the list.
+
+        What is not finished when the iterator is closed is cancelled.
+
+        Raises:
+            ValueError: see `submit`; then none of the requests runs.
+        """
+        requests = list(requests)
+        with self._lock:
+            numbers: list[int] = []
+            try:
+                for request in requests:
+                    numbers.append(self.submit(request))
+            except ValueError:
+                for number in numbers:
+                    self.cancel(number)
+                raise
+            stream = _Stream({number: place for place, number in enumerate(numbers)})
+            self._streams.append(stream)
+        try:
+            while stream.places or stream.events:
+                with self._lock:
+                    if not stream.events:
+                        self.step()
+                    events, stream.events = stream.events, []
+                yield from events
+        finally:
+            with self._lock:
+                self._streams.remove(stream)
+                for number in list(stream.places):
+                    self.cancel(number)
+
+    def refresh(self) -> None:
+        """Read the model's weights anew, after they were changed: trained on, replaced, or merged with an adapter.
+
+        Raises:
+            RuntimeError: requests are under way.
+        """
+        with self._lock:
+            if not self.idle:
+                raise RuntimeError("requests are under way; run or cancel them before refresh()")
+            self._forward = self._run = self._cache = None
 
     @property
-    def _admitted(self) -> list[Running]:
-        return [*self.batch.sequences, *self.prefilling]
+    def _text_model(self) -> Any:
+        return self.model.model.text_model
 
-    def _admit(self, events: list[Event]) -> None:
-        while self.waiting:
-            if self.rows_in_use + len(self.waiting[0].request.rows) > self.batch.cache.rows:
-                return
-            sequence = self.waiting.popleft()
-            self.prefilling.append(sequence)
-            events.append(Started(sequence.number, len(sequence.request.prompt_ids), sequence.budget))
+    @property
+    def _head(self) -> Tensor:
+        return self.model.lm_head.weight
 
-    def _prefill(self) -> None:
-        """One forward over the next chunk of every prompt that cannot wait for another one to share its beginning."""
-        rows = [(s, index, prompt) for s in self._admitted for index, prompt in enumerate(s.request.rows)]
-        first = len(rows) - sum(len(s.request.rows) for s in self.prefilling)
-        ready = [sequence.prefilled[index] for sequence, index, _ in rows]  # before this forward
-        tokens, fed = [], []
-        for row, (sequence, index, prompt) in enumerate(rows[first:], first):
-            last = len(prompt) - 1  # goes in with the first step, which needs what comes out of it
-            done = sequence.prefilled[index]
-            shared, source = max(((_common(prompt[:-1], rows[r][2][:-1]), -r) for r in range(row)), default=(0, 0))
-            if shared >= max(done + 1, WORTH_SHARING):
-                if ready[-source] < shared:
-                    continue
-                self.batch.cache.copy_prefix(-source, row, shared)
-                done = shared
-            end = min(last, done + self.engine.chunk)
-            if end > done:
-                tokens.append(Fed(prompt[done:end], range(done, end), [0] * (end - done)))
-                fed.append(row)
-            sequence.prefilled[index] = end
-        if tokens:
-            with torch.inference_mode():
-                self.batch.feed(tokens, fed)
-        while self.prefilling and all(
-            done == len(prompt) - 1
-            for done, prompt in zip(self.prefilling[0].prefilled, self.prefilling[0].request.rows, strict=True)
-        ):
-            self.batch.sequences.append(self.prefilling.pop(0))
+    @property
+    def _admitted(self) -> list[Sequence]:
+        return [*self._decoding, *self._prefilling]
 
-    def _keep(self, kept: list[Running]) -> None:
-        """Drop all but some of those admitted, and close the gaps that their rows leave."""
-        if len(kept) == len(self._admitted):
+    def _slots(self, sequence: Sequence) -> int:
+        return max(len(lane.prompt) for lane in sequence.lanes) + sequence.budget
+
+    def _admit(self) -> Iterator[Event]:
+        """1. Admit what fits, first come, first served."""
+        lanes, slots = self.lanes_in_use, max(map(self._slots, self._admitted), default=0)
+        admitted: list[Sequence] = []
+        while self._waiting:
+            sequence = self._waiting[0]
+            more_lanes, more_slots = lanes + len(sequence.lanes), max(slots, self._slots(sequence))
+            if more_lanes > self.lanes or (self.tokens is not None and more_lanes * more_slots > self.tokens):
+                break
+            lanes, slots = more_lanes, more_slots
+            admitted.append(self._waiting.popleft())
+        if not admitted:
             return
-        numbers = {sequence.number for sequence in kept}
-        owners = [sequence.number for sequence in self._admitted for _ in sequence.request.rows]
-        self.batch.cache.compact([row for row, owner in enumerate(owners) if owner in numbers])
-        self.batch.sequences = [sequence for sequence in self.batch.sequences if sequence.number in numbers]
-        self.prefilling = [sequence for sequence in self.prefilling if sequence.number in numbers]
+        try:
+            self._make_room(lanes, slots)
+        except (RuntimeError, MemoryError):  # no memory; whoever asked may wait or cancel
+            self._waiting.extendleft(reversed(admitted))
+            raise
+        for sequence in admitted:
+            for lane in sequence.lanes:
+                lane.index = self.lanes_in_use + sequence.lanes.index(lane)
+                self._prefixes.add(lane)
+            self._prefilling.append(sequence)
+            yield Started(sequence.number, len(sequence.request.prompt_ids), sequence.budget)
+            yield from sequence.report_opening()
 
-    def _reason_to_stop(self, sequence: Running) -> Literal["stop", "length"] | None:
-        if sequence.emitted == sequence.budget:
-            return "length" if sequence.ids_K[-1] != self.engine.model.model.vocabulary.eos else "stop"
-        if sequence.request.grammar is None and sequence.new[-1][1][-1] == self.engine.model.model.vocabulary.eos:
-            return "stop"
-        return None
+    def _make_room(self, lanes: int, slots: int) -> None:
+        """Give the cache at least so many lanes of so many slots."""
+        if self._cache is not None and lanes <= self._cache.lanes and slots <= self._cache.slots:
+            return
+        slots = min(self.context, -(-slots // _SLOT_STEP) * _SLOT_STEP) if self.tokens is None else slots
+        if self._cache is None:
+            config = self._text_model.config
+            self._cache = SlotCache.allocate(
+                layers=config.num_hidden_layers,
+                lanes=lanes,
+                heads=config.num_key_value_heads or config.num_attention_heads,
+                slots=slots,
+                width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+                dtype=working_dtype(self._head),
+                device=self._head.device,
+            )
+            self._forward = Forward.pack(self._text_model, slots, self.compiled)
+        else:
+            old = self._cache
+            # Lanes by doubling, so that many small requests that come one by one copy little.
+            size = (
+                min(self.lanes, max(lanes, 2 * old.lanes)) if lanes > old.lanes else old.lanes,
+                max(slots, old.slots),
+            )
+            if self.tokens is not None and size[0] * size[1] > self.tokens:
+                size = (lanes, slots)
+            self._cache = old.resized(*size, kept=self.lanes_in_use)
+            assert self._forward is not None
+            self._forward = self._forward.for_slots(size[1])
+        recorded = self.compiled and self._head.device.type == "cuda"
+        self._run = RecordedForward(self._forward) if recorded else self._forward
+
+    def _prefill(self) -> Iterator[Event]:
+        """2. Feed the next chunk of every prompt that does not wait for another one to share its beginning."""
+        chunks: list[tuple[Lane, int]] = []
+        ready = [(lane, lane.source is None or lane.source.filled >= lane.shared or not lane.source.alive)
+                 for sequence in self._prefilling for lane in sequence.lanes]  # fmt: skip
+        for lane, is_ready in ready:
+            if not is_ready:
+                continue
+            if lane.source is not None and lane.source.alive:
+                assert self._cache is not None
+                self._cache.copy_prefix(lane.source.index, lane.index, lane.shared)
+                lane.filled = lane.shared
+            lane.source = None
+            end = min(len(lane.prompt) - 1, lane.filled + self.chunk)
+            if end > lane.filled:
+                chunks.append((lane, end))
+        for group in _of_similar_length(chunks):
+            inputs = [
+                Inputs(list(lane.prompt[lane.filled : end]), list(range(lane.filled, end)), [0] * (end - lane.filled))
+                for lane, end in group
+            ]
+            hidden_BSE = self._feed(inputs, [lane.index for lane, _ in group])
+            yield Stepped(len(group), hidden_BSE.shape[0] * hidden_BSE.shape[1], 0, prefill=True)
+        for lane, end in chunks:
+            lane.filled = end
+        while self._prefilling and self._prefilling[0].prefilled:
+            self._decoding.append(self._prefilling.pop(0))
+
+    def _decode(self) -> Iterator[Event]:
+        """3. to 6. One forward of all sequences that decode."""
+        planned: list[tuple[Sequence, Step]] = []
+        inputs: list[Inputs] = []
+        targets: list[Target] = []
+        failed: dict[int, str] = {}
+        most = max(1, _MOST_TOKENS // max(1, sum(len(sequence.lanes) for sequence in self._decoding)))
+        for sequence in self._decoding:
+            step = sequence.propose(most)
+            # A sequence whose guidance fails still runs in this forward, so that lanes stay in place.
+            try:
+                scales = [sequence.request.scale(sequence.part.grammar, k) for k in step.targets]
+            except ValueError as error:
+                failed[sequence.number] = str(error)
+                scales = [None] * len(step.targets)
+            targets += self._targets(sequence, step, scales, lane=len(inputs))
+            inputs += sequence.inputs(step)
+            planned.append((sequence, step))
+        if not planned:
+            return
+        hidden_BSE = self._feed(inputs)
+        drawn, finite = self._draw(hidden_BSE, targets)
+        events: list[Event] = []
+        ended, decided, first = set(failed), 0, 0
+        taken: defaultdict[Draw, int] = defaultdict(int)
+        for sequence, step in planned:
+            target, count, part, before = targets[first], len(step.targets), sequence.part, sequence.emitted
+            own_finite, first = finite[first : first + count], first + count
+            row, taken[target.draw] = taken[target.draw], taken[target.draw] + count
+            if sequence.number in failed:
+                continue
+            if not all(own_finite):
+                position = part.start + step.targets[own_finite.index(False)]
+                why = cause_of_broken_logits(self._text_model, self.model.lm_head, sequence.request.prompt_ids)
+                failed[sequence.number] = f"the model gives no finite logits for token {position}: {why}"
+                continue
+            rows = drawn[target.draw][row : row + count]
+            events += sequence.decide(step, part.decoder.accept(part.state, step, rows, lo=target.alike[0][0]))
+            more, reason = sequence.advance()
+            events += more
+            decided += sequence.emitted - before
+            if reason is not None:
+                events.append(Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason))
+                ended.add(sequence.number)
+        self._remove(ended | failed.keys())
+        yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
+        yield from events
+        yield from (Failed(number, error) for number, error in failed.items())
+
+    def _remove(self, numbers: set[int]) -> None:
+        """Drop some of the sequences, and close the gaps that their lanes leave."""
+        kept: list[Lane] = []
+        for sequence in self._admitted:
+            for lane in sequence.lanes:
+                if sequence.number in numbers:
+                    lane.alive = False
+                    self._prefixes.remove(lane)
+                else:
+                    kept.append(lane)
+        if len(kept) == self.lanes_in_use:
+            return
+        assert self._cache is not None
+        with torch.inference_mode():
+            self._cache.compact([lane.index for lane in kept])
+        for index, lane in enumerate(kept):
+            lane.index = index
+        self._decoding = [sequence for sequence in self._decoding if sequence.number not in numbers]
+        self._prefilling = [sequence for sequence in self._prefilling if sequence.number not in numbers]
+
+    def _targets(self, sequence: Sequence, step: Step, scales: list[float | None], lane: int) -> Iterator[Target]:
+        part, request = sequence.part, sequence.request
+        sampling, draw = request.sampling_of(part.grammar.kind), part.decoder.draw
+        for k, scale in zip(step.targets, scales, strict=True):
+            noise = float(sequence.noise[part.start + k])
+            alike = (part.grammar.span(k), scale, sampling)
+            yield Target(lane, sequence.place(step, k), noise, alike, draw)
+
+    def _feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
+        """4. Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
+        assert self._run is not None and self._cache is not None, "something was admitted"
+        longest = max(len(each.ids) for each in inputs)
+        # A shorter lane repeats its last token, which writes the same again.
+        ids_BS, slots_BS, turns_BS = (
+            torch.tensor([[*lane, *[lane[-1]] * (longest - len(lane))] for lane in each])
+            for each in zip(*inputs, strict=True)
+        )
+        return self._run(self._cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
+
+    def _draw(self, hidden_BSE: Tensor, targets: list[Target]) -> tuple[dict[Draw, Tensor], list[bool]]:
+        """5. Draw: for each way to draw the rows of its targets, in their order; and whether each target's logits are
+        finite."""
+        groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for n, target in enumerate(targets):
+            groups[target.draw, *target.alike].append(n)
+        found: defaultdict[Draw, list[Tensor]] = defaultdict(list)
+        order: defaultdict[Draw, list[int]] = defaultdict(list)
+        finite: list[Tensor] = []
+        for (draw, span, scale, sampling), members in groups.items():
+            logits_BV = self._logits(hidden_BSE, [targets[n] for n in members], span, scale)
+            noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
+            found[draw].append(draw(logits_BV, sampling, noise_B))
+            order[draw] += members
+            finite.append(logits_BV.sum(-1).isfinite())
+        drawn = {draw: _sorted_rows(torch.cat(rows), order[draw]) for draw, rows in found.items()}
+        everything = [n for members in groups.values() for n in members]
+        return drawn, _sorted_rows(torch.cat(finite), everything).tolist()
+
+    def _logits(self, hidden_BSE: Tensor, targets: list[Target], span: tuple[int, int], scale: float | None) -> Tensor:
+        """Logits (B, V) in float32 of the ids lo..hi-1 only, guided by the lane behind each if there is a scale."""
+        lanes, places = [target.lane for target in targets], [target.place for target in targets]
+        if scale is not None:
+            lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
+        head_VE = self._head[slice(*span)]  # a view
+        logits_BV = linear(hidden_BSE[lanes, places], head_VE).float()
+        if scale is None:
+            return logits_BV
+        conditional_BV, unconditional_BV = logits_BV.chunk(2)
+        return guide(conditional_BV, unconditional_BV, scale)
 
 
-def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
-    """How many ids two prompts have in common before they part."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
+def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, int]]]:
+    """Chunks of prompts in groups that are worth padding to their longest; each is a lane and where its chunk ends."""
+    groups: list[list[tuple[Lane, int]]] = []
+    longest = 0
+    for lane, end in sorted(chunks, key=lambda chunk: chunk[0].filled - chunk[1]):
+        length = end - lane.filled
+        if not groups or (longest > _SHORT_CHUNK and longest > 2 * length):
+            groups.append([])
+            longest = length
+        groups[-1].append((lane, end))
+    return groups
 
 
-def _reports(sequence: Running, k: int, ids: tuple[int, ...]) -> Iterator[Event]:
-    """The events of ids that a step decided, from position k on."""
-    grammar = sequence.request.grammar
-    if grammar is None:
-        yield Tokens(sequence.number, k, ids, (False,) * len(ids))
-        return
-    yield Tokens(sequence.number, k, ids, (False,) + (True,) * (len(ids) - 1))
-    for position, id_ in enumerate(ids, k):
-        if id_ == grammar.vocabulary.eol:
-            frame, in_frame = divmod(position, grammar.frame_length)
-            yield RowDone(sequence.number, frame, in_frame // (grammar.width + 1))
+def _sorted_rows(rows: Tensor, numbers: list[int]) -> Tensor:
+    """Rows in the order of their numbers. Single values come to the CPU: one wait for the device in a step."""
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    rows = rows.cpu() if rows.ndim == 1 else rows
+    return rows if order == list(range(len(order))) else rows[order]
+
+
+class _Stream:
+    """What one call of `Engine.stream` listens to.
+
+    Attributes:
+        places: number of each request that is under way -> its place in the list.
+        events: heard, and not yet handed out.
+    """
+
+    def __init__(self, places: dict[int, int]) -> None:
+        self.places = places
+        self.events: list[Event] = []
+
+    def hear(self, events: list[Event]) -> None:
+        """Keep what belongs to this call."""
+        for event in events:
+            if isinstance(event, Stepped):
+                self.events.append(event)
+            elif event.request in self.places:
+                place = self.places[event.request]
+                self.events.append(event if place == event.request else replace(event, request=place))
+                if isinstance(event, Finished | Failed):
+                    del self.places[event.request]

@@ -1,4 +1,7 @@
-"""What the engine reports while it works. Requests are named by their place in the list given to it."""
+"""What the engine reports while it works.
+
+`request` is the number that `Engine.submit` returned, or the place in the list given to `Engine.stream`.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,14 @@ class RowDone:
 
 
 @dataclass(frozen=True)
+class FrameDone:
+    """A frame is complete; frames count from 0."""
+
+    request: int
+    frame: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """A request is done: all its ids, and whether it came to its end or to its limit."""
 
@@ -43,4 +54,29 @@ class Finished:
     reason: Literal["stop", "length"]
 
 
-Event = Started | Tokens | RowDone | Finished
+@dataclass(frozen=True)
+class Failed:
+    """A request cannot go on, and `error` says why. The others are not disturbed."""
+
+    request: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One forward ran.
+
+    Attributes:
+        lanes: prompts in it; a request under guidance has two.
+        tokens: that went in, over all lanes, padding included.
+        decided: tokens that were decided by it, forced ones included.
+        prefill: whether it fed prompts only.
+    """
+
+    lanes: int
+    tokens: int
+    decided: int
+    prefill: bool
+
+
+Event = Started | Tokens | RowDone | FrameDone | Finished | Failed | Stepped

@@ -1,46 +1,148 @@
-"""Which ids are legal at a position of a picture or clip: integer arithmetic on the position, and nothing else."""
+"""Which ids may stand at a position of an answer: integer arithmetic on the position, and nothing else.
+
+An answer is one grammar after the other. Emu3 writes one text, or one picture. A family that mixes both in one answer
+goes from text to a picture's size, to the picture, and back to text. Positions count from 0 in each grammar.
+"""
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from emu3.vocabulary import EMU3, Integers, Vocabulary
+import numpy as np
+from numpy.typing import NDArray
+
+from emu3.options import check_whole
+from emu3.vocabulary import Integers, Vocabulary
 
 if TYPE_CHECKING:
     import torch
 
+Kind = Literal["text", "visual"]
+
+
+class Grammar(Protocol):
+    """The rules for one part of an answer.
+
+    Attributes:
+        kind: what is written. It picks sampling and guidance.
+        length: in tokens; None: the ids decide where it ends.
+        final: whether the answer ends with this part.
+        opener: the id that must stand before the first position, if one must.
+    """
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def final(self) -> bool: ...
+    @property
+    def opener(self) -> int | None: ...
+
+    def span(self, k: Integers) -> tuple[Integers, Integers]:
+        """The legal ids lo..hi-1 at position k >= 0; an integer, or an array or tensor of them."""
+        ...
+
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        """What rules the position behind `ids`, which are all of this part so far.
+
+        This grammar while the part goes on, else the next one; None at the end of the answer.
+        """
+        ...
+
 
 @dataclass(frozen=True)
-class GridGrammar:
-    """The tokens after an image start: `frames` frames of `height` rows of `width` visual tokens.
-
-    Position k counts from 0 at the first token after the image start. For `GridGrammar(height=2, width=3)`:
-
-        k   0  1  2   3   4  5  6   7    8    9   10   11...
-            v  v  v  EOL  v  v  v  EOL  EOF  EOI  EOS  PAD
-
-    A clip repeats everything up to EOF for each frame; EOI and EOS come once.
+class TextGrammar:
+    """Any id, until one that ends the text.
 
     Args:
-        height, width: of a frame, in tokens.
+        size: ids below this one are legal.
+        ends: ids that end it.
+    """
+
+    size: int
+    ends: tuple[int, ...]
+    kind: ClassVar[Kind] = "text"
+    length: ClassVar[None] = None
+    final: ClassVar[bool] = True
+    opener: ClassVar[None] = None
+
+    def span(self, k: Integers) -> tuple[Integers, Integers]:
+        """See `Grammar.span`."""
+        return k * 0, k * 0 + self.size
+
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        """See `Grammar.then`."""
+        return None if ids[-1] in self.ends else self
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """Where the tokens of a picture or clip stand, for every family that closes rows by a token.
+
+    Args:
+        height, width: of a frame, in visual tokens.
         frames: 1 for a picture.
-        vocabulary: ids of the structure and visual tokens.
+        vocabulary: ids of structure and visual tokens.
 
     Raises:
-        ValueError: height, width or frames below 1.
+        ValueError: height, width or frames that are no whole numbers from 1.
     """
 
     height: int
     width: int
     frames: int = 1
-    vocabulary: Vocabulary = EMU3
+    vocabulary: Vocabulary = field(kw_only=True)
+    kind: ClassVar[Kind] = "visual"
+    final: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width, self.frames) < 1:
-            raise ValueError(f"height, width and frames must be at least 1, got {self.height, self.width, self.frames}")
+        for name in ("height", "width", "frames"):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name)))
+
+    @property
+    @abstractmethod
+    def frame_length(self) -> int:
+        """Tokens of one frame, from its first visual token to that of the next frame."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """See `Grammar`."""
+
+    @abstractmethod
+    def span(self, k: Integers) -> tuple[Integers, Integers]:
+        """See `Grammar.span`."""
+
+    @abstractmethod
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        """See `Grammar.then`."""
+
+    @property
+    def opener(self) -> int:
+        """The image start stands before the first visual token."""
+        return self.vocabulary.img
+
+    def row_ending_at(self, k: int) -> tuple[int, int] | None:
+        """Frame and row that position k closes; None where it closes none."""
+        frame, in_frame = divmod(k, self.frame_length)
+        row, column = divmod(in_frame, self.width + 1)
+        return (frame, row) if column == self.width and row < self.height and frame < self.frames else None
+
+
+@dataclass(frozen=True)
+class GridGrammar(Grid):
+    """A picture or clip as Emu3 writes it, behind its image start. For `GridGrammar(height=2, width=3, ...)`:
+
+        k   0  1  2   3   4  5  6   7    8    9   10   11...
+            v  v  v  EOL  v  v  v  EOL  EOF  EOI  EOS  PAD
+
+    A clip repeats everything up to EOF for each frame; EOI and EOS come once.
+    """
 
     @property
     def frame_length(self) -> int:
@@ -53,7 +155,7 @@ class GridGrammar:
         return self.frames * self.frame_length + 2
 
     def span(self, k: Integers) -> tuple[Integers, Integers]:
-        """The legal ids lo..hi-1 at position k >= 0; an integer, or an array or tensor of them."""
+        """See `Grammar.span`."""
         ids = self.vocabulary
         in_frame = k % self.frame_length
         # Of two rules that apply, the later one wins.
@@ -70,23 +172,50 @@ class GridGrammar:
             hi = hi + (forced + 1 - hi) * applies
         return lo, hi
 
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        """See `Grammar.then`."""
+        return self if len(ids) < self.length else None
+
     def is_forced(self, k: int) -> bool:
         """Whether only one id is legal at position k."""
         lo, hi = self.span(k)
         return hi == lo + 1
 
+    def ids_of(self, codes_THW: Any) -> Any:
+        """Ids (length,) of a picture or clip with these codes, an array (T, H, W): the reverse of `codes_of`."""
+        ids = self.vocabulary
+        ids_TX = close_rows(ids.ids_of(codes_THW), ids.eol).reshape(self.frames, -1)
+        frames_TX = np.concatenate((ids_TX, np.full((self.frames, 1), ids.eof)), -1)
+        return np.concatenate((frames_TX.flatten(), [ids.eoi, ids.eos]))
+
+    def rows_of(self, ids: Any) -> Any:
+        """Rows (..., frames, height, width + 1), EOL included, of a whole picture's ids (..., length).
+
+        EOI and EOS may be missing. Raises ValueError where the ids are too few.
+        """
+        needed, (*outer, given) = self.length - 2, ids.shape
+        if given < needed:
+            size = f"{self.frames}x{self.height}x{self.width}"
+            raise ValueError(f"{size} visual tokens take {needed} ids, got {given}")
+        frames = ids[..., :needed].reshape(*outer, self.frames, self.frame_length)[..., :-1]
+        return frames.reshape(*outer, self.frames, self.height, self.width + 1)
+
     def codes_of(self, ids: Any) -> Any:
-        """Codes (frames, height, width) of a whole picture's ids (length,), which may lack EOI and EOS.
+        """Codes (..., frames, height, width) of a whole picture's ids (..., length), which may lack EOI and EOS.
 
         Raises:
             ValueError: the ids are too few, or not visual where they must be.
         """
-        needed = self.length - 2
-        if len(ids) < needed:
-            size = f"{self.frames}x{self.height}x{self.width}"
-            raise ValueError(f"{size} visual tokens take {needed} ids, got {len(ids)}")
-        rows = ids[:needed].reshape(self.frames, self.frame_length)[:, :-1]
-        return self.vocabulary.codes_of(rows.reshape(self.frames, self.height, self.width + 1)[..., :-1])
+        return self.vocabulary.codes_of(self.rows_of(ids)[..., :-1])
+
+
+def close_rows(ids: Any, eol: int) -> Any:
+    """Ids (..., H, W + 1) of rows (..., H, W), each closed by its end-of-line token; an array or a tensor."""
+    if isinstance(ids, np.ndarray):
+        return np.concatenate((ids, np.full((*ids.shape[:-1], 1), eol, ids.dtype)), -1)
+    closed = ids.new_full((*ids.shape[:-1], ids.shape[-1] + 1), eol)
+    closed[..., :-1] = ids
+    return closed
 
 
 def prefix_allowed_tokens_fn(

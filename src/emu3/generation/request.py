@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.decoders.protocol import Decoder
+from emu3.generation.decoders.raster import RasterDecoder
+from emu3.generation.grammar import Grammar, Kind
 from emu3.generation.sampling import GREEDY, Sampling
+from emu3.options import MOST_GUIDANCE, MOST_SEED, check_guidance, check_number, check_whole
 
-MOST_GUIDANCE = 1e6
-"""Beyond it, guided logits could overflow."""
+RASTER = RasterDecoder()
 
 
 @dataclass(frozen=True)
@@ -19,39 +21,41 @@ class Guidance:
 
     Args:
         negative_ids: ids of the prompt to move away from; for a picture, with the same image prefix as the prompt.
-        scale: a number, or a function from progress, 0 at the first token and towards 1 at the last, to a number. At
-            1, which is no guidance, the negative prompt is not run.
+        scale: a number, or a function from progress to a number. Progress is 0 at the first token of a picture, and
+            towards 1 at the last. At 1, which is no guidance, the negative prompt is not run.
+        kinds: the parts of an answer that are guided. The negative prompt sees the others too.
 
     Raises:
-        ValueError: a scale that is not finite, or so large that logits could overflow.
+        ValueError: a scale that is no finite number, or so large that logits could overflow.
     """
 
     negative_ids: tuple[int, ...]
     scale: float | Callable[[float], float] = 3.0
+    kinds: frozenset[Kind] = frozenset(("text", "visual"))
 
     def __post_init__(self) -> None:
-        if not callable(self.scale):
-            _check_scale(self.scale)
+        _check_ids("negative_ids", self.negative_ids)
+        check_guidance("guidance scale", self.scale)
 
 
-def _check_scale(scale: float, where: str = "") -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance scale must be a finite number, got {scale}{where}")
-    if abs(scale) > MOST_GUIDANCE:
-        raise ValueError(f"guidance scale must be from -{MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}, got {scale}{where}")
+def _check_ids(name: str, ids: object) -> None:
+    if not isinstance(ids, tuple) or not ids or not all(isinstance(id_, int) for id_ in ids):
+        raise ValueError(f"{name} must be a tuple of at least one whole number, got {ids!r:.80}")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture or clip to draw, or one text to write.
+    """An answer to a prompt: a picture or clip, a text, or several of them.
 
     Args:
         prompt_ids: ids of the prompt, with the visual tokens of the pictures in it; no padding.
-        grammar: of what is drawn; the prompt then ends with its image start. None writes text, up to EOS.
-        sampling: how ids are chosen.
-        guidance: None runs no second row.
+        grammar: the rules for the answer, or for its first part. A picture's prompt ends with its image start.
+        sampling: how ids are chosen, or how for each kind of part.
+        guidance: None runs no negative prompt.
         seed: of this request's own randomness; a whole number from 0 to 2**63 - 1.
-        max_new_tokens: the most tokens of a text; None: what the model's context holds. A picture takes its own length.
+        max_new_tokens: the most tokens of the answer; None: what the model's context holds. A single picture takes its
+            own length and no limit.
+        decoder: decides the tokens of pictures and clips. Texts are written token by token.
 
     Raises:
         ValueError: an empty prompt, one that does not end with an image start though a picture is to follow, or a limit
@@ -59,51 +63,78 @@ class Request:
     """
 
     prompt_ids: tuple[int, ...]
-    grammar: GridGrammar | None = None
-    sampling: Sampling = GREEDY
+    grammar: Grammar
+    sampling: Sampling | Mapping[Kind, Sampling] = GREEDY
     guidance: Guidance | None = None
     seed: int = 0
     max_new_tokens: int | None = None
+    decoder: Decoder[Any] = RASTER
 
     def __post_init__(self) -> None:
-        for ids in self.rows:
-            if not ids:
-                raise ValueError("a prompt needs at least one token")
-            if self.grammar is not None and ids[-1] != self.grammar.vocabulary.img:
-                start = self.grammar.vocabulary.img
-                raise ValueError(f"a prompt to draw after ends with the image start {start}, not {ids[-1]}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"a seed is a whole number from 0 to 2**63 - 1, got {self.seed!r}")
-        if self.guidance is not None and callable(self.guidance.scale) and self.grammar is None:
+        _check_ids("prompt_ids", self.prompt_ids)
+        for name, value, kind in (
+            ("guidance", self.guidance, Guidance | None),
+            ("decoder", self.decoder, Decoder),
+            ("sampling", self.sampling, Sampling | Mapping),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be a {kind}, got {value!r:.80}")
+        if not all(hasattr(self.grammar, name) for name in ("kind", "length", "span", "then")):
+            raise ValueError(f"grammar must be a grammar, such as one of a layout, got {self.grammar!r:.80}")
+        for ids in self.prompts:
+            if self.grammar.opener is not None and ids[-1] != self.grammar.opener:
+                raise ValueError(
+                    f"a prompt to draw after ends with the image start {self.grammar.opener}, not {ids[-1]}"
+                )
+        check_whole("seed", self.seed, 0, MOST_SEED)
+        has_schedule = self.guidance is not None and callable(self.guidance.scale)
+        if has_schedule and self.grammar.length is None and "text" in cast(Guidance, self.guidance).kinds:
             raise ValueError("a schedule of guidance needs a picture, whose length is known; give a text a number")
-        if self.max_new_tokens is not None and (self.max_new_tokens < 1 or self.grammar is not None):
-            raise ValueError(f"max_new_tokens is at least 1 and for text only, got {self.max_new_tokens}")
+        if self.max_new_tokens is not None:
+            check_whole("max_new_tokens", self.max_new_tokens)
+            if self._has_length:
+                raise ValueError(f"max_new_tokens is for text only, got {self.max_new_tokens} for a picture")
 
     @property
-    def rows(self) -> tuple[tuple[int, ...], ...]:
+    def _has_length(self) -> bool:
+        """Whether the grammar alone says how long the answer is."""
+        return self.grammar.length is not None and self.grammar.final
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
         """The prompts to run: the conditional one, and the negative one under guidance."""
         if self.guidance is None or self.guidance.scale == 1:
             return (self.prompt_ids,)
         return (self.prompt_ids, self.guidance.negative_ids)
 
-    def scale(self, k: int) -> float | None:
-        """The scale of guidance at position k; None where there is no negative row."""
-        if self.guidance is None or self.guidance.scale == 1:
+    def sampling_of(self, kind: Kind) -> Sampling:
+        """How ids of a part of this kind are chosen."""
+        return self.sampling if isinstance(self.sampling, Sampling) else self.sampling[kind]
+
+    def scale(self, grammar: Grammar, k: int) -> float | None:
+        """The scale of guidance at position k of a part of the answer; None where there is no guidance.
+
+        Raises:
+            ValueError: a schedule fails, or gives no usable number.
+        """
+        if self.guidance is None or self.guidance.scale == 1 or grammar.kind not in self.guidance.kinds:
             return None
         if not callable(self.guidance.scale):
             return self.guidance.scale
-        assert self.grammar is not None
-        scale = self.guidance.scale(k / self.grammar.length)
-        _check_scale(scale, f" at token {k}")
-        return scale
+        assert grammar.length is not None, "the constructor lets schedules go with lengths only"
+        try:
+            scale = self.guidance.scale(k / grammar.length)
+        except Exception as error:
+            raise ValueError(f"the guidance schedule fails at token {k}: {error!r}") from error
+        return check_number(f"guidance scale at token {k}", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
 
-    def slots(self, context: int) -> int:
-        """The most tokens that a row of this request takes in the cache of a model with a context of so many tokens.
+    def reserved(self, context: int) -> int:
+        """The most tokens of its longest prompt and its answer, for a model with a context of so many tokens.
 
         Raises:
             ValueError: the prompt and what must follow do not fit.
         """
-        return max(map(len, self.rows)) + self.budget(context)
+        return max(map(len, self.prompts)) + self.budget(context)
 
     def budget(self, context: int) -> int:
         """The most tokens that this request emits from a model with a context of so many tokens.
@@ -111,12 +142,15 @@ class Request:
         Raises:
             ValueError: the prompt and what must follow do not fit.
         """
-        prompt = max(map(len, self.rows))
-        needed = prompt + (1 if self.grammar is None else self.grammar.length)
+        prompt, length = max(map(len, self.prompts)), self.grammar.length
+        needed = prompt + (length or 1)
         if needed > context:
-            remedy = "give fewer or smaller pictures" if self.grammar is None else "ask for a smaller picture"
+            remedy = "give fewer or smaller pictures" if length is None else "ask for a smaller picture"
             raise ValueError(
                 f"{needed} tokens ({prompt} of prompt) do not fit the model's context of {context}; "
                 f"shorten the prompt or {remedy}"
             )
-        return min(self.max_new_tokens or context, context - prompt) if self.grammar is None else self.grammar.length
+        if self._has_length:
+            assert length is not None
+            return length
+        return min(self.max_new_tokens or context, context - prompt)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST_TEMPERATURE = 1e-6
-"""Below it, logits divided by the temperature could overflow; it is a choice of the most likely id anyway."""
+from emu3.options import check_probability, check_temperature, check_whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class Sampling:
         top_p: keep the most likely ids that together reach this probability; 1 keeps all.
 
     Raises:
-        ValueError: temperature or top_k below 0, a temperature too small to divide by, or top_p outside (0, 1].
+        ValueError: temperature or top_k that is no number or below 0, a temperature too small to divide by, or top_p
+            outside (0, 1].
     """
 
     temperature: float = 1.0
@@ -35,17 +35,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
-        if 0 < self.temperature < LEAST_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}; "
-                "0 takes the most likely token"
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_temperature("temperature", self.temperature)
+        check_whole("top_k", self.top_k, 0)
+        check_probability("top_p", self.top_p)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -91,11 +83,6 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     cumulative_BV = probabilities(logits_BV, sampling).cumsum(-1)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
-
-
-def unless_broken(index_B: Tensor, logits_BV: Tensor) -> Tensor:
-    """The same indices (B,), with -1 where the logits of a row are not all finite, so that nothing chosen counts."""
-    return torch.where(logits_BV.sum(-1).isfinite(), index_B, -1)
 
 
 def uniform_noise(seed: int, length: int) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.generation.grammar import GridGrammar, close_rows
 from emu3.modeling.pretrained import CACHE, Kwargs
 from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, kept_states
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
@@ -84,7 +85,7 @@ class Emu3ImageVocabularyMapping:
         if self.eol_token_id is None:
             raise ValueError(f"the vocabulary map has no {SURFACES['eol']}, which closes the rows of a picture; add it")
         ids = self._looked_up(self.img2bpe_mapping_tensor, self.img2bpe, img_batch, "codes")
-        return torch.cat((ids, ids.new_full((*ids.shape[:-1], 1), self.eol_token_id)), dim=-1)
+        return cast(Tensor, close_rows(ids, self.eol_token_id))
 
     def convert_bpe2img(self, img_batch: Tensor) -> Tensor:
         """Ids (..., h, w + 1) to codes (..., h, w).
@@ -205,14 +206,13 @@ class Emu3Model(Emu3PreTrainedModel):
         Raises:
             ValueError: another number of tokens, or an id that is no visual token.
         """
-        expected = height * (width + 1) + 3
-        if image_tokens.shape[1] != expected:
+        grammar = GridGrammar(height, width, vocabulary=self.vocabulary)
+        if image_tokens.shape[1] != grammar.length:
             raise ValueError(
-                f"a picture of {height}x{width} tokens is {expected} ids, got {image_tokens.shape[1]}: "
+                f"a picture of {height}x{width} tokens is {grammar.length} ids, got {image_tokens.shape[1]}: "
                 "pass the generated ids only, without the prompt"
             )
-        rows = image_tokens[:, :-3].reshape(-1, height, width + 1)
-        return self.vqmodel.decode(self.vocabulary_mapping.convert_bpe2img(rows))
+        return self.vqmodel.decode(self.vocabulary_mapping.convert_bpe2img(grammar.rows_of(image_tokens)[:, 0]))
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Bool (B, S): where `<image>` stands, by its id, or by its embedding where there are no ids."""

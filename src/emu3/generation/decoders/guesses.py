@@ -1,174 +1,185 @@
-"""Guesses of tokens to come, several verified by one forward.
+"""Guesses of tokens to come, several verified by one forward. `predictive` and `zipar` differ in the order only.
 
-Each position has its number of noise from the start, so what is decided there is a function of the tokens that it sees,
-and a guessed one among these can simply be compared with what is decided in its place (Wiggers and Hoogeboom, arXiv
-2002.09928):
+Input j is the token at position j - 1, and it decides position j. Everything here that is indexed by j is about that
+pair. For a picture of rows of three tokens:
 
-    guessed   a  b  c  d  e  f      one forward tells what would be decided behind a, behind a b, ...
-    decided   a  b  x  y  z  f
-              right so far ^ what saw a wrong guess is no decision, and becomes the next guess
+    j                 0     1    2    3    4
+    input           <img>   v0   v1   v2  EOL       the token at position j - 1
+    decides           v0    v1   v2  EOL   v3       the token at position j
 
-What a position sees is a matter of turns: when each would be decided if nothing was guessed, one after the other in
-raster order, or in several rows at once. A token sees those before it that went in no later than itself.
+`turns[j]` is when position j would be decided if nothing were guessed: one after the other in raster order, or several
+rows at once. Input j goes in at that turn. It sees the inputs before it whose turns are not later.
 
-K positions of a picture or clip, J = K + 1 tokens: that before position 0, and one at each position.
+Each position has its own number of noise from the start. So the id that is drawn at a position depends only on the
+tokens that it saw, and a guess is right exactly if it equals the id that is drawn in its place:
+
+    position          0    1    2    3    4
+    guess             a    b    c    d    .         fed as inputs 1 to 4
+    drawn             a    b    x    y    z         all by one forward
+    decided           a    b    x                   x saw a and b, which are right
+    next guess                       y    z         y and z saw c, which is wrong
+
+Source: Wiggers and Hoogeboom, arXiv 2002.09928.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from emu3.generation.decoders import UNDECIDED, Batch, Plan, next_in_order
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
+from emu3.generation.grammar import Grammar, Grid
 
-# What the last step weighs in the average that the next guesses follow.
-_LATELY = 0.1
-# How many are guessed for each that lately turned out right, since each costs a little.
-_AHEAD = 3
-# Where that comes to none: what is added to the average at each step, so that now and then one is tried.
-_HOPE = 0.01
-# With more tokens than this in a forward, it is arithmetic that takes the time, and wrong guesses cost it.
-_MOST_TOKENS = 128
+# A moving average says how many guesses turned out right lately. This is the weight of the last step in it.
+_WEIGHT_OF_LAST_STEP = 0.1
+# Positions that are tried for each one that turned out right lately. Each costs a little.
+_TRIED_PER_RIGHT_GUESS = 3
+# Where guesses lately failed, none is tried. Such a step adds this to the average, so that one is tried now and then.
+_RECOVERY = 0.01
 
 
 @lru_cache(maxsize=64)
-def turns_of(grammar: GridGrammar, window: int) -> NDArray[np.int64]:
-    """When each position is decided, and the token before it goes in: (J,).
+def turns_of(grid: Grid, lag: int) -> NDArray[np.int64]:
+    """The turn of every position, and of one more behind the last: `turns[j]`.
 
     Args:
-        grammar: frames follow one another.
-        window: turns by which a row is behind the row above; as many as a row has tokens: raster order.
+        grid: frames follow one another.
+        lag: turns by which a row is behind the row above. As many as a row has tokens: raster order.
     """
-    window = min(window, grammar.width)
-    frame_turns = (grammar.height - 1) * window + grammar.width
-    frame_J, in_frame_J = np.divmod(np.arange(grammar.length + 1), grammar.frame_length)
-    row_J, column_J = np.divmod(in_frame_J, grammar.width + 1)
-    in_frame_J = np.where(row_J == grammar.height, frame_turns, row_J * window + column_J)
-    return np.asarray(frame_J * frame_turns + in_frame_J)
+    lag = min(lag, grid.width)
+    frame_turns = (grid.height - 1) * lag + grid.width
+    frame, in_frame = np.divmod(np.arange(grid.length + 1), grid.frame_length)
+    row, column = np.divmod(in_frame, grid.width + 1)
+    turn_in_frame = np.where(row == grid.height, frame_turns, row * lag + column)
+    return np.asarray(frame * frame_turns + turn_in_frame)
 
 
 def guess_from_neighbour(
-    grammar: GridGrammar, k: int, ids_K: NDArray[np.int64], guesses: Mapping[int, int] | NDArray[np.int64]
+    grid: Grid, k: int, ids: NDArray[np.int64], guesses: Mapping[int, int] | NDArray[np.int64]
 ) -> int:
-    """The id that position k probably has: that of its neighbour in the frame before, else on the left, else above, as
-    areas are alike."""
-    frame, in_frame = divmod(k, grammar.frame_length)
-    row, column = divmod(in_frame, grammar.width + 1)
+    """The id that position k probably has: that of the same place in the frame before, else on the left, else above.
+
+    Args:
+        grid: of the picture.
+        k: a visual position.
+        ids: decided, or UNDECIDED; then the neighbour's guess counts.
+        guesses: at the neighbour, where it is undecided.
+    """
+    frame, in_frame = divmod(k, grid.frame_length)
+    row, column = divmod(in_frame, grid.width + 1)
     if frame:
-        neighbour = k - grammar.frame_length
+        neighbour = k - grid.frame_length
     elif column:
         neighbour = k - 1
     elif row:
-        neighbour = k - grammar.width - 1
+        neighbour = k - grid.width - 1
     else:
-        return grammar.vocabulary.visual_base
-    return int(ids_K[neighbour] if ids_K[neighbour] != UNDECIDED else guesses[neighbour])
+        return int(grid.span(k)[0])
+    return int(ids[neighbour] if ids[neighbour] != UNDECIDED else guesses[neighbour])
 
 
 @dataclass(eq=False)
 class Guesses:
-    """What a picture or clip keeps between steps. Changes in place, as its `Running` does.
+    """What a picture or clip keeps between steps.
 
     Attributes:
-        grammar: its own.
-        turns_J: see `turns_of`.
-        guesses_K: ids, or UNDECIDED where nothing was guessed yet.
-        cached_J: which tokens are in the cache as they were decided, with all that they see.
-        extra: tokens that a step decided beside those of the first turn, a moving average; high at first, as most
-            pictures begin with plain areas.
+        grid: of the picture.
+        turns: see `turns_of`.
+        guesses: an id for each position, or UNDECIDED where nothing was guessed yet.
+        cached: whether input j is in the cache for good: it was right, and so was all that it saw.
+        right_lately: moving average of the positions that a step decided beyond those of the first turn. High at
+            first, as most pictures begin with plain areas.
     """
 
-    grammar: GridGrammar
-    turns_J: NDArray[np.int64]
-    guesses_K: NDArray[np.int64]
-    cached_J: NDArray[np.bool_]
-    extra: float = 6.0
+    grid: Grid
+    turns: NDArray[np.int64]
+    guesses: NDArray[np.int64]
+    cached: NDArray[np.bool_]
+    right_lately: float = 6.0
 
     @classmethod
-    def begin(cls, grammar: GridGrammar, window: int) -> Guesses:
-        """Nothing guessed yet; arguments as of `turns_of`."""
-        turns_J = turns_of(grammar, window)
-        return cls(grammar, turns_J, np.full(grammar.length, UNDECIDED), np.zeros(len(turns_J), dtype=bool))
+    def begin(cls, grid: Grid, lag: int) -> Guesses:
+        """Nothing is guessed yet. Arguments as for `turns_of`."""
+        turns = turns_of(grid, lag)
+        return cls(grid, turns, np.full(grid.length, UNDECIDED), np.zeros(len(turns), dtype=bool))
 
-    def plan(self, ids_K: NDArray[np.int64], most: int) -> Plan:
-        """Decides the positions of the next turns: at least one turn, and more for about `most` positions."""
-        open_N = (ids_K == UNDECIDED).nonzero()[0]
-        turns_N = self.turns_J[open_N]
-        ahead = _AHEAD * self.extra
-        wanted = int((turns_N == turns_N.min()).sum()) + (math.ceil(ahead) if ahead >= 1 else 0)
-        wanted = min(wanted, most, len(open_N))
-        last = np.partition(turns_N, wanted - 1)[wanted - 1]
-        wanted_N = open_N[turns_N <= last]
-        # All that these see and that is not in the cache as it will stay.
-        fed_S = (~self.cached_J & (self.turns_J <= last)).nonzero()[0]
-        for k in (fed_S - 1).tolist():
-            if k >= 0 and ids_K[k] == UNDECIDED and self.guesses_K[k] == UNDECIDED:
-                self.guesses_K[k] = guess_from_neighbour(self.grammar, k, ids_K, self.guesses_K)
-        return Plan(
-            feeds=(fed_S - 1).tolist(),
-            wants=list(zip(fed_S.searchsorted(wanted_N).tolist(), wanted_N.tolist(), strict=True)),
-            guesses={k: int(self.guesses_K[k]) for k in wanted_N.tolist() if self.turns_J[k + 1] <= last},
-            turns=self.turns_J[fed_S].tolist(),
-        )
+    def propose(self, ids: NDArray[np.int64], most: int) -> Step:
+        """Decide the positions of the next turn, and about `most` positions in all. See `Decoder.propose`."""
+        undecided = (ids == UNDECIDED).nonzero()[0]
+        turns = self.turns[undecided]
+        ahead = _TRIED_PER_RIGHT_GUESS * self.right_lately
+        count = int((turns == turns.min()).sum()) + (math.ceil(ahead) if ahead >= 1 else 0)
+        count = min(count, most, len(undecided))
+        last_turn = np.partition(turns, count - 1)[count - 1]
+        targets = undecided[turns <= last_turn].tolist()
+        # All inputs that these targets see and that are not in the cache for good.
+        inputs = (~self.cached & (self.turns <= last_turn)).nonzero()[0]
+        positions = (inputs - 1).tolist()
+        for k in positions:
+            if k >= 0 and ids[k] == UNDECIDED and self.guesses[k] == UNDECIDED:
+                self.guesses[k] = guess_from_neighbour(self.grid, k, ids, self.guesses)
+        drafts = {k: int(self.guesses[k]) for k in targets if self.turns[k + 1] <= last_turn}
+        return Step(positions, targets, drafts, self.turns[inputs].tolist())
 
-    def settle(self, plan: Plan, chosen: list[int]) -> list[tuple[int, int]]:
-        """Compare guesses with what was chosen for every position that the plan wants.
+    def settle(self, step: Step, drawn: list[int]) -> list[tuple[int, int]]:
+        """Compare guesses with what was drawn: the positions that are decided, with their ids.
 
-        Returns:
-            Positions with the ids that are decided. The others become guesses.
+        A wrong guess at position w went in as input w + 1. Position k saw it if w < k and `turns[w + 1] <= turns[k]`.
+        With `window=1` two rows go on at once, so a wrong guess spoils its own row and the row below it, from there on:
+
+            guess   a b c d      drawn   a x c d      decided   a x . .      b went in at turn 2: c and d saw it,
+                    e f g h              e f g h                e . . .      and so did f; e is of turn 1
         """
         decided = []
-        wrong: dict[int, int] = {}  # at what turn the first guesses went in that are wrong
-        # A position sees only those before it. As these go by position, it saw a wrong guess if any that was met so far
-        # went in no later than the token before it.
-        least = len(self.turns_J)
-        for (_, k), id_ in zip(plan.wants, chosen, strict=True):
-            if self.turns_J[k] < least:
+        never = len(self.turns)
+        spoiled_from = never  # turn of the first wrong guess among the positions so far
+        wrong: dict[int, int] = {}
+        for k, id_ in zip(step.targets, drawn, strict=True):
+            if self.turns[k] < spoiled_from:
                 decided.append((k, id_))
-                if plan.guesses.get(k, id_) != id_:
-                    least = wrong[k] = min(least, int(self.turns_J[k + 1]))
-            self.guesses_K[k] = id_
-        fed_S = np.array(plan.feeds) + 1
-        least_S = np.minimum.accumulate([wrong.get(k, len(self.turns_J)) for k in plan.feeds])
-        self.cached_J[fed_S] = self.turns_J[fed_S] < least_S
-        turns_N = self.turns_J[[k for _, k in plan.wants]]
-        plain = int((turns_N == turns_N.min()).sum())
-        self.extra += _LATELY * (len(decided) - plain - self.extra) if len(turns_N) > plain else _HOPE
+                if step.drafts.get(k, id_) != id_:
+                    spoiled_from = wrong[k] = min(spoiled_from, int(self.turns[k + 1]))
+            self.guesses[k] = id_
+        inputs = np.array(step.inputs) + 1
+        spoiled = np.minimum.accumulate([wrong.get(k, never) for k in step.inputs])
+        self.cached[inputs] = self.turns[inputs] < spoiled
+        turns = self.turns[list(step.targets)]
+        in_first_turn = int((turns == turns.min()).sum())
+        if len(turns) > in_first_turn:
+            self.right_lately += _WEIGHT_OF_LAST_STEP * (len(decided) - in_first_turn - self.right_lately)
+        else:
+            self.right_lately += _RECOVERY
         return decided
 
 
-def step_with_guesses(batch: Batch, window_of: Callable[[GridGrammar], int], guesses: int) -> None:
-    """Run one forward; texts go on by one token, pictures and clips by all that are decided.
+class GuessingDecoder(Decoder[Guesses]):
+    """A decoder that guesses; subclasses say in which order, by `lag`, and at most how many targets a step has."""
 
-    Args:
-        batch: the sequences.
-        window_of: that of `turns_of`.
-        guesses: most positions to decide at once; fewer where many pictures are under way.
-    """
-    rows = sum(len(sequence.request.rows) for sequence in batch.sequences)
-    most = max(1, min(guesses, _MOST_TOKENS // rows))
-    plans = []
-    for sequence in batch.sequences:
-        grammar = sequence.request.grammar
-        if grammar is None:
-            plans.append(next_in_order(sequence))
-            continue
-        if sequence.memory is None:
-            sequence.memory = Guesses.begin(grammar, window_of(grammar))
-        assert isinstance(sequence.memory, Guesses)
-        plans.append(sequence.memory.plan(sequence.ids_K, most))
-    ids = iter(batch.chosen(batch.run(plans), batch.wanted(plans)))
-    for sequence, plan in zip(batch.sequences, plans, strict=True):
-        chosen = [next(ids) for _ in plan.wants]
-        if isinstance(sequence.memory, Guesses):
-            decided = sequence.memory.settle(plan, chosen)
-        else:
-            decided = [(k, id_) for (_, k), id_ in zip(plan.wants, chosen, strict=True)]
-        for k, id_ in decided:
-            sequence.decide(k, id_)
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """Most targets of a step."""
+
+    @abstractmethod
+    def lag(self, grid: Grid) -> int:
+        """See `turns_of`."""
+
+    def begin(self, grammar: Grammar, seed: int) -> Guesses:
+        """See `Decoder.begin`."""
+        assert isinstance(grammar, Grid), "only pictures and clips are guessed"
+        return Guesses.begin(grammar, self.lag(grammar))
+
+    def propose(self, state: Guesses, ids: NDArray[np.int64], most: int) -> Step:
+        """See `Guesses.propose`."""
+        return state.propose(ids, min(self.most, most))
+
+    def accept(self, state: Guesses, step: Step, drawn: Tensor, lo: int) -> list[tuple[int, int]]:
+        """See `Guesses.settle`."""
+        return state.settle(step, [lo + index for index in drawn.tolist()])

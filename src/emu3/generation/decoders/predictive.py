@@ -1,22 +1,23 @@
-"""Predictive sampling (Wiggers and Hoogeboom, arXiv 2002.09928): raster's own tokens, several a forward.
+"""Predictive sampling: raster's own tokens, several a forward.
 
-All tokens up to and with the one that corrects the first wrong guess are raster's, and stay: at least one a forward,
-many where the picture is plain. Unlike `jacobi`, which redraws, a seed gives the same picture as with raster; up to
-rounding, since a product of more rows may sum in another order.
+The next tokens are guessed, and one forward verifies all guesses. Every token up to the first wrong guess is raster's,
+and so is the one that corrects it. So a forward decides at least one token, and many where the picture is plain. A seed
+gives the same picture as with raster, up to rounding: a product of more rows may sum in another order.
+
+Source: Wiggers and Hoogeboom, arXiv 2002.09928.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from emu3.generation.decoders import Batch
-from emu3.generation.decoders.guesses import step_with_guesses
+from emu3.generation.decoders.guesses import GuessingDecoder
+from emu3.generation.grammar import Grid
+from emu3.options import check_whole
 
 
 @dataclass(frozen=True)
-class PredictiveDecoder:
+class PredictiveDecoder(GuessingDecoder):
     """Decides every token up to the first that was guessed wrong.
 
     Args:
@@ -29,10 +30,13 @@ class PredictiveDecoder:
     window: int = 16
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window!r}")
+        check_whole("window", self.window)
 
-    @torch.inference_mode()
-    def step(self, batch: Batch) -> None:
-        """Run one forward and compare the guesses of every picture; texts go on by one token."""
-        step_with_guesses(batch, lambda grammar: grammar.width, self.window)
+    @property
+    def most(self) -> int:
+        """See `GuessingDecoder`."""
+        return self.window
+
+    def lag(self, grid: Grid) -> int:
+        """A whole row, which is raster order."""
+        return grid.width

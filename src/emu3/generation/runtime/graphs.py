@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.generation.cache import SlotCache
-from emu3.generation.forward import Forward
+from emu3.generation.runtime.cache import SlotCache
+from emu3.generation.runtime.forward import Forward
 
 SLOTS = 2048
 # Longer ones are prompts, whose shapes hardly come back.
@@ -47,13 +47,13 @@ class RecordedForward:
         ids_BS: Tensor,
         slots_BS: Tensor,
         turns_BS: Tensor,
-        rows: Sequence[int] | None,
+        lanes: Sequence[int] | None,
         end: int,
     ) -> Tensor:
         """See `Forward.__call__`."""
         batch, length = ids_BS.shape
-        if rows is not None or length > MOST_TOKENS:
-            return self.forward(cache, ids_BS, slots_BS, turns_BS, rows, end)
+        if lanes is not None or length > MOST_TOKENS:
+            return self.forward(cache, ids_BS, slots_BS, turns_BS, lanes, end)
         # More of what padding is already: a row's last token again.
         more = (1 << (length - 1).bit_length()) - length
         ids_BS, slots_BS, turns_BS = (
@@ -71,7 +71,7 @@ class RecordedForward:
         return recording.hidden_BSE[:, :length]
 
     def _record(self, cache: SlotCache, ids_BS: Tensor, slots_BS: Tensor, turns_BS: Tensor, end: int) -> Recording:
-        ids_BS, slots_BS, turns_BS = (each.to(cache.turns_BC.device) for each in (ids_BS, slots_BS, turns_BS))
+        ids_BS, slots_BS, turns_BS = (each.to(cache.turns_BL.device) for each in (ids_BS, slots_BS, turns_BS))
         # Once for real, off the main stream: what is compiled or allocated at first use must not be in a recording.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

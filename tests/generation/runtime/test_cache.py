@@ -2,7 +2,7 @@
 
 import torch
 
-from emu3.generation.cache import EMPTY, SlotCache
+from emu3.generation.runtime.cache import EMPTY, SlotCache
 
 
 def random(*shape, seed=0):
@@ -11,15 +11,15 @@ def random(*shape, seed=0):
 
 def whole(rows, slots):
     """A cache of two layers, all of it written."""
-    cache = SlotCache.allocate(layers=2, rows=rows, heads=3, slots=slots, width=4)
+    cache = SlotCache.allocate(layers=2, lanes=rows, heads=3, slots=slots, width=4)
     for number, tensor in enumerate(cache.keys + cache.values):
         tensor.copy_(random(rows, 3, slots, 4, seed=number))
-    cache.turns_BC.zero_()
+    cache.turns_BL.zero_()
     return cache
 
 
-def test_places_are_those_of_row_head_and_slot():
-    cache = SlotCache.allocate(layers=2, rows=4, heads=3, slots=6, width=4)
+def test_places_are_those_of_lane_head_and_slot():
+    cache = SlotCache.allocate(layers=2, lanes=4, heads=3, slots=6, width=4)
     places, _ = cache.fill(torch.tensor([3, 1]), torch.tensor([[0, 2], [4, 5]]), torch.tensor([[0, 7], [0, 0]]), end=6)
     new = random(2, 2, 3, 4)  # B S K D
     cache.keys[1].view(-1, 4).index_copy_(0, places, new.view(-1, 4))
@@ -27,7 +27,7 @@ def test_places_are_those_of_row_head_and_slot():
     assert torch.equal(cache.keys[1][1, :, 4:], new[1].transpose(0, 1))
     assert cache.keys[1].count_nonzero() == new.numel()
     no = EMPTY
-    assert cache.turns_BC.tolist() == [[no] * 6, [no, no, no, no, 0, 0], [no] * 6, [0, no, 7, no, no, no]]
+    assert cache.turns_BL.tolist() == [[no] * 6, [no, no, no, no, 0, 0], [no] * 6, [0, no, 7, no, no, no]]
 
 
 def test_queries_see_what_is_filled_up_to_themselves():
@@ -51,18 +51,18 @@ def test_queries_see_no_later_turns():
 
 def test_compacted_rows_keep_their_content():
     cache, before = whole(4, 3), whole(4, 3)
-    cache.turns_BC[3, 1] = EMPTY
+    cache.turns_BL[3, 1] = EMPTY
     cache.compact([1, 3])
     for now, then in zip(cache.keys + cache.values, before.keys + before.values, strict=True):
         assert torch.equal(now[:2], then[[1, 3]])
-    assert (cache.turns_BC != EMPTY).int().tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert (cache.turns_BL != EMPTY).int().tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]
 
 
 def test_a_prefix_is_copied():
     cache, before = whole(2, 4), whole(2, 4)
-    cache.turns_BC[1] = EMPTY
+    cache.turns_BL[1] = EMPTY
     cache.copy_prefix(0, 1, 3)
     for now, then in zip(cache.keys + cache.values, before.keys + before.values, strict=True):
         assert torch.equal(now[1, :, :3], then[0, :, :3])
         assert torch.equal(now[1, :, 3:], then[1, :, 3:])
-    assert (cache.turns_BC != EMPTY).int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert (cache.turns_BL != EMPTY).int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

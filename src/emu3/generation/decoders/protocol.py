@@ -1,0 +1,91 @@
+"""What a decoder is: it proposes what the next forward runs, and accepts what comes out.
+
+A decoder sees one part of one answer, and never the batch. Positions count from 0 behind the prompt:
+
+    tokens     a photo of a cat <img>   v  v  v EOL  v  v  v EOL EOF ...
+    position               ...   -1     0  1  2  3   4  5  6  7   8
+
+The input at position k - 1 decides position k: what comes out of the model at `<img>` decides the first `v`.
+
+Shapes: B targets of all requests that choose alike, S targets of one step, V legal ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emu3.generation.grammar import Grammar
+from emu3.generation.sampling import Sampling, choose
+
+State = TypeVar("State")
+
+UNDECIDED = -1
+"""Stands in `ids` where no id is decided yet."""
+
+
+class Step(NamedTuple):
+    """What one forward does for one sequence.
+
+    Attributes:
+        inputs: positions whose tokens go in, ascending.
+        targets: positions to decide, ascending. For each target k, k - 1 is among the inputs.
+        drafts: ids to feed at inputs that are not decided yet.
+        turns: an input sees the earlier positions whose turn is not later than its own. None: it sees all of them.
+    """
+
+    inputs: Sequence[int]
+    targets: Sequence[int]
+    drafts: Mapping[int, int] = {}
+    turns: Sequence[int] | None = None
+
+
+class Decoder(ABC, Generic[State]):
+    """A way to decode. Its state belongs to one part of one answer, and changes in place."""
+
+    @abstractmethod
+    def begin(self, grammar: Grammar, seed: int) -> State:
+        """The state before the first step. Of the inputs, only the one at position -1 is still to be fed."""
+
+    @abstractmethod
+    def propose(self, state: State, ids: NDArray[np.int64], most: int) -> Step:
+        """The next step.
+
+        Args:
+            state: of this part.
+            ids: of this part, one a position; or UNDECIDED. Forced ids are decided from the start.
+            most: targets that are worth their time in the batch as it is now. At least one target is needed.
+        """
+
+    @staticmethod
+    def draw(logits_BV: Tensor, sampling: Sampling, noise_B: Tensor) -> Tensor:
+        """What `accept` needs to know of each target. Requests that choose alike are drawn together.
+
+        Args:
+            logits_BV: of the legal ids, guided.
+            sampling: how to choose.
+            noise_B: each position's own number in [0, 1), the same however often it is drawn.
+
+        Returns:
+            One row for each target, (B,) or (B, V). By default indices of the chosen ids.
+        """
+        return choose(logits_BV, sampling, noise_B)
+
+    @abstractmethod
+    def accept(self, state: State, step: Step, drawn: Tensor, lo: int) -> list[tuple[int, int]]:
+        """Decide.
+
+        Args:
+            state: changes.
+            step: what was run.
+            drawn: rows of `draw` for the targets of the step.
+            lo: the first legal id at the targets, which index 0 stands for.
+
+        Returns:
+            Positions, ascending, each with its id; at least one.
+        """

@@ -1,0 +1,48 @@
+"""Which prompt in the cache begins like a new one, so that what they share is computed once.
+
+A prompt is cut into blocks of `BLOCK` tokens. Each block is known by a hash of itself and of all before it, so finding
+the longest match takes one look-up a block, however many prompts there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+
+from emu3.generation.sequence import Lane
+
+BLOCK = 16
+"""Tokens. What is shorter is computed again, rather than waited for."""
+
+
+class Prefixes:
+    """The prompts of the lanes in the cache, by their beginnings."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[int, Lane] = {}
+
+    def add(self, lane: Lane) -> None:
+        """Take up a lane that came into the cache; sets its `source` and `shared` where another lane begins alike."""
+        for key in _keys(lane.prompt):
+            source = self._lanes.setdefault(key, lane)
+            if source is not lane:
+                lane.source = source
+        if lane.source is not None:
+            pairs = zip(lane.prompt[:-1], lane.source.prompt[:-1], strict=False)
+            lane.shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if lane.shared < BLOCK:  # equal hashes of different blocks
+                lane.source, lane.shared = None, 0
+
+    def remove(self, lane: Lane) -> None:
+        """Forget a lane that leaves the cache."""
+        for key in _keys(lane.prompt):
+            if self._lanes.get(key) is lane:
+                del self._lanes[key]
+
+
+def _keys(prompt: tuple[int, ...]) -> Iterator[int]:
+    """A key for each whole block, without the last token, which is not in the cache before the first step."""
+    key = 0
+    for end in range(BLOCK, len(prompt), BLOCK):
+        key = hash((key, prompt[end - BLOCK : end]))
+        yield key

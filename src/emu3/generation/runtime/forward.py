@@ -1,0 +1,340 @@
+"""The decoder layers as the engine runs them: the model's own weights, with fewer and cheaper operations.
+
+A step of a small batch is mostly the overhead of its operations. So, compared with `emu3.modeling.text`:
+
+- Linear layers that share their input are one product (`fuse_linears`).
+- Cosines and sines are looked up for all slots. Queries and keys are rotated together.
+- Query heads that share a key-value head become further queries of that head. So no key is copied.
+- On a CPU with weights of 16 bits, only the products with weights are in 16 bits: its other kernels are slower in them.
+
+A test holds the two together, layer by layer.
+
+Shapes: B lanes, S tokens of a lane, E model width, N query heads, K key-value heads, L slots, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emu3.generation.runtime.cache import SlotCache
+from emu3.quantization import Int8Linear
+
+if TYPE_CHECKING:
+    from emu3.modeling.text import Emu3DecoderLayer, Emu3TextModel, RMSNorm
+
+Linear = Callable[[Tensor], Tensor]
+
+# Rope types whose angles depend on the length of the sequence so far.
+_ANGLES_CHANGE = ("dynamic", "longrope")
+# From so many queries on, the fused attention kernel is faster than two products. Below, its preparations cost more.
+_MANY_QUERIES = 256
+# Up to so many layers are compiled as one, which is faster but takes minutes for many; else layer by layer.
+FEW_LAYERS = 8
+# Up to so many weights, a matrix is kept in oneDNN's own order: to reorder it costs as much as a product of a few rows.
+SMALL_MATRIX = 2**20
+
+
+class Layer(NamedTuple):
+    """What a layer computes with. A quantized or adapted matrix is called as the module that it is."""
+
+    attention_norm: RMSNorm
+    scaling: float
+    query_key_value: Linear
+    output: Linear
+    feed_forward_norm: RMSNorm
+    gate_up: Linear
+    down: Linear
+    activation: Linear
+
+    @classmethod
+    def pack(cls, layer: Emu3DecoderLayer, compiled: bool) -> Layer:
+        """Pack one of the model's layers."""
+        attention, mlp = layer.self_attn, layer.mlp
+        dtype = layer.input_layernorm.weight.dtype
+        return cls(
+            layer.input_layernorm,
+            attention.scaling,
+            fuse_linears([attention.q_proj, attention.k_proj, attention.v_proj], dtype, compiled),
+            fuse_linears([attention.o_proj], dtype, compiled),
+            layer.post_attention_layernorm,
+            fuse_linears([mlp.gate_proj, mlp.up_proj], dtype, compiled),
+            fuse_linears([mlp.down_proj], dtype, compiled),
+            mlp.act_fn,
+        )
+
+
+def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: bool) -> Linear:
+    """One function for several linear modules of the same input; it gives their outputs one behind the other.
+
+    Plain `nn.Linear` modules become one product. Their weights move into one piece of memory, and each module keeps its
+    part of it: the modules work as before, and nothing large is stored twice. Other modules are called one by one.
+
+    Args:
+        modules: each from (..., inputs) to its own (..., outputs).
+        dtype: of the input that modules take which are not plain.
+        compiled: whether the result will be compiled.
+    """
+    plain = all(
+        type(module) is nn.Linear
+        and module.bias is None
+        and "forward" not in vars(module)  # how accelerate offloads
+        and type(module.weight) is nn.Parameter
+        and module.weight.device.type != "meta"
+        for module in modules
+    )
+    quantized = [module for module in modules if isinstance(module, Int8Linear)]
+    whole = Int8Linear.joined(quantized) if len(quantized) == len(modules) else None
+    if whole is not None:
+        return whole
+    if not plain:
+        return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
+    weight = _in_one_piece([cast(nn.Parameter, module.weight) for module in modules])
+    if not compiled and weight.numel() <= SMALL_MATRIX and _in_onednn(weight):
+        return partial(_onednn_linear, dtype=weight.dtype, weight=torch.ops.mkldnn._reorder_linear_weight(weight))
+    return partial(linear, weight=weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` without a bias, in the dtype of the weight: (..., inputs) to (..., outputs), in the dtype of x."""
+    # In float32, `linear` picks kernels that take up to three times as long for a few rows. What is compiled cannot
+    # call oneDNN by this name.
+    if weight.dtype == torch.float32 and not torch.compiler.is_compiling() and _in_onednn(weight):
+        return _onednn_linear(x, weight, weight.dtype)
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, None, "none", [], "")).to(x.dtype)
+
+
+def _in_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN has kernels for it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of everything between the products with weights like this one, keys and values included."""
+    return torch.float32 if weight.device.type == "cpu" and weight.dtype.itemsize < 4 else weight.dtype
+
+
+def _in_one_piece(weights: Sequence[nn.Parameter]) -> Tensor:
+    first, together = weights[0], (sum(len(weight) for weight in weights), weights[0].shape[1])
+    starts = [weight.data_ptr() for weight in weights]
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    if all(weight.is_contiguous() for weight in weights) and starts[1:] == ends[:-1]:
+        storage = {weight.untyped_storage().data_ptr() for weight in weights}
+        if len(storage) == 1:
+            return first.detach().as_strided(together, (together[1], 1))
+    # What inference mode makes cannot be trained any more.
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward of a text model over some slots of a cache.
+
+    Attributes:
+        text_model: the model.
+        layers: its layers, packed.
+        cos_LD, sin_LD: of every slot. The sine of the first half of a head is negative, as the rotation needs it.
+            None where they change with the length.
+        run: `run_layers`, perhaps compiled.
+    """
+
+    text_model: Emu3TextModel
+    layers: tuple[Layer, ...]
+    cos_LD: Tensor | None
+    sin_LD: Tensor | None
+    run: Callable[..., Tensor]
+
+    @classmethod
+    def pack(cls, text_model: Emu3TextModel, slots: int, compiled: bool = False) -> Forward:
+        """Pack a model for caches of up to so many slots. To compile it needs a C++ compiler on a CPU."""
+        run: Callable[..., Tensor] = run_layers
+        if compiled:
+            on_cpu = text_model.embed_tokens.weight.device.type == "cpu"
+            options: dict[str, Any] = {"cpp_wrapper": on_cpu}  # kernels called from C++; a GPU's are recorded instead
+            compile_ = partial(torch.compile, dynamic=True, options=options)
+            few = len(text_model.layers) <= FEW_LAYERS
+            run = compile_(run_layers) if few else partial(run_layers, run=compile_(run_layer))
+        layers = tuple(
+            Layer.pack(cast("Emu3DecoderLayer", layer), compiled)
+            for layer in text_model.layers[: text_model.config.num_hidden_layers]
+        )
+        return cls(text_model, layers, None, None, run).for_slots(slots)
+
+    def for_slots(self, slots: int) -> Forward:
+        """The same for caches of up to so many slots."""
+        if self.text_model.rotary_emb.rope_type in _ANGLES_CHANGE:
+            return self
+        weight = self.text_model.embed_tokens.weight
+        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
+        cos_BLD, sin_BLD = _angles(self.text_model, torch.arange(slots, device=weight.device)[None], like)
+        return replace(self, cos_LD=cos_BLD[0], sin_LD=sin_BLD[0])
+
+    def __call__(
+        self,
+        cache: SlotCache,
+        ids_BS: Tensor,
+        slots_BS: Tensor,
+        turns_BS: Tensor,
+        lanes: Sequence[int] | None,
+        end: int,
+    ) -> Tensor:
+        """Run tokens and put their keys and values into the cache.
+
+        Args:
+            cache: what was there before.
+            ids_BS, slots_BS, turns_BS: the tokens, their slots and their turns, on the CPU.
+            lanes: of the cache; None for the first B.
+            end: attention reads the slots before this one.
+
+        Returns:
+            Hidden states (B, S, E) after the last norm.
+        """
+        device = cache.turns_BL.device
+        ids_BS, slots_BS = ids_BS.to(device), slots_BS.to(device)
+        embeddings = self.text_model.embed_tokens
+        hidden_BSE: Tensor = embeddings(ids_BS).to(working_dtype(embeddings.weight))
+        lanes_B = torch.arange(len(ids_BS), device=device) if lanes is None else torch.tensor(lanes, device=device)
+        indices, seen_BSL = cache.fill(lanes_B, slots_BS, turns_BS.to(device), end)
+        if self.cos_LD is None or self.sin_LD is None:
+            cos_BSD, sin_BSD = _angles(self.text_model, slots_BS, hidden_BSE)
+        else:
+            cos_BSD, sin_BSD = self.cos_LD[slots_BS], self.sin_LD[slots_BS]
+        bias_BSL = torch.zeros_like(seen_BSL, dtype=hidden_BSE.dtype).masked_fill_(~seen_BSL, -torch.inf)
+        heads, groups = cache.keys[0].shape[1], self.groups
+        # Queries of one key-value head: the tokens of its first query head, then those of its second, ...
+        bias = (bias_BSL.repeat(1, groups, 1) if groups > 1 else bias_BSL)[:, None]
+        if bias.shape[2] < _MANY_QUERIES:
+            bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
+        run = self.run if lanes is None else run_layers
+        hidden_BSE = run(
+            self.layers,
+            hidden_BSE,
+            cos_BSD[:, :, None],
+            sin_BSD[:, :, None],
+            bias,
+            indices,
+            cache.keys,
+            cache.values,
+            None if lanes is None else lanes_B,
+        )
+        return _normalize(hidden_BSE, self.text_model.norm)
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key-value head."""
+        return cast("Emu3DecoderLayer", self.text_model.layers[0]).self_attn.num_key_value_groups
+
+
+def _angles(text_model: Emu3TextModel, slots_BS: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    cos_BSD, sin_BSD = text_model.rotary_emb(like, slots_BS)
+    half = sin_BSD.shape[-1] // 2
+    return cos_BSD, torch.cat((-sin_BSD[..., :half], sin_BSD[..., half:]), -1)
+
+
+def run_layers(
+    layers: Sequence[Layer],
+    hidden_BSE: Tensor,
+    cos_BS1D: Tensor,
+    sin_BS1D: Tensor,
+    bias: Tensor,
+    indices: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lanes_B: Tensor | None,
+    run: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """One layer after the other: hidden states (B, S, E).
+
+    Args:
+        layers: of the model.
+        hidden_BSE: embeddings.
+        cos_BS1D, sin_BS1D, bias, indices, lanes_B: see `run_layer`.
+        keys, values: of the cache, for each layer.
+        run: `run_layer`, compiled; None: as it is.
+    """
+    for layer, keys_BKLD, values_BKLD in zip(layers, keys, values, strict=True):
+        hidden_BSE = (run or run_layer)(
+            layer, hidden_BSE, cos_BS1D, sin_BS1D, bias, indices, keys_BKLD, values_BKLD, lanes_B
+        )
+    return hidden_BSE
+
+
+def run_layer(
+    layer: Layer,
+    hidden_BSE: Tensor,
+    cos_BS1D: Tensor,
+    sin_BS1D: Tensor,
+    bias: Tensor,
+    indices: Tensor,
+    keys_BKLD: Tensor,
+    values_BKLD: Tensor,
+    lanes_B: Tensor | None,
+) -> Tensor:
+    """Attention and feed-forward: hidden states (B, S, E).
+
+    Each key-value head serves N / K query heads, so it has "queries" = N / K * S queries.
+
+    Args:
+        layer: of the model.
+        hidden_BSE: embeddings, or the result of the layer before.
+        cos_BS1D, sin_BS1D: of the tokens' slots; see `Forward`.
+        bias: added to the scores, 0 or -inf: (B * K, queries, end), or for many queries (B, 1, queries, end).
+        indices, keys_BKLD, values_BKLD: where keys and values go; see `SlotCache.fill`.
+        lanes_B: of the cache; None for the first B.
+    """
+    batch, length = hidden_BSE.shape[:2]
+    heads, width, queries, end = keys_BKLD.shape[1], keys_BKLD.shape[3], bias.shape[-2], bias.shape[-1]
+    groups = queries // length
+    query_key_value = layer.query_key_value(_normalize(hidden_BSE, layer.attention_norm))
+    query_key, value_BSKD = query_key_value.view(batch, length, (groups + 2) * heads, width).split(
+        ((groups + 1) * heads, heads), 2
+    )
+    halves = query_key[..., width // 2 :], query_key[..., : width // 2]  # `roll` costs several times as much
+    query_key = torch.addcmul(query_key * cos_BS1D, torch.cat(halves, -1), sin_BS1D)
+    query_BSND, key_BSKD = query_key.split((groups * heads, heads), 2)
+    keys_BKLD.view(-1, width).index_copy_(0, indices, key_BSKD.reshape(-1, width))
+    values_BKLD.view(-1, width).index_copy_(0, indices, value_BSKD.reshape(-1, width))
+    keys_BKLD, values_BKLD = (
+        cached[:batch, :, :end] if lanes_B is None else cached[lanes_B, :, :end] for cached in (keys_BKLD, values_BKLD)
+    )
+    # (B, S, N, D) -> (B, K, queries, D)
+    query = query_BSND.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).reshape(batch, heads, queries, width)
+    if bias.ndim == 3:
+        scores = torch.baddbmm(bias, query.flatten(0, 1), keys_BKLD.flatten(0, 1).mT, alpha=layer.scaling)
+        mixed = torch.bmm(scores.softmax(-1), values_BKLD.flatten(0, 1))
+    else:
+        mixed = F.scaled_dot_product_attention(
+            query, keys_BKLD, values_BKLD, attn_mask=bias.expand(-1, heads, -1, -1), scale=layer.scaling
+        )
+    # back to (B, S, N * D)
+    mixed = mixed.view(batch, heads, groups, length, width).permute(0, 3, 1, 2, 4)
+    hidden_BSE = hidden_BSE + layer.output(mixed.reshape(batch, length, groups * heads * width))
+    gate, up = layer.gate_up(_normalize(hidden_BSE, layer.feed_forward_norm)).chunk(2, -1)
+    return hidden_BSE + layer.down(layer.activation(gate) * up)
+
+
+def _normalize(x: Tensor, norm: RMSNorm) -> Tensor:
+    weight = norm.weight
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
+    # On a CPU several times as fast as `rms_norm`, which does the same by more operations.
+    mean = torch.linalg.vecdot(x, x)[..., None] / x.shape[-1]
+    return x * (mean + norm.variance_epsilon).rsqrt() * weight

@@ -1,0 +1,214 @@
+"""A request under way: which tokens are decided, and what the next forward does for them.
+
+An answer is one part after the other, each with its grammar and the state of its decoder. Most answers have one part.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
+from emu3.generation.decoders.raster import RasterDecoder
+from emu3.generation.events import Event, FrameDone, RowDone, Tokens
+from emu3.generation.grammar import Grammar, Grid
+from emu3.generation.request import Request
+from emu3.generation.sampling import uniform_noise
+
+
+@dataclass(eq=False)
+class Lane:
+    """One prompt of a request in the cache, where its answer goes in behind it.
+
+    Attributes:
+        prompt: ids.
+        index: of the lane in the cache.
+        filled: tokens of the prompt that are in the cache. The last one goes in with the first step.
+        source: a lane whose prompt begins alike, from which the first `shared` tokens are copied once they are there.
+        shared: how many.
+        alive: whether the lane is in the cache.
+    """
+
+    prompt: tuple[int, ...]
+    index: int = -1
+    filled: int = 0
+    source: Lane | None = None
+    shared: int = 0
+    alive: bool = True
+
+
+class Inputs(NamedTuple):
+    """Tokens that go into one lane: their ids, their slots, and the turn of each; see `SlotCache.fill`."""
+
+    ids: list[int]
+    slots: list[int]
+    turns: list[int]
+
+
+@dataclass(eq=False)
+class Part:
+    """A part of an answer.
+
+    Attributes:
+        grammar: its rules.
+        decoder: decides it.
+        state: what the decoder keeps.
+        start: where it begins in the answer.
+        pending: tokens of the part before that are not in the cache yet, but for its last one.
+        turn: of everything before this part in the cache.
+        last_turn: the latest turn in this part so far.
+    """
+
+    grammar: Grammar
+    decoder: Decoder[Any]
+    state: Any
+    start: int
+    pending: int = 0
+    turn: int = 0
+    last_turn: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request under way. Changes in place, since a step decides a few of thousands of tokens.
+
+    Attributes:
+        request: what was asked for.
+        number: its name in events.
+        budget: the most tokens that it emits.
+        noise: one number in [0, 1) for each of them.
+        ids: the answer; UNDECIDED where nothing is decided. Ids that a grammar forces are known when its part begins.
+        lanes: one for each prompt.
+        part: the part that is being written.
+        emitted: how many tokens have been reported.
+        newest: the position that was decided last.
+    """
+
+    request: Request
+    number: int
+    budget: int
+    noise: NDArray[np.float32]
+    ids: NDArray[np.int64]
+    lanes: list[Lane]
+    part: Part = field(init=False)
+    emitted: int = 0
+    newest: int = -1
+
+    @classmethod
+    def begin(cls, request: Request, number: int, context: int) -> Sequence:
+        """Nothing is decided yet, for a model with a context of so many tokens.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        budget = request.budget(context)
+        noise, lanes = uniform_noise(request.seed, budget).numpy(), [Lane(prompt) for prompt in request.prompts]
+        sequence = cls(request, number, budget, noise, np.full(budget, UNDECIDED), lanes)
+        sequence._begin_part(request.grammar)
+        return sequence
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether its prompts are in the cache."""
+        return all(lane.filled == len(lane.prompt) - 1 for lane in self.lanes)
+
+    def propose(self, most: int) -> Step:
+        """The next step; positions are those of the part."""
+        part = self.part
+        return part.decoder.propose(part.state, self._ids_of_part(), most)
+
+    def inputs(self, step: Step) -> list[Inputs]:
+        """What the step feeds into each lane."""
+        part = self.part
+        before = range(-1 - part.pending, -1) if part.pending else ()
+        positions = [part.start + k for k in (*before, *step.inputs)]
+        drafts = {part.start + k: id_ for k, id_ in step.drafts.items()}
+        ids = [drafts.get(k, int(self.ids[k])) for k in positions if k >= 0]
+        turns = [part.turn] * len(positions)
+        if step.turns is not None:
+            turns[part.pending :] = [part.turn + turn for turn in step.turns]
+        return [
+            Inputs([lane.prompt[k] for k in positions if k < 0] + ids, [len(lane.prompt) + k for k in positions], turns)
+            for lane in self.lanes
+        ]
+
+    def place(self, step: Step, target: int) -> int:
+        """Where the input that decides a target stands among the inputs of its lanes."""
+        return self.part.pending + bisect_left(step.inputs, target - 1)
+
+    def decide(self, step: Step, decided: list[tuple[int, int]]) -> Iterator[Event]:
+        """Take what the decoder decided, and report it, with the forced ids behind each."""
+        part = self.part
+        part.pending = 0
+        part.last_turn = max(part.last_turn, max(step.turns or (0,)))
+        ids = self._ids_of_part()
+        for k, id_ in decided:
+            ids[k] = id_
+            self.newest = part.start + k
+            yield from self._report(k, forced=False)
+
+    def advance(self) -> tuple[list[Event], Literal["stop", "length"] | None]:
+        """Go on to the next part where this one is complete: events, and why the answer ends, if it does."""
+        events: list[Event] = []
+        while self.emitted > self.part.start and (self.part.grammar.length is None or self._is_complete()):
+            part = self.part
+            then = part.grammar.then(self.ids[part.start : self.emitted])
+            if then is None:
+                return events, "stop"
+            if self.budget - self.emitted < (then.length or 1):
+                return events, "length"
+            if then is part.grammar:
+                break
+            self._begin_part(then)
+            events += self.report_opening()
+        return events, None
+
+    def _is_complete(self) -> bool:
+        return bool((self._ids_of_part() != UNDECIDED).all())
+
+    def report_opening(self) -> list[Event]:
+        """The events of the forced ids that a part begins with."""
+        is_forced = self.part.grammar.length is not None and self._ids_of_part()[0] != UNDECIDED
+        return list(self._report(0, forced=True)) if is_forced else []
+
+    def _begin_part(self, grammar: Grammar) -> None:
+        first = not hasattr(self, "part")
+        decoder: Decoder[Any] = self.request.decoder if grammar.kind == "visual" else RasterDecoder()
+        part = Part(grammar, decoder, decoder.begin(grammar, self.request.seed), start=self.emitted)
+        if not first:
+            part.pending = self.emitted - 1 - self.newest
+            part.turn = self.part.turn + self.part.last_turn
+        self.part = part
+        if grammar.length is not None:
+            lo, hi = grammar.span(np.arange(grammar.length))
+            self._ids_of_part()[:] = np.where(hi == lo + 1, lo, UNDECIDED)
+
+    def _ids_of_part(self) -> NDArray[np.int64]:
+        """The ids of this part, as a view."""
+        start, length = self.part.start, self.part.grammar.length
+        return self.ids[start:] if length is None else self.ids[start : start + length]
+
+    def _report(self, k: int, forced: bool) -> Iterator[Event]:
+        """The events of position k, which was just decided, and of the forced ids behind it."""
+        grammar, ids = self.part.grammar, self._ids_of_part()
+        end = k + 1
+        while end < len(ids) and grammar.length is not None and ids[end] != UNDECIDED and self._is_forced(end):
+            end += 1
+        new = tuple(ids[k:end].tolist())
+        self.emitted += len(new)
+        yield Tokens(self.number, self.part.start + k, new, (forced,) + (True,) * (len(new) - 1))
+        if isinstance(grammar, Grid):
+            for position in range(k, end):
+                if row := grammar.row_ending_at(position):
+                    yield RowDone(self.number, *row)
+                    if row[1] == grammar.height - 1:
+                        yield FrameDone(self.number, row[0])
+
+    def _is_forced(self, k: int) -> bool:
+        lo, hi = self.part.grammar.span(k)
+        return hi == lo + 1

@@ -1,0 +1,137 @@
+"""How a family of checkpoints spells segments as ids. Emu3:
+
+    text       its tokens
+    picture    boi H*W img rows eof eoi            H*W: digits of the size in tokens; each row is closed by eol
+
+The processor, the pipeline, training and evaluation read and write sequences through a layout only, so another family
+is another class with these methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from emu3.generation.grammar import Grammar, GridGrammar, TextGrammar
+from emu3.segments import Segment, Shape, Text, Visual
+from emu3.vocabulary import Vocabulary
+
+
+class Words(Protocol):
+    """Words to ids and back, without any control token; see `emu3.tokenization.PlainText`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that is read as plain text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; control tokens in it are left out."""
+        ...
+
+
+class Layout(Protocol):
+    """Segments to ids and back."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def opening(self, shape: Shape) -> list[int]:
+        """What stands before the first visual token of a picture or clip."""
+        ...
+
+    def prompt(self, text: str, shape: Shape) -> list[int]:
+        """What asks for a picture or clip of what a text says, its opening included."""
+        ...
+
+    def grammar(self, shape: Shape) -> Grammar:
+        """What may follow an opening."""
+        ...
+
+    def answer(self, size: int) -> Grammar:
+        """What may follow a conversation, for a model with so many ids."""
+        ...
+
+    def spell(self, segments: Sequence[Segment]) -> list[int]:
+        """Ids of segments, one behind the other."""
+        ...
+
+    def read(self, ids: Sequence[int]) -> list[Segment]:
+        """The way back: ids to segments. Control tokens around a text are left out, and so are those of a picture that
+        is not whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class Emu3Layout:
+    """As BAAI's Emu3 checkpoints are trained."""
+
+    vocabulary: Vocabulary
+    words: Words
+
+    def opening(self, shape: Shape) -> list[int]:
+        """boi, "H*W", img. ValueError for a clip, whose opening Emu3 does not publish."""
+        if shape.frames != 1:
+            raise ValueError(f"Emu3 has no spelling for {shape.frames} frames; give a picture, which is one")
+        return [self.vocabulary.boi, *self.words.encode(f"{shape.height}*{shape.width}"), self.vocabulary.img]
+
+    def prompt(self, text: str, shape: Shape) -> list[int]:
+        """bos, the text, the opening."""
+        return [self.vocabulary.bos, *self.words.encode(text), *self.opening(shape)]
+
+    def grammar(self, shape: Shape) -> GridGrammar:
+        """Rows, eof, eoi, eos."""
+        return GridGrammar(shape.height, shape.width, shape.frames, vocabulary=self.vocabulary)
+
+    def answer(self, size: int) -> TextGrammar:
+        """A text up to eos."""
+        return TextGrammar(size, (self.vocabulary.eos,))
+
+    def spell(self, segments: Sequence[Segment]) -> list[int]:
+        """See `Layout.spell`. Neighbouring texts are encoded as one, so that no seam is left between them."""
+        ids: list[int] = []
+        words = ""
+        for segment in segments:
+            if isinstance(segment, Text):
+                words += segment.text
+                continue
+            ids += self.words.encode(words)
+            words = ""
+            body = self.grammar(segment.shape).ids_of(np.asarray(segment.codes_THW)).tolist()
+            ids += [*self.opening(segment.shape), *body[:-1]]  # eos ends a sample, not a picture
+        return ids + self.words.encode(words)
+
+    def read(self, ids: Sequence[int]) -> list[Segment]:
+        """See `Layout.read`."""
+        ids, start, end = list(ids), 0, 0
+        segments: list[Segment] = []
+        while end < len(ids):
+            picture, after = self._picture(ids, end) if ids[end] == self.vocabulary.boi else (None, end + 1)
+            if picture is not None:
+                segments += [*self._text(ids[start:end]), picture]
+                start = after
+            end = after
+        return segments + self._text(ids[start:])
+
+    def _picture(self, ids: list[int], boi: int) -> tuple[Visual | None, int]:
+        """The picture that begins at `boi`, and the place behind it; None where it is not whole."""
+        none = None, boi + 1
+        if self.vocabulary.img not in ids[boi:]:
+            return none
+        first = ids.index(self.vocabulary.img, boi) + 1
+        size = re.fullmatch(r"([1-9]\d{0,3})\*([1-9]\d{0,3})", self.words.decode(ids[boi + 1 : first - 1]))
+        if size is None:
+            return none
+        grammar = self.grammar(Shape(*map(int, size.groups())))
+        body = np.array(ids[first : first + grammar.length - 1])
+        lo, hi = grammar.span(np.arange(len(body)))
+        if len(body) < grammar.length - 1 or not ((lo <= body) & (body < hi)).all():
+            return none
+        return Visual(grammar.codes_of(body)), first + len(body)
+
+    def _text(self, ids: list[int]) -> list[Segment]:
+        text = self.words.decode(ids) if ids else ""
+        return [Text(text)] if text else []

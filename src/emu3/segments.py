@@ -1,0 +1,45 @@
+"""What a sequence is made of: texts, pictures and clips, in any order. A picture is a clip of one frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+
+class Shape(NamedTuple):
+    """Size of a picture or clip, in visual tokens."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """A picture or clip as codes of the vision tokenizer.
+
+    Attributes:
+        codes_THW: integers; T is 1 for a picture.
+        frames_per_second: of a clip, where it is known.
+    """
+
+    codes_THW: NDArray[Any]
+    frames_per_second: float | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Its size in visual tokens."""
+        frames, height, width = self.codes_THW.shape
+        return Shape(height, width, frames)
+
+
+Segment = Text | Visual
