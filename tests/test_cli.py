@@ -1,6 +1,8 @@
 import inspect
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from emu3 import Emu3Pipeline, __version__, cli, training
 from emu3.data.captions import DESCRIBE
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -45,8 +48,6 @@ def picture(tmp_path: Path) -> Path:
     [
         ["frobnicate"],
         ["image"],
-        ["image", "a cat", "--seed", "-1"],
-        ["image", "a cat", "--top-k", "-1"],
         ["image", "a cat", "--guidance", "much"],
         ["chat"],
         ["eval", "nano", "--count", "0"],
@@ -57,6 +58,46 @@ def test_wrong_usage_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str], a
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert "Usage" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--seed -1", "seed must be a whole number, from 0 to 2**63 - 1, got -1"),
+        ("--top-k -1", "top_k must be a whole number, at least 0, got -1"),
+        ("--top-p 0", "top_p must be above 0 and at most 1, got 0.0"),
+        ("--temperature nan", "temperature must be a finite number of at least 0, got nan"),
+        ("--guidance inf", "guidance_scale must be a finite number from -1e+06 to 1e+06, got inf"),
+        ("--decoding zipar:x", "decoding 'zipar:x': the window must be a whole number above 0"),
+        ("--device gpu", "device must be one of auto, cpu, cuda, mps, perhaps with a number as in cuda:1, got 'gpu'"),
+        ("--dtype int8", "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ("--height 16", "give both height and width, or neither; got height=16, width=None"),
+        ("-o .png", "'.png' names no file"),
+        ("-o ", "'.' names no file"),
+        ("-o there.png/cat.png", "there.png' is no folder"),
+        ("-o " + 250 * "a" + "bc.png", "a name in it is longer than 255 bytes"),
+        ("-o cat.jpg", "pictures are PNG files"),
+        ("-o folder.png/..", "names no file"),
+        ("-o two.png", "two-1.png': there is a folder of that name"),
+    ],
+)
+def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, arguments: str, complaint: str) -> None:
+    """Neither the time nor the model is spent on it; nothing is written."""
+    (tmp_path / "there.png").write_text("a file")
+    (tmp_path / "two-1.png").mkdir()
+    code = "import sys, emu3.cli\ntry: emu3.cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    flag, value = arguments.split(" ", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "image", "a cat", "a dog", flag, value],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and complaint in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["there.png", "two-1.png"]
 
 
 @pytest.mark.parametrize("command", ["info", "eval"])
@@ -144,6 +185,7 @@ def test_several_prompts_are_numbered_and_keep_their_settings(
         "temperature": 1.0,
         "height": 16,
         "width": 24,
+        "image_area": None,
     }
     for number, (record, prompt) in enumerate(zip(drawn, ["a red car", "a cat <image>"], strict=True)):
         with Image.open(record.pop("path")) as written:
@@ -192,7 +234,7 @@ def test_a_refused_drawing_writes_nothing(
 def test_chat_prints_the_answer(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, picture: Path) -> None:
     question = "What color is the cat?"
     with Image.open(picture) as opened:
-        expected = Emu3Pipeline.from_pretrained(tiny_checkpoint).chat((question, [opened]), max_new_tokens=5)
+        expected = Emu3Pipeline.from_pretrained(tiny_checkpoint).chat(question, [opened], max_new_tokens=5)
     arguments = ("chat", picture, question, "--model", tiny_checkpoint, "--max-new-tokens", 5)
     assert run(capsys, *arguments) == (0, f"{expected}\n", "")
     code, out, err = run(capsys, *arguments, "--json")
@@ -205,7 +247,7 @@ def test_chat_without_a_question_asks_for_a_description(
 ) -> None:
     code, out, _ = run(capsys, "chat", picture, "--model", tiny_checkpoint, "--max-new-tokens", 5, "--json")
     with Image.open(picture) as opened:
-        expected = Emu3Pipeline.from_pretrained(tiny_checkpoint).chat((DESCRIBE, [opened]), max_new_tokens=5)
+        expected = Emu3Pipeline.from_pretrained(tiny_checkpoint).chat(DESCRIBE, [opened], max_new_tokens=5)
     assert (code, json.loads(out)["question"], json.loads(out)["answer"]) == (0, DESCRIBE, expected)
 
 

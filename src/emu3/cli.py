@@ -1,10 +1,10 @@
-"""The command line: `emu3 image | chat | eval | info | convert | pull | train`.
+"""The command line: one function for each command of `emu3`.
 
-Commands import what they need when they run, so that `emu3 --help` answers at once.
+Commands import what they need when they run, so that `emu3 --help` answers at once, and a wrong option is told before
+torch is imported. The options of drawing, answering and loading are those of `emu3.options`.
 """
 
-from __future__ import annotations
-
+import inspect
 import json
 import logging
 import os
@@ -12,10 +12,13 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
+
+from emu3.options import Answer, Draw, Load, parse_decoding
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,9 +35,9 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[str, typer.Option(help="Checkpoint: nano (shipped), a folder, or a hub id owner/name.")]
-DownloadOption = Annotated[bool, typer.Option("--download", help="Allow a hub id to be downloaded.")]
-Int8Option = Annotated[bool, typer.Option("--int8", help="Run the layers in 8 bits, on a CPU.")]
+ModelArgument = Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id owner/name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,8 +52,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
+def _with(**kinds: Any) -> Callable[[Command], Command]:
+    """Give a command the options of some kinds; it takes each as one argument, as in `draw: Draw`."""
+
+    def decorate(function: Command) -> Command:
+        own = [each for each in inspect.signature(function).parameters.values() if each.name not in kinds]
+        options = [_parameter(each) for kind in kinds.values() for each in fields(kind)]
+
+        def command(**values: Any) -> None:
+            made = {
+                name: kind(**{each.name: values.pop(each.name) for each in fields(kind)})
+                for name, kind in kinds.items()
+            }
+            function(**values, **made)
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        return command  # type: ignore[return-value]
+
+    return decorate
+
+
+def _parameter(option: Any) -> inspect.Parameter:
+    """A field of options as typer wants it."""
+    type_ = option.metadata["type"] if option.default is not None else option.metadata["type"] | None
+    name = f"--{option.name.replace('_', '-')}"
+    how = typer.Option(name, *option.metadata["flags"], help=option.metadata["help"])
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(option.name, kind, default=option.default, annotation=Annotated[type_, how])
+
+
+@app.callback(invoke_without_command=True)
+def _version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(_version())
+        raise typer.Exit
+
+
 @app.command()
+@_with(draw=Draw, load=Load)
 def image(
+    draw: Draw,
+    load: Load,
     prompts: Annotated[list[str], typer.Argument(help="What to draw, one picture for each.", show_default=False)],
     output: Annotated[
         Path,
@@ -58,41 +101,14 @@ def image(
             "-o", "--output", help="A .png file (numbered for several prompts), or a folder; replaces what is there."
         ),
     ] = Path("out.png"),
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Same seed, same picture; prompt i has seed + i. Default: a new one.")
-    ] = None,
-    ratio: Annotated[str, typer.Option(help="Width to height.")] = "1:1",
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width, in place of --ratio.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height, in place of --ratio.")] = None,
-    guidance: Annotated[float, typer.Option(min=0.0, help="How closely to follow the words.")] = 3.0,
-    negative: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
-    decoding: Annotated[
-        str, typer.Option(help="predictive, raster: same pictures; jacobi: lossless; zipar: fast; see docs/draw.md.")
-    ] = "predictive",
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 2048,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest, up to this mass.")] = 1.0,
     model: ModelOption = "nano",
-    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
     paths = _output_paths(output, len(prompts))
-    if seed is None:
-        seed = secrets.randbelow(2**31)
-    settings: dict[str, Any] = {
-        "negative_prompt": negative,
-        "ratio": ratio,
-        "height": height,
-        "width": width,
-        "guidance_scale": guidance,
-        "top_k": top_k,
-        "top_p": top_p,
-        "temperature": temperature,
-        "decoding": decoding,
-        "seed": seed,
-    }
-    pipeline = _load_pipeline(model, download)
+    seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
+    settings = asdict(replace(draw, seed=seed))
+    pipeline = _load_pipeline(model, load)
     with _progress("drawing") as progress:
         pictures = pipeline.image(prompts, **settings, on_event=progress)
     records = []
@@ -109,42 +125,42 @@ def image(
 
 
 @app.command()
+@_with(answer=Answer, load=Load)
 def chat(
+    answer: Answer,
+    load: Load,
     picture: Annotated[Path, typer.Argument(help="The picture to look at.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask about it.")] = "Describe the picture.",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     model: ModelOption = "nano",
-    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask about a picture."""
     opened = _read_picture(picture)
-    pipeline = _load_pipeline(model, download)
-    answer = pipeline.chat((question, [opened]), max_new_tokens=max_new_tokens, temperature=temperature)
+    pipeline = _load_pipeline(model, load)
+    said = pipeline.chat(question, [opened], **asdict(answer))
     if as_json:
-        _print_json({"picture": str(picture), "question": question, "answer": answer, "model": model})
+        _print_json({"picture": str(picture), "question": question, "answer": said, "model": model})
     else:
-        typer.echo(answer)
+        typer.echo(said)
 
 
 @app.command(name="eval")
+@_with(load=Load)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped) or a folder.")] = "nano",
+    load: Load,
+    model: ModelArgument = "nano",
     count: Annotated[int, typer.Option(min=1, help="Held-out prompts for each task.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and pictures.")] = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for pictures and report.")] = None,
     decoding: Annotated[str, typer.Option(help="How to draw; see `emu3 image`.")] = "predictive",
-    int8: Int8Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
-    from emu3.checkpoints import resolve
-
-    folder = resolve(model)
+    parse_decoding(decoding)
+    pipeline = _load_pipeline(model, load)
     from emu3.evaluation.report import evaluate
 
-    report = evaluate(folder, count, seed, output, decoding, int8)
+    report = evaluate(pipeline, count, seed, output, decoding)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -152,24 +168,26 @@ def evaluate(
 
 
 @app.command()
+@_with(load=Load)
 def bench(
-    model: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped) or a folder.")] = "nano",
+    load: Load,
+    model: ModelArgument = "nano",
     pictures: Annotated[str, typer.Option(help="How many at once, by commas.")] = "1,2,4,8,16",
     decoding: Annotated[str, typer.Option(help="Which orders, by commas; see `emu3 image`.")] = "predictive,raster",
     rounds: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the layers first.")] = False,
-    int8: Int8Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast a checkpoint draws here, beside what this machine can do."""
     counts = pictures.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
+    for name in decoding.split(","):
+        parse_decoding(name)
+    pipeline = _load_pipeline(model, load)
     from emu3.evaluation.speed import measure
 
-    pipeline = _load_pipeline(model, download=False, compiled=compiled, int8=int8)
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
     if as_json:
         _print_json(speed.to_dict())
@@ -292,14 +310,14 @@ def train(
     typer.echo(str(run_recipe(recipe)))
 
 
-def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
+def write_picture(picture: "Image.Image", path: Path, record: dict[str, Any]) -> None:
     """Write a PNG with `record` as JSON in its text chunk "emu3": wholly, or not at all."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_text("emu3", json.dumps(record))
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short, as a name may be as long as the system takes
     try:
         picture.save(unfinished, format="PNG", pnginfo=text)
         unfinished.replace(path)
@@ -308,17 +326,47 @@ def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> N
 
 
 def _output_paths(output: Path, count: int) -> list[Path]:
-    """out.png -> out.png, or out-1.png, out-2.png, ...; a folder -> folder/1.png, folder/2.png, ..."""
-    if output.is_dir() or not output.suffix:
-        return [output / f"{number}.png" for number in range(1, count + 1)]
-    if output.suffix.lower() != ".png":
+    """Where pictures go: out.png, or out-1.png, out-2.png, ...; in a folder 1.png, 2.png, ...
+
+    Raises:
+        ValueError: a picture could not be written there.
+    """
+    if output == Path() or output.name.lower() in (".png", ".."):
+        raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in .png, or a folder")
+    if output.suffix and output.suffix.lower() != ".png" and not _is_folder(output):
         raise ValueError(f"cannot write {str(output)!r}: pictures are PNG files; end the name in .png or name a folder")
-    if count == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+    if _is_folder(output) or not output.suffix:
+        paths = [output / f"{number}.png" for number in range(1, count + 1)]
+    elif count == 1:
+        paths = [output]
+    else:
+        paths = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+    for path in paths:
+        if problem := _why_not_written(path):
+            raise ValueError(f"cannot write {str(path)!r:.120}: {problem}; give -o another name")
+    return paths
 
 
-def _read_picture(path: Path) -> Image.Image:
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _why_not_written(path: Path) -> str | None:
+    """Why no file can be written at a path; None if it can."""
+    if max(len(os.fsencode(part)) for part in path.parts) > 255:
+        return "a name in it is longer than 255 bytes"
+    if path.is_dir():
+        return "there is a folder of that name"
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        return f"{str(there)!r} is no folder"
+    return None if os.access(there, os.W_OK) else f"{str(there)!r} may not be written to"
+
+
+def _read_picture(path: Path) -> "Image.Image":
     from PIL import Image
 
     try:
@@ -334,17 +382,14 @@ def _read_picture(path: Path) -> Image.Image:
         raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error
 
 
-def _load_pipeline(model: str, download: bool, compiled: bool = False, int8: bool = False) -> Emu3Pipeline:
-    from emu3.checkpoints import resolve
-
-    folder = resolve(model, download=download)
+def _load_pipeline(model: str, load: Load) -> "Emu3Pipeline":
     from emu3.pipeline import Emu3Pipeline
 
-    return Emu3Pipeline.from_pretrained(folder, compiled=compiled, int8=int8)
+    return Emu3Pipeline.from_pretrained(model, **asdict(load))
 
 
 @contextmanager
-def _progress(description: str) -> Iterator[Callable[[Event], None]]:
+def _progress(description: str) -> Iterator[Callable[["Event"], None]]:
     """A bar on stderr, in tokens, fed with the engine's events; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -357,7 +402,7 @@ def _progress(description: str) -> Iterator[Callable[[Event], None]]:
         task = bar.add_task(description, total=None)
         length = 0
 
-        def follow(event: Event) -> None:
+        def follow(event: "Event") -> None:
             nonlocal length
             if isinstance(event, Started):
                 length += event.length

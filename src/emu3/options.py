@@ -155,13 +155,27 @@ def check_dtype(name: str, value: object) -> str:
     return text
 
 
-def _option(default: Any, help_: str, check: Callable[..., Any], *bounds: Any, optional: bool = False) -> Any:
-    """A field with its help text and check; an optional one may be None."""
+def _option(
+    type_: type,
+    default: Any,
+    help_: str,
+    check: Callable[..., Any],
+    *bounds: Any,
+    optional: bool = False,
+    flags: tuple[str, ...] = (),
+) -> Any:
+    """A field with what the command line needs of it: type, help text, check, and flags beside its own name.
+
+    An optional one may be None.
+    """
 
     def run(name: str, value: object) -> Any:
         return None if optional and value is None else check(name, value, *bounds)
 
-    return field(default=default, metadata={"help": help_, "check": run})
+    return field(default=default, metadata={"type": type_, "help": help_, "check": run, "flags": flags})
+
+
+_SIDE = (check_whole, 1, 2**20)
 
 
 class _Options:
@@ -176,56 +190,60 @@ class _Options:
 class Load(_Options):
     """How a checkpoint is loaded."""
 
-    device: str = _option("auto", "Where it runs: auto (a GPU if there is one), cpu, cuda, mps.", check_device)
+    device: str = _option(str, "auto", "Where it runs: auto (a GPU if there is one), cpu, cuda, mps.", check_device)
     dtype: str = _option(
-        "auto", "Of the weights: auto (the checkpoint's own), float32, bfloat16, float16.", check_dtype
+        str, "auto", "Of the weights: auto (the checkpoint's own), float32, bfloat16, float16.", check_dtype
     )
-    int8: bool = _option(False, "Run the layers in 8 bits, on a CPU.", check_flag)
-    compiled: bool = _option(False, "Compile the layers first; pays for many pictures.", check_flag)
-    download: bool = _option(False, "Allow a hub id to be downloaded.", check_flag)
+    int8: bool = _option(bool, False, "Run the layers in 8 bits, on a CPU.", check_flag)
+    compiled: bool = _option(bool, False, "Compile the layers first; pays for many pictures.", check_flag)
+    download: bool = _option(bool, False, "Allow a hub id to be downloaded.", check_flag)
 
 
 @dataclass(frozen=True)
 class Draw(_Options):
     """How pictures are drawn."""
 
-    negative_prompt: str | None = _option(None, "What to stay away from.", check_text, optional=True)
-    ratio: str = _option("1:1", "Width to height.", check_ratio)
+    negative_prompt: str | None = _option(
+        str, None, "What to stay away from.", check_text, optional=True, flags=("--negative",)
+    )
+    ratio: str = _option(str, "1:1", "Width to height.", check_ratio)
     image_area: int | None = _option(
-        None, "Pixels, with the ratio; what the model was trained on by default.", check_whole, 1, 2**40, optional=True
+        int, None, "Pixels, with --ratio. Default: as trained.", check_whole, 1, 2**40, optional=True
     )
-    height: int | None = _option(
-        None, "Pixels; with the width, in place of the ratio.", check_whole, 1, 2**20, optional=True
-    )
-    width: int | None = _option(
-        None, "Pixels; with the height, in place of the ratio.", check_whole, 1, 2**20, optional=True
-    )
+    height: int | None = _option(int, None, "Pixels; with the width, in place of the ratio.", *_SIDE, optional=True)
+    width: int | None = _option(int, None, "Pixels; with the height, in place of the ratio.", *_SIDE, optional=True)
     guidance_scale: float | Callable[[float], float] = _option(
-        3.0, "How closely to follow the words; 1 is no guidance, and half the work.", check_guidance
+        float, 3.0, "How closely to follow the words; 1: no guidance.", check_guidance, flags=("--guidance",)
     )
-    top_k: int = _option(2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0)
-    top_p: float = _option(1.0, "Sample among the likeliest, up to this mass.", check_probability)
-    temperature: float = _option(1.0, "0 takes the likeliest token.", check_temperature)
+    top_k: int = _option(int, 2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0)
+    top_p: float = _option(float, 1.0, "Sample among the likeliest, up to this mass.", check_probability)
+    temperature: float = _option(float, 1.0, "0 takes the likeliest token.", check_temperature)
     seed: int | Sequence[int] | None = _option(
-        None, "Same seed, same picture; prompt i has seed + i. Default: a new one.", check_seed
+        int, None, "Same seed, same picture; prompt i has seed + i. Default: a new one.", check_seed
     )
     decoding: Any = _option(
+        str,
         "predictive",
         "predictive, raster: same pictures; jacobi: lossless; zipar: fast; see docs/draw.md.",
         check_decoding,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"give both height and width, or neither; got height={self.height}, width={self.width}")
 
 
 @dataclass(frozen=True)
 class Answer(_Options):
     """How questions are answered."""
 
-    max_new_tokens: int = _option(1024, "The longest answer, in tokens.", check_whole)
-    temperature: float = _option(0.0, "0 takes the likeliest token.", check_temperature)
-    top_k: int = _option(0, "Sample among the k likeliest tokens; 0: all.", check_whole, 0)
-    top_p: float = _option(1.0, "Sample among the likeliest, up to this mass.", check_probability)
+    max_new_tokens: int = _option(int, 1024, "The longest answer, in tokens.", check_whole)
+    temperature: float = _option(float, 0.0, "0 takes the likeliest token.", check_temperature)
+    top_k: int = _option(int, 0, "Sample among the k likeliest tokens; 0: all.", check_whole, 0)
+    top_p: float = _option(float, 1.0, "Sample among the likeliest, up to this mass.", check_probability)
     seed: int | Sequence[int] | None = _option(
-        None, "Above temperature 0: same seed, same answer. Default: a new one.", check_seed
+        int, None, "Above temperature 0: same seed, same answer. Default: a new one.", check_seed
     )
 
 

@@ -257,11 +257,9 @@ class Emu3Pipeline:
     def _shape(self, draw: Draw) -> Shape:
         """Size of the picture to draw, in visual tokens."""
         factor: int = self.processor.image_processor.spatial_factor
-        if draw.height is None and draw.width is None:
+        if draw.height is None or draw.width is None:
             area = self.processor.image_area if draw.image_area is None else draw.image_area
             shape = Shape(*self.processor.calculate_generate_size(draw.ratio, area, factor))
-        elif draw.height is None or draw.width is None:
-            raise ValueError(f"give both height and width, or neither; got height={draw.height}, width={draw.width}")
         else:
             shape = Shape(_tokens("height", draw.height, factor), _tokens("width", draw.width, factor))
         if max(shape) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
