@@ -96,6 +96,8 @@ class Emu3Pipeline:
             ValueError: there is no such checkpoint, its files do not fit together, or an option that cannot be used.
         """
         load = make(Load, options)
+        if not isinstance(name, str | Path) or not str(name):
+            raise ValueError(f'name must be that of a checkpoint, as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor
         from emu3.quantization import quantize_int8
 

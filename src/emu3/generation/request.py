@@ -79,6 +79,10 @@ class Request:
         ):
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be a {kind}, got {value!r:.80}")
+        if isinstance(self.sampling, Mapping):
+            for part in ("text", "visual"):
+                if not isinstance(self.sampling.get(part), Sampling):
+                    raise ValueError(f"sampling must hold a Sampling for {part!r}, got {self.sampling!r:.80}")
         if not all(hasattr(self.grammar, name) for name in ("kind", "length", "span", "then")):
             raise ValueError(f"grammar must be a grammar, such as one of a layout, got {self.grammar!r:.80}")
         for ids in self.prompts:
@@ -86,12 +90,12 @@ class Request:
                 raise ValueError(
                     f"a prompt to draw after ends with the image start {self.grammar.opener}, not {ids[-1]}"
                 )
-        check_whole("seed", self.seed, 0, MOST_SEED)
+        object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, MOST_SEED))
         has_schedule = self.guidance is not None and callable(self.guidance.scale)
         if has_schedule and self.grammar.length is None and "text" in cast(Guidance, self.guidance).kinds:
             raise ValueError("a schedule of guidance needs a picture, whose length is known; give a text a number")
         if self.max_new_tokens is not None:
-            check_whole("max_new_tokens", self.max_new_tokens)
+            object.__setattr__(self, "max_new_tokens", check_whole("max_new_tokens", self.max_new_tokens))
             if self._has_length:
                 raise ValueError(f"max_new_tokens is for text only, got {self.max_new_tokens} for a picture")
 
