@@ -9,7 +9,7 @@ import typer.main
 from PIL import Image
 
 from emu3 import Emu3Pipeline, __version__, cli, training
-from emu3.data.captions import DESCRIBE
+from emu3.icons.captions import DESCRIBE
 
 ROOT = Path(__file__).parent.parent
 

@@ -142,7 +142,7 @@ def evaluate(
     from emu3.checkpoints import resolve
 
     folder = resolve(model)
-    from emu3.evaluation.report import evaluate
+    from emu3.icons.report import evaluate
 
     report = evaluate(folder, count, seed, output, decoding, int8)
     if as_json:

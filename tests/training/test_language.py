@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from emu3.configuration import Emu3TextConfig, Emu3VQVAEConfig
-from emu3.data.scenes import Scene, SceneObject
+from emu3.icons.scenes import Scene, SceneObject
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map

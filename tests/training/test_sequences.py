@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from emu3.data.captions import caption, full_caption, questions
-from emu3.data.scenes import TASKS, sample_scene
+from emu3.icons.captions import caption, full_caption, questions
+from emu3.icons.scenes import TASKS, sample_scene
 from emu3.processing import Emu3Processor
 from emu3.tokenization import vocabulary_map
 from emu3.training.sequences import SequenceBuilder, Weights, collate

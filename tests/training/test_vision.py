@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from emu3.data.scenes import BACKGROUNDS, COLORS, TASKS, Scene, SceneObject, contains_held_out, sample_scene
-from emu3.data.sprites import mask
+from emu3.icons.scenes import BACKGROUNDS, COLORS, TASKS, Scene, SceneObject, contains_held_out, sample_scene
+from emu3.icons.sprites import mask
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import vision
 from emu3.training.codebook import CodebookAverages, Design, k_means

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emu3.data.scenes import BACKGROUNDS, COLORS, LATTICE, Scene
-from emu3.data.sprites import ICON, NOUNS, mask, noun_index
+from emu3.icons.scenes import BACKGROUNDS, COLORS, LATTICE, Scene
+from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
 
 # Of colours in [-1, 1] and of the tone, against the 16 pixels of a shape in [0, 1].
 COLOR_SCALE = 2.0

@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from emu3.data.scenes import TASKS, Scene, Task, render, sample_scene
+from emu3.icons.scenes import TASKS, Scene, Task, render, sample_scene
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.ahead import made_ahead
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from emu3.configuration import Emu3TextConfig
-from emu3.data.captions import DESCRIBE, caption, full_caption, questions
-from emu3.data.scenes import TASKS, Scene, Task, sample_scene
+from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
+from emu3.icons.scenes import TASKS, Scene, Task, sample_scene
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map

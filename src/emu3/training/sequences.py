@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from emu3.data.captions import DESCRIBE, full_caption, questions
-from emu3.data.scenes import LATTICE, Scene
-from emu3.data.sprites import ICON
+from emu3.icons.captions import DESCRIBE, full_caption, questions
+from emu3.icons.scenes import LATTICE, Scene
+from emu3.icons.sprites import ICON
 from emu3.tokenization import encode_plain
 from emu3.vocabulary import Vocabulary
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.configuration import Emu3VQVAEConfig
-from emu3.data.scenes import (
+from emu3.icons.scenes import (
     BACKGROUNDS,
     COLORS,
     LATTICE,
@@ -37,7 +37,7 @@ from emu3.data.scenes import (
     render,
     sample_scene,
 )
-from emu3.data.sprites import ICON, NOUNS
+from emu3.icons.sprites import ICON, NOUNS
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.ahead import made_ahead
 from emu3.training.codebook import CodebookAverages, Design, k_means

@@ -1,6 +1,6 @@
 """What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
 
-Drawing is judged from the pixels by `emu3.evaluation.judge`. The ceiling is what the judge says of the true scenes
+Drawing is judged from the pixels by `emu3.icons.judge`. The ceiling is what the judge says of the true scenes
 after encoding and decoding: no drawing could score better. Answers and captions count when they are right to the
 letter.
 """
@@ -19,12 +19,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from emu3.data.captions import DESCRIBE, full_caption, questions
-from emu3.data.prompts import EvaluationPrompt, evaluation_prompts
-from emu3.data.scenes import TASKS, render
-from emu3.evaluation.judge import read_picture, satisfies
-from emu3.evaluation.sheet import contact_sheet
 from emu3.generation.decoders.named import decoder_named
+from emu3.icons.captions import DESCRIBE, full_caption, questions
+from emu3.icons.judge import read_picture, satisfies
+from emu3.icons.prompts import EvaluationPrompt, evaluation_prompts
+from emu3.icons.scenes import TASKS, render
+from emu3.icons.sheet import contact_sheet
 from emu3.pipeline import Emu3Pipeline
 
 QUESTION_KINDS = ("what", "color", "count", "where")

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu3.data.prompts import evaluation_prompts
-from emu3.data.scenes import TASKS, render
-from emu3.evaluation.report import QUESTION_KINDS, Report, Score, evaluate, judged, psnr
-from emu3.evaluation.sheet import MARGIN, SCALE, contact_sheet
+from emu3.icons.prompts import evaluation_prompts
+from emu3.icons.report import QUESTION_KINDS, Report, Score, evaluate, judged, psnr
+from emu3.icons.scenes import TASKS, render
+from emu3.icons.sheet import MARGIN, SCALE, contact_sheet
 
 
 def test_score_counts_known_and_held_out_apart() -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emu3.data.captions import caption
-from emu3.data.scenes import TASKS, Relation, Scene, Task, relation, sample_scene
+from emu3.icons.captions import caption
+from emu3.icons.scenes import TASKS, Relation, Scene, Task, relation, sample_scene
 
 PAIR_TASKS: tuple[Task, ...] = ("two_object", "colors", "position", "color_attribution")
 """Tasks whose prompts name a pair that may be held out."""

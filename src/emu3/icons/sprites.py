@@ -37,7 +37,7 @@ class Sprites:
 @cache
 def load_sprites() -> Sprites:
     """The committed sheet, read once per process."""
-    assets = files("emu3.data") / "assets"
+    assets = files("emu3.icons") / "assets"
     table = json.loads((assets / "icons.json").read_text())
     with (assets / "icons.png").open("rb") as file:
         sheet = np.asarray(Image.open(file), np.float32) / np.float32(255)

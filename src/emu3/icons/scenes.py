@@ -16,8 +16,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.data.splits import is_held_out, is_held_out_pair
-from emu3.data.sprites import ICON, NOUNS, mask, noun_index
+from emu3.icons.splits import is_held_out, is_held_out_pair
+from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
 Split = Literal["train", "test"]

@@ -29,9 +29,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.data.prompts import RequiredObject, Requirement
-from emu3.data.scenes import BACKGROUNDS, COLORS, Relation
-from emu3.data.sprites import ICON, NOUNS, load_sprites
+from emu3.icons.prompts import RequiredObject, Requirement
+from emu3.icons.scenes import BACKGROUNDS, COLORS, Relation
+from emu3.icons.sprites import ICON, NOUNS, load_sprites
 
 SCORE_THRESHOLD = 0.93
 MARGIN_THRESHOLD = 0.02
