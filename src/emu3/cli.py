@@ -287,7 +287,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (TOML); recipes/nano has examples.", show_default=False)],
 ) -> None:
     """Train by a recipe. A run that was cut off goes on from its last checkpoint."""
-    from emu3.training import run_recipe
+    from emu3.icons.recipes import run_recipe
 
     typer.echo(str(run_recipe(recipe)))
 

@@ -88,6 +88,12 @@ class Scene:
                 raise ValueError(f"{a} and {b} overlap; move them {ICON} pixels apart along x or y")
 
 
+def cells_of(thing: SceneObject) -> tuple[slice, slice]:
+    """The rows and the columns of the lattice that an object covers."""
+    top, left, side = thing.y // LATTICE, thing.x // LATTICE, ICON // LATTICE
+    return slice(top, top + side), slice(left, left + side)
+
+
 def check_size(height: int, width: int) -> None:
     """`ValueError` unless both sides are multiples of 4 pixels and at least 32."""
     for name, side in (("height", height), ("width", width)):
