@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.icons import recipes
 from emu3.icons.pictures import SceneSource
-from emu3.icons.recipes import KINDS, IconLanguageRecipe, IconVisionRecipe, run_recipe, train_language, train_vision
-from emu3.icons.sequences import Weights
+from emu3.icons.recipes import KINDS, IconVisionRecipe, run_recipe, train_language, train_vision
+from emu3.icons.sequences import IconLanguageRecipe, Weights
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer

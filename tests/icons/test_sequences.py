@@ -11,7 +11,7 @@ from PIL import Image
 from emu3.icons.captions import caption, full_caption, questions
 from emu3.icons.pictures import SceneSource
 from emu3.icons.scenes import TASKS, Scene, SceneObject, sample_scene
-from emu3.icons.sequences import SceneSequences, Weights
+from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, Weights
 from emu3.processing import Emu3Processor
 from emu3.tokenization import vocabulary_map
 from emu3.training.sequences import SequenceBuilder
@@ -26,20 +26,18 @@ def processor(tiny_checkpoint):
     return Emu3Processor.from_pretrained(tiny_checkpoint)
 
 
+RECIPE = IconLanguageRecipe(model={}, vision="", weights=WEIGHTS, batch_size=1, draw_share=1.0, null_prompt=0.0)
+
+
 @pytest.fixture
-def sequences(processor):
+def builder(processor):
+    return SequenceBuilder(processor.tokenizer, Vocabulary.from_map(vocabulary_map(processor.tokenizer)))
+
+
+@pytest.fixture
+def sequences(builder):
     """Never drops a caption."""
-    vocabulary = Vocabulary.from_map(vocabulary_map(processor.tokenizer))
-    return SceneSequences(
-        SequenceBuilder(processor.tokenizer, vocabulary),
-        sources=[],
-        weights=WEIGHTS,
-        seed=0,
-        batch_size=1,
-        draw_share=1.0,
-        turns=4,
-        null_prompt=0.0,
-    )
+    return SceneSequences(RECIPE, builder, codes=[])
 
 
 @pytest.fixture(params=TASKS)
@@ -92,7 +90,7 @@ def test_drawing_of_another_shape(sequences, processor, scene, ratio):
 
 
 def test_drawing_without_a_prompt(sequences, processor, scene):
-    sequences = replace(sequences, null_prompt=1.0)
+    sequences = replace(sequences, recipe=replace(RECIPE, null_prompt=1.0))
     ids, weights = sequences.draw(scene, "words to drop", CODES, np.random.default_rng(0))
     prompt = processor(text="", return_for_image_generation=True, image_area=48 * 48)["input_ids"][0]
     assert ids[: len(prompt)] == list(prompt)
@@ -100,7 +98,7 @@ def test_drawing_without_a_prompt(sequences, processor, scene):
 
 
 def test_share_of_dropped_captions(sequences, scene):
-    sequences = replace(sequences, null_prompt=0.3)
+    sequences = replace(sequences, recipe=replace(RECIPE, null_prompt=0.3))
     rng = np.random.default_rng(0)
     lengths = [sequences.draw(scene, "a photo", CODES, rng)[1].count(0.0) for _ in range(400)]
     assert abs(lengths.count(min(lengths)) - 120) < 40
@@ -138,7 +136,7 @@ def test_reading_is_the_processors_conversation(sequences, processor, drawn, see
         question = asked.removeprefix(" USER: ").removesuffix(". ASSISTANT:")
         assert answer == f" {known.pop(question)}<|extra_204|>"
         turns.append((question, answer.removeprefix(" ").removesuffix("<|extra_204|>")))
-    assert len(turns) == min(sequences.turns, len(questions(scene)) + 1)
+    assert len(turns) == min(RECIPE.turns, len(questions(scene)) + 1)
 
     for answered in range(len(turns)):
         prompt = processor.apply_chat_template(
@@ -152,7 +150,7 @@ def test_reading_is_the_processors_conversation(sequences, processor, drawn, see
 
 
 def test_objects_weigh_more(sequences):
-    sequences = replace(sequences, weights=Weights(object=4.0))
+    sequences = replace(sequences, recipe=replace(RECIPE, weights=Weights(object=4.0)))
     scene = Scene((SceneObject("cat", "red", 8, 16),), "white")
     _, weights = sequences.draw(scene, "a cat", CODES, np.random.default_rng(0))
     rows = np.array(weights[-12 * 13 - 3 : -3]).reshape(12, 13)
@@ -161,23 +159,25 @@ def test_objects_weigh_more(sequences):
     assert set(rows.flatten()) == {1.0, 4.0}
 
 
-def test_batches_are_of_the_sources_of_their_step(sequences):
-    sources = [
-        (SceneSource(share=1.0, seed=0, count=5, steps=(0, 3)), np.zeros((5, 12, 12), np.int16)),
-        (SceneSource(share=1.0, seed=1, count=5, height=32, width=32, steps=(2, 5)), np.zeros((5, 8, 8), np.int16)),
-    ]
+def test_batches_are_of_the_sources_of_their_step(builder):
+    sources = (
+        SceneSource(share=1.0, seed=0, count=5, steps=(0, 3)),
+        SceneSource(share=1.0, seed=1, count=5, height=32, width=32, steps=(2, 5)),
+    )
+    codes = [np.zeros((5, side, side), np.int16) for side in (12, 8)]
     rows = []
     for seed in range(20):
-        run = [replace(sequences, sources=sources, seed=seed).batch(step) for step in range(5)]
+        sequences = SceneSequences(replace(RECIPE, sources=sources, seed=seed), builder, codes)
+        run = [sequences.batch(step) for step in range(5)]
         assert {batch.task for batch in run} == {"draw"}
-        rows.append([int((batch.ids_BS == sequences.builder.vocabulary.eol).sum()) for batch in run])
+        rows.append([int((batch.ids_BS == builder.vocabulary.eol).sum()) for batch in run])
     assert {tuple(counts[:2]) for counts in rows} == {(12, 12)}
     assert {counts[2] for counts in rows} == {12, 8}
     assert {tuple(counts[3:]) for counts in rows} == {(8, 8)}
 
 
-def test_batches_can_be_made_by_other_processes(sequences):
-    source = SceneSource(share=1.0, seed=0, count=5)
-    sequences = replace(sequences, sources=[(source, np.zeros((5, 12, 12), np.int16))])
+def test_batches_can_be_made_by_other_processes(builder):
+    recipe = replace(RECIPE, sources=(SceneSource(share=1.0, seed=0, count=5),))
+    sequences = SceneSequences(recipe, builder, [np.zeros((5, 12, 12), np.int16)])
     copy = pickle.loads(pickle.dumps(sequences.batch))
     assert torch.equal(copy(3).ids_BS, sequences.batch(3).ids_BS)

@@ -24,6 +24,7 @@ from emu3.icons.scenes import (
     sample_scene,
 )
 from emu3.icons.sprites import ICON, NOUNS
+from emu3.training.codes import to_pixels
 
 ENCODED_AT_ONCE = 64
 
@@ -113,8 +114,7 @@ def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: 
 
 def render_pixels(scenes: Sequence[Scene]) -> Tensor:
     """Rendered scenes, float (B, C, H, W) in [-1, 1]."""
-    pictures = np.stack([render(scene) for scene in scenes])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes])))
 
 
 def make_picture_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.icons.design import Design
-from emu3.icons.pictures import ENCODED_AT_ONCE, SceneSource, make_picture_batch
-from emu3.icons.sequences import SceneSequences, Weights, write_corpus
+from emu3.icons.pictures import ENCODED_AT_ONCE, make_picture_batch
+from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, write_corpus
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training import language, recipe, vision
@@ -41,29 +41,6 @@ class IconVisionRecipe(vision.VisionRecipe):
     shapes: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class IconLanguageRecipe(language.LanguageRecipe):
-    """A language model of the icon world; further fields are those of `LanguageRecipe`.
-
-    Attributes:
-        vision: folder with the trained vision tokenizer, relative to the output folder.
-        texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
-        text_entries: size of the text tokenizer.
-        sources: of the scenes.
-        draw_share: share of batches that draw; the others read.
-        turns: most questions about one picture.
-        weights: of the tokens.
-    """
-
-    vision: str
-    texts: list[str] = field(default_factory=list)
-    text_entries: int = 1024
-    sources: tuple[SceneSource, ...] = ()
-    draw_share: float = 0.6
-    turns: int = 4
-    weights: Weights = field(default_factory=Weights)
-
-
 def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     """Trains a vision tokenizer; see `emu3.training.vision.train`."""
     torch.manual_seed(recipe.seed)
@@ -86,15 +63,12 @@ def train_language(recipe: IconLanguageRecipe, folder: Path) -> None:
             raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
     tokenizer = Emu3VQVAE.from_pretrained(require_output(folder / recipe.vision)).to(training_device())
     text_tokenizer = train_text_tokenizer(recipe, folder, tokenizer.config.codebook_size)
-    sources = []
+    codes = []
     for source in recipe.sources:
         starts = range(0, source.count, ENCODED_AT_ONCE)
-        sources.append((source, encode(tokenizer, source.pictures, starts, source.name, folder / "codes")))
+        codes.append(encode(tokenizer, source.pictures, starts, source.name, folder / "codes"))
     builder = SequenceBuilder(text_tokenizer, Vocabulary.from_map(vocabulary_map(text_tokenizer)))
-    sequences = SceneSequences(
-        builder, sources, recipe.weights, recipe.seed, recipe.batch_size, recipe.draw_share, recipe.turns
-    )
-    language.train(recipe, folder, text_tokenizer, sequences.batch)
+    language.train(recipe, folder, text_tokenizer, SceneSequences(recipe, builder, codes).batch)
 
 
 def train_text_tokenizer(recipe: IconLanguageRecipe, folder: Path, codebook_size: int) -> PreTrainedTokenizerBase:

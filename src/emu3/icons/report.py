@@ -1,8 +1,7 @@
 """What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
 
-Drawing is judged from the pixels by `emu3.icons.judge`. The ceiling is what the judge says of the true scenes
-after encoding and decoding: no drawing could score better. Answers and captions count when they are right to the
-letter.
+Drawing is judged from the pixels by `emu3.icons.judge`. The ceiling is the judge's score for the true scenes after
+encoding and decoding: no drawing could score better. Answers and captions must be right to the letter.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ ANSWER_TOKENS = 32
 
 @dataclass(frozen=True)
 class Score:
-    """How many were right, among prompts whose pairs training had seen and among those with a held-out pair."""
+    """How many were right, of the prompts whose pairs training had seen and of those with a held-out pair."""
 
     known_right: int = 0
     known: int = 0
@@ -42,7 +41,7 @@ class Score:
 
     @property
     def share(self) -> float:
-        """Right ones of all, 0 to 1."""
+        """Right ones among all, 0 to 1."""
         return (self.known_right + self.held_out_right) / max(1, self.known + self.held_out)
 
     def __add__(self, other: Score) -> Score:
@@ -59,11 +58,16 @@ class Report:
     """Scores of one checkpoint.
 
     Attributes:
-        drawing, ceiling: by task, of pictures drawn and of true pictures encoded and decoded.
+        model: folder or name of the checkpoint.
+        count: prompts of each task.
+        seed: of the prompts and the pictures.
+        drawing: of pictures drawn, by task.
+        ceiling: of true pictures encoded and decoded, by task.
         answers: by kind of question.
-        captions: full captions.
+        captions: of full captions.
         reconstruction_psnr: mean over pictures, dB.
-        decoding, int8: how the pictures were drawn, and in what numbers the layers ran.
+        decoding: how the pictures were drawn.
+        int8: whether the layers ran in 8 bits.
     """
 
     model: str
@@ -136,7 +140,7 @@ def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
     return float(10 * np.log10(255.0**2 / max(error, 1e-6)))
 
 
-def judged(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:
+def judge_pictures(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:
     """Whether each picture shows what its prompt asks for."""
     return [
         satisfies(read_picture(np.asarray(picture.convert("RGB"))), prompt.requirement)
@@ -177,17 +181,17 @@ def evaluate(
     for task in track(TASKS, description="drawing", console=console):
         held_out = [prompt.held_out for prompt in prompts[task]]
         pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed, decoding=decoding)
-        right = judged(prompts[task], pictures)
+        right = judge_pictures(prompts[task], pictures)
         drawing[task] = Score.of(zip(held_out, right, strict=True))
         truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts[task]]
         decoded = reconstruct(pipeline, truth)
-        ceiling[task] = Score.of(zip(held_out, judged(prompts[task], decoded), strict=True))
+        ceiling[task] = Score.of(zip(held_out, judge_pictures(prompts[task], decoded), strict=True))
         errors += [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(decoded, truth, strict=True)]
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             sheet = contact_sheet(pictures, [prompt.prompt for prompt in prompts[task]], 6, right)
             sheet.save(output / f"{task}.png")
-    # Tasks in turn, so that every kind of question meets every kind of scene.
+    # The tasks alternate, so that every kind of question meets every kind of scene.
     scenes = [prompts[task][index] for index in range(count) for task in TASKS]
     kinds = track(QUESTION_KINDS, description="answering", console=console)
     answers = {kind: _answers(pipeline, scenes, count, kind) for kind in kinds}
@@ -208,7 +212,7 @@ def _ask(pipeline: Emu3Pipeline, prompt: EvaluationPrompt, question: str) -> str
 
 
 def _answers(pipeline: Emu3Pipeline, scenes: list[EvaluationPrompt], count: int, kind: str) -> Score:
-    """The first `count` scenes that allow a question of this kind, asked one each."""
+    """One question of this kind about each of the first `count` scenes that allow it."""
     outcomes: list[tuple[bool, bool]] = []
     for prompt in scenes:
         asked = [question for question in questions(prompt.scene) if question.kind == kind]

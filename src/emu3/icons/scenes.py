@@ -1,10 +1,11 @@
 """Scenes of coloured icons on a plain background: what they are, how they are drawn, how they are sampled.
 
-Scenes follow the six tasks of the GenEval benchmark (Ghosh et al., 2023). Objects lie on a lattice of 4 pixels, the
-stride of a vision tokenizer with two downsamplings, so that a glyph looks the same to it wherever it stands.
+Scenes follow the six tasks of the GenEval benchmark (Ghosh et al., 2023). Objects lie on a lattice of 4 pixels, one
+token of nano's vision tokenizer, so that a glyph looks the same to it wherever it stands. Sampling uses every second
+point of the lattice:
 
-    0       8       16      24      32        corners that sampling uses in a picture of 48 pixels: multiples of 8
-    ├───────┴───────┼───────┴───────┼──        (LATTICE = 4 is what `Scene` accepts)
+    0       8       16      24      32
+    ├───────┴───────┼───────┴───────┼──
     │   ICON = 16   │
 """
 
@@ -114,7 +115,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 def relation(a: SceneObject, b: SceneObject) -> Relation | None:
     """Where `a` stands seen from `b`; None where neither axis clearly dominates.
 
-    One axis dominates where the icons do not overlap along it and the offset along the other is at most half as large.
+    An axis dominates if the icons do not overlap along it, and the offset along the other is at most half as large.
     """
     return _direction(a.x - b.x, a.y - b.y)
 
@@ -137,9 +138,9 @@ def contains_held_out(scene: Scene) -> bool:
 def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int = 48, width: int = 48) -> Scene:
     """A scene of the task, determined by the state of `rng`. `ValueError` for an unknown task or a wrong size.
 
-    "train" never shows a held-out pair. "test" always does so in the four tasks that name a pair: in "colors" the noun
-    and its colour, in "two_object" and "position" the two nouns, in "color_attribution" any of the three; the other two
-    tasks take every noun in every colour there.
+    "train" never shows a held-out pair. "test" always does in the four tasks that name a pair: in "colors" the noun and
+    its colour, in "two_object" and "position" the two nouns, in "color_attribution" any of the three pairs. In the
+    other two tasks "test" takes every noun in every colour.
     """
     if task not in TASKS:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")

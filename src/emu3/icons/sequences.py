@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
 from emu3.icons.pictures import SceneSource
 from emu3.icons.scenes import TASKS, Scene, cells_of, sample_scene
-from emu3.training.language import SequenceBatch
+from emu3.training.language import LanguageRecipe, SequenceBatch
 from emu3.training.sequences import SYSTEM, Sample, SequenceBuilder, collate
 
 
@@ -34,38 +34,49 @@ class Weights:
     object: float = 1.0
 
 
-@dataclass(frozen=True)
-class SceneSequences:
-    """Makes the batches of a language model's training.
+@dataclass(frozen=True, kw_only=True)
+class IconLanguageRecipe(LanguageRecipe):
+    """A language model of the icon world; further fields are those of `LanguageRecipe`.
 
     Attributes:
-        builder: of the sequences.
-        sources: of the scenes, each with its codes (scenes, H, W). All pictures of a batch are of one source.
-        weights: of the tokens.
-        seed: of the batches.
-        batch_size: sequences of a batch.
+        vision: folder with the trained vision tokenizer, relative to the output folder.
+        texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
+        text_entries: size of the text tokenizer.
+        sources: of the scenes. All pictures of a batch are of one source.
         draw_share: share of batches that draw; the others read.
-        null_prompt: share of drawings whose caption is dropped, so that guidance has an unconditional model.
+        null_prompt: share of drawings without a caption, so that guidance has an unconditional model.
         turns: most questions about one picture.
+        weights: of the tokens.
     """
 
-    builder: SequenceBuilder
-    sources: Sequence[tuple[SceneSource, NDArray[Any]]]
-    weights: Weights
-    seed: int
-    batch_size: int
-    draw_share: float
-    turns: int
+    vision: str
+    texts: list[str] = field(default_factory=list)
+    text_entries: int = 1024
+    sources: tuple[SceneSource, ...] = ()
+    draw_share: float = 0.6
     null_prompt: float = 0.1
+    turns: int = 4
+    weights: Weights = field(default_factory=Weights)
+
+
+@dataclass(frozen=True)
+class SceneSequences:
+    """Makes the batches of a recipe. `codes` are (scenes, H, W) for each of its sources."""
+
+    recipe: IconLanguageRecipe
+    builder: SequenceBuilder
+    codes: Sequence[NDArray[Any]]
 
     def batch(self, step: int) -> SequenceBatch:
         """The batch of a step; its task is "draw" or "read"."""
-        rng = np.random.default_rng([self.seed, step])
-        task = "draw" if rng.random() < self.draw_share else "read"
-        shares = np.array([source.share if source.covers(step) else 0.0 for source, _ in self.sources])
-        source, codes = self.sources[rng.choice(len(self.sources), p=shares / shares.sum())]
+        recipe = self.recipe
+        rng = np.random.default_rng([recipe.seed, step])
+        task = "draw" if rng.random() < recipe.draw_share else "read"
+        shares = np.array([source.share if source.covers(step) else 0.0 for source in recipe.sources])
+        number = rng.choice(len(shares), p=shares / shares.sum())
+        source, codes = recipe.sources[number], self.codes[number]
         samples = []
-        for index in rng.integers(source.count, size=self.batch_size):
+        for index in rng.integers(source.count, size=recipe.batch_size):
             scene_task, scene = source.scene(int(index))
             if task == "draw":
                 samples.append(self.draw(scene, source.prompt(scene, scene_task, rng), codes[index], rng))
@@ -77,15 +88,16 @@ class SceneSequences:
         """The scene drawn from words, or from none."""
         factors_HW = np.ones(codes_HW.shape)
         for thing in scene.objects:
-            factors_HW[cells_of(thing)] = self.weights.object
-        prompt = None if rng.random() < self.null_prompt else words
-        return self.builder.drawing(prompt, codes_HW, self.weights.visual, factors_HW)
+            factors_HW[cells_of(thing)] = self.recipe.weights.object
+        prompt = None if rng.random() < self.recipe.null_prompt else words
+        return self.builder.drawing(prompt, codes_HW, self.recipe.weights.visual, factors_HW)
 
     def read(self, scene: Scene, codes_HW: NDArray[Any], rng: np.random.Generator) -> Sample:
         """Questions about the scene and their answers, in random order."""
         asked = [(question.text, question.answer) for question in questions(scene)] + [(DESCRIBE, full_caption(scene))]
-        turns = [asked[index] for index in rng.permutation(len(asked))[: self.turns]]
-        return self.builder.reading(codes_HW, turns, self.weights.read_visual, self.weights.answer)
+        turns = [asked[index] for index in rng.permutation(len(asked))[: self.recipe.turns]]
+        weights = self.recipe.weights
+        return self.builder.reading(codes_HW, turns, weights.read_visual, weights.answer)
 
 
 def write_corpus() -> Iterator[str]:

@@ -17,7 +17,7 @@ from PIL import Image
 ICON = 16
 """Pixels a side of every glyph."""
 
-# Spelled out here, and not only in the table, so that importing the names reads no file; a test holds the two together.
+# Also in the table; written here so that importing the names reads no file. A test compares the two.
 NOUNS: tuple[str, ...] = (
     "airplane", "anchor", "apple", "backpack", "bench", "bird", "boat", "bone", "bottle", "bus",
     "car", "cat", "chair", "clock", "cloud", "crown", "cup", "dog", "duck", "elephant",

@@ -47,11 +47,15 @@ def encode(
         parts = []
         batches = prefetch(read_pictures, starts)
         for pictures_BHWC in track(batches, total=len(starts), description=f"encoding {name}"):
-            pixels_BCHW = pictures_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            codes_BHW = tokenizer.quantize(tokenizer.latents(pixels_BCHW)[1])[:, 0]
+            codes_BHW = tokenizer.quantize(tokenizer.latents(to_pixels(pictures_BHWC.to(device)))[1])[:, 0]
             parts.append(codes_BHW.cpu().numpy().astype(dtype))
         save_file({"codes": np.concatenate(parts)}, path)
     return load_file(path)["codes"]
+
+
+def to_pixels(pictures_BHWC: Tensor) -> Tensor:
+    """uint8 pictures as a network's input: float (B, C, H, W) in [-1, 1]."""
+    return pictures_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def smallest_dtype(codebook_size: int) -> type[np.signedinteger[Any]]:

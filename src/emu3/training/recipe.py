@@ -24,15 +24,12 @@ from typing import (
 
 Recipe = TypeVar("Recipe")
 
-_DESCRIPTIONS: dict[Any, str] = {
+_WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a text",
     Path: "a path",
-    list: "a list",
-    tuple: "a list",
-    dict: "a table",
 }
 
 
@@ -167,10 +164,8 @@ def _describe(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_describe(option) for option in inner if option is not type(None)))
-    if origin is Annotated:
-        return _describe(inner[0])
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
-    if origin is tuple and inner[-1] is not ...:
-        return f"a list of {len(inner)}"
-    return "a table" if is_dataclass(kind) else _DESCRIPTIONS.get(origin or kind, str(kind))
+    if origin in (list, tuple):
+        return f"a list of {len(inner)}" if origin is tuple and inner[-1] is not ... else "a list"
+    return _WORDS.get(origin or kind, "a table")
