@@ -15,11 +15,12 @@ from emu3.icons.pictures import ENCODED_AT_ONCE, make_picture_batch
 from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, write_corpus
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
-from emu3.training import language, recipe, vision
+from emu3.training import language, vision
 from emu3.training.assemble import AssembleRecipe, assemble
 from emu3.training.codes import encode
 from emu3.training.precision import training_device
 from emu3.training.recipe import Kind
+from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder
 from emu3.training.state import require_output
 from emu3.vocabulary import Vocabulary
@@ -87,4 +88,4 @@ KINDS = {
 
 def run_recipe(path: str | Path) -> Path:
     """Runs one of these recipes; see `emu3.training.recipe.run_recipe`."""
-    return recipe.run_recipe(path, KINDS)
+    return run_recipe_of(path, KINDS)
