@@ -1,16 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage common versions docs lint bench nano clean
+.PHONY: demo test common versions docs lint bench nano clean
 
 demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## every test
 	$(BIN)/python -m pytest
-
-coverage: .venv/.installed  ## the documented API, item by item, with the test of each
-	$(BIN)/python tests/coverage/table.py
 
 common: .venv/.installed  ## transformers' common model tests, on these classes and on its own
 	$(BIN)/python tests/common/run.py

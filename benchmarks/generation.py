@@ -24,8 +24,6 @@ import torch
 import transformers
 
 from emu3.configuration import Emu3Config
-from emu3.data.prompts import evaluation_prompts
-from emu3.data.scenes import TASKS
 from emu3.evaluation.speed import processor_name
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
@@ -33,6 +31,8 @@ from emu3.generation.events import Finished, Stepped
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
+from emu3.icons.prompts import evaluation_prompts
+from emu3.icons.scenes import TASKS
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.pipeline import Emu3Pipeline
 from emu3.quantization import quantize_int8

@@ -12,6 +12,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact arithmetic in training, whatever the processor can do."""
+    monkeypatch.setattr("emu3.training.precision.has_fast_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete checkpoint folder of a tiny random model: pictures of 48x48 pixels as 12x12 tokens of 16 codes."""

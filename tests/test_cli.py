@@ -10,8 +10,9 @@ import pytest
 import typer.main
 from PIL import Image
 
-from emu3 import Emu3Pipeline, __version__, cli, training
-from emu3.data.captions import DESCRIBE
+from emu3 import Emu3Pipeline, __version__, cli
+from emu3.icons import recipes
+from emu3.icons.captions import DESCRIBE
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
@@ -298,7 +299,7 @@ def test_defaults_are_those_of_the_pipeline(command: Any, method: Any, renamed: 
 def test_train_runs_the_recipe(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "run_recipe", lambda recipe: recipe.parent / "result")
+    monkeypatch.setattr(recipes, "run_recipe", lambda recipe: recipe.parent / "result")
     assert run(capsys, "train", tmp_path / "recipe.toml") == (0, f"{tmp_path / 'result'}\n", "")
 
 

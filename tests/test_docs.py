@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from emu3.data import COLORS, NOUNS
+from emu3.icons.scenes import COLORS
+from emu3.icons.sprites import NOUNS
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = re.compile(r"^    (emu3 .*)$", re.MULTILINE)

@@ -10,7 +10,7 @@ from transformers import TorchAoConfig, Trainer, TrainingArguments
 
 from emu3 import Emu3ForConditionalGeneration, Emu3Pipeline, Emu3Processor
 from emu3.checkpoints import resolve
-from emu3.data import Scene, SceneObject, render
+from emu3.icons.scenes import Scene, SceneObject, render
 
 # Their own warnings are theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")

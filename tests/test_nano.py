@@ -11,8 +11,9 @@ from PIL import Image
 
 from emu3 import Emu3ForConditionalGeneration, Emu3Pipeline, Emu3Processor
 from emu3.checkpoints import resolve
-from emu3.data import Scene, SceneObject, evaluation_prompts, render
-from emu3.evaluation.judge import read_picture, satisfies
+from emu3.icons.judge import read_picture, satisfies
+from emu3.icons.prompts import evaluation_prompts
+from emu3.icons.scenes import Scene, SceneObject, render
 
 PROMPT = "a photo of a red car and a blue tree"
 

@@ -27,13 +27,14 @@ from emu3.options import Answer, Draw, Load, check_number, check_seed, check_who
 from emu3.pipeline import Emu3Pipeline
 
 ANYTHING: list[Any] = [
-    None, True, False, 0, 1, 2, 16, -1, 2**31, 2**63, 2**64, 10**30, 0.0, 0.5, 1.0, 1.5, -0.1, 1e-9, 1e9, math.nan, math.inf,
-    -math.inf, 1j, "", "1", "a", "16:9", "0:1", "1:1e9", "nope", "auto", "cpu", "cuda", "cuda:99", "mps", "float32",
-    "bfloat16", "raster", "zipar:2", "zipar:0", "predictive:999999999", "\udc80", "\x00", b"7", b"", [], [1], [1, 2], ["a"],
-    [[1]], [None], (), (1,), (3, 4), {}, {"a": 1}, {1}, object(), object, int, len, lambda progress: 2.0,
-    lambda progress: None, lambda: 1, Fraction(1, 2), Path("x"), Path(), range(2), np.float32(0.5), np.int64(3), np.array(3),
-    np.array([1, 2]), np.float64("nan"), torch.tensor(2), torch.tensor(0.5), torch.tensor([1, 2]), torch.float32, torch.int8,
-    torch.device("cpu"), RasterDecoder(), RasterDecoder, ZipARDecoder(1), Sampling(), Image.new("RGB", (8, 8)), ...,
+    None, True, False, 0, 1, 2, 16, -1, 2**31, 2**63, 2**64, 10**30, 0.0, 0.5, 1.0, 1.5, -0.1, 1e-9, 1e9, math.nan,
+    math.inf, -math.inf, 1j, "", "1", "a", "16:9", "0:1", "1:1e9", "nope", "auto", "cpu", "cuda", "cuda:99", "mps",
+    "float32", "bfloat16", "raster", "zipar:2", "zipar:0", "predictive:999999999", "\udc80", "\x00", b"7", b"", [], [1],
+    [1, 2], ["a"], [[1]], [None], (), (1,), (3, 4), {}, {"a": 1}, {1}, object(), object, int, len, lambda progress: 2.0,
+    lambda progress: None, lambda: 1, Fraction(1, 2), Path("x"), Path(), range(2), np.float32(0.5), np.int64(3),
+    np.array(3), np.array([1, 2]), np.float64("nan"), torch.tensor(2), torch.tensor(0.5), torch.tensor([1, 2]),
+    torch.float32, torch.int8, torch.device("cpu"), RasterDecoder(), RasterDecoder, ZipARDecoder(1), Sampling(),
+    Image.new("RGB", (8, 8)), ...,
 ]  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def pipeline(tiny_checkpoint: Path) -> Emu3Pipeline:
 
 
 def outcome(function: Any, arguments: dict[str, Any], names: tuple[str, ...]) -> str:
-    """What a call comes to; anything but a result, or a ValueError that names one of the arguments, is an error here."""
+    """Whether a call works, or is refused by a ValueError that names an argument; all else is an error here."""
     try:
         function(**arguments)
     except ValueError as error:
@@ -139,18 +140,19 @@ def test_engine_requests_of_every_type(pipeline: Emu3Pipeline) -> None:
             outcome(run, picture | {name: value}, (name, "prompt", "guidance"))
             if name != "max_new_tokens" or not isinstance(value, int):
                 outcome(run, text | {"max_new_tokens": 2} | {name: value}, (name, "prompt", "guidance"))
-    makers: list[Any] = [
-        Guidance, Sampling, PredictiveDecoder, ZipARDecoder, JacobiDecoder,
-        lambda **given: Engine(pipeline.model, **given), lambda **given: GridGrammar(**{"height": 2, "width": 2, "vocabulary": vocabulary} | given),
-    ]  # fmt: skip
-    names = [
-        ("negative_ids", "scale"), ("temperature", "top_k", "top_p"), ("window",), ("window", "guesses"), ("window",),
-        ("lanes", "tokens", "chunk"), ("height", "width", "frames"),
-    ]  # fmt: skip
-    for maker, own in zip(makers, names, strict=True):
+    whole = {"height": 2, "width": 2, "vocabulary": vocabulary}
+    makers: list[tuple[Any, tuple[str, ...]]] = [
+        (lambda **given: Guidance(**{"negative_ids": (1,)} | given), ("negative_ids", "scale")),
+        (Sampling, ("temperature", "top_k", "top_p")),
+        (PredictiveDecoder, ("window",)),
+        (ZipARDecoder, ("window", "guesses")),
+        (JacobiDecoder, ("window",)),
+        (lambda **given: Engine(pipeline.model, **given), ("lanes", "tokens", "chunk")),
+        (lambda **given: GridGrammar(**whole | given), ("height", "width", "frames")),
+    ]
+    for maker, own in makers:
         for name in own:
-            given = {"negative_ids": (1,)} if maker is Guidance else {}
-            assert "refused" in [outcome(maker, given | {name: value}, (name, "guidance")) for value in ANYTHING]
+            assert "refused" in [outcome(maker, {name: value}, (name, "guidance")) for value in ANYTHING]
 
 
 def test_pairs_of_arguments_by_the_dice(pipeline: Emu3Pipeline) -> None:

@@ -3,7 +3,7 @@
 Run once, and again only to change the icons; nothing at run time needs it:
 
     npm pack @mdi/svg@7.4.47 && tar xf mdi-svg-7.4.47.tgz && pip install resvg-py==0.5.0 pillow numpy
-    python recipes/icons/rasterise.py package/svg src/emu3/data/assets
+    python recipes/icons/rasterise.py package/svg src/emu3/icons/assets
 """
 
 import io

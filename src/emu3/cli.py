@@ -157,10 +157,9 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
     parse_decoding(decoding)
-    pipeline = _load_pipeline(model, load)
-    from emu3.evaluation.report import evaluate
+    from emu3.icons.report import evaluate
 
-    report = evaluate(pipeline, count, seed, output, decoding)
+    report = evaluate(model, count, seed, output, decoding, **asdict(load))
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -305,7 +304,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (TOML); recipes/nano has examples.", show_default=False)],
 ) -> None:
     """Train by a recipe. A run that was cut off goes on from its last checkpoint."""
-    from emu3.training import run_recipe
+    from emu3.icons.recipes import run_recipe
 
     typer.echo(str(run_recipe(recipe)))
 

@@ -1,140 +1,49 @@
-"""Training sequences: the prompts are those of the processor, and the weights lie on the right tokens."""
+"""Training sequences of any pictures and texts."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from emu3.data.captions import caption, full_caption, questions
-from emu3.data.scenes import TASKS, sample_scene
-from emu3.processing import Emu3Processor
-from emu3.tokenization import vocabulary_map
-from emu3.training.sequences import SequenceBuilder, Weights, collate
+from emu3.tokenization import train_tokenizer, vocabulary_map
+from emu3.training.sequences import SequenceBuilder, collate
 from emu3.vocabulary import Vocabulary
 
-WEIGHTS = Weights(visual=1.0, answer=3.0, read_visual=0.5)
-CODES = np.random.default_rng(0).integers(0, 16, (12, 12)).astype(np.int16)
+CODES = np.arange(6, dtype=np.int16).reshape(2, 3)
 
 
 @pytest.fixture(scope="module")
-def processor(tiny_checkpoint):
-    return Emu3Processor.from_pretrained(tiny_checkpoint)
+def builder():
+    tokenizer = train_tokenizer(["a photo of a red car"], 260, 16)
+    return SequenceBuilder(tokenizer, Vocabulary.from_map(vocabulary_map(tokenizer)))
 
 
-@pytest.fixture
-def builder(processor):
-    """Never drops a caption."""
-    vocabulary = Vocabulary.from_map(vocabulary_map(processor.tokenizer))
-    return SequenceBuilder(processor.tokenizer, vocabulary, WEIGHTS, null_prompt=0.0)
+def body(v):
+    first = v.visual_base
+    return [first, first + 1, first + 2, v.eol, first + 3, first + 4, first + 5, v.eol, v.eof, v.eoi]
 
 
-@pytest.fixture(params=TASKS)
-def drawn(request):
-    return sample_scene(request.param, np.random.default_rng(3), "train"), request.param
-
-
-@pytest.fixture
-def scene():
-    return sample_scene("position", np.random.default_rng(4), "train")
-
-
-def grouped(ids, weights):
-    """The sequence as runs of equal weight."""
-    groups = []
-    for identifier, weight in zip(ids, weights, strict=True):
-        if not groups or groups[-1][0] != weight:
-            groups.append((weight, []))
-        groups[-1][1].append(identifier)
-    return groups
-
-
-def rows_of(vocabulary, codes):
-    """Visual tokens and end-of-row tokens, written out one by one."""
-    return [i for row in codes for i in [*(vocabulary.visual_base + int(code) for code in row), vocabulary.eol]]
-
-
-def test_drawing_is_the_processors_prompt_and_the_picture(builder, processor, drawn):
-    scene, task = drawn
-    ids, weights = builder.drawing(scene, caption(scene, task), CODES, np.random.default_rng(0))
-    prompt = processor(text=caption(scene, task), return_for_image_generation=True, image_area=48 * 48)["input_ids"][0]
+def test_a_drawing(builder):
+    factors = np.array([[1.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
+    ids, weights = builder.drawing("a car", CODES, 0.5, factors)
     v = builder.vocabulary
-    assert ids == [*prompt, *rows_of(v, CODES), v.eof, v.eoi, v.eos]
-    assert grouped(ids, weights) == [(0.0, list(prompt)), (1.0, ids[len(prompt) :])]
+    prompt = [v.bos, *builder.text("a car"), v.boi, *builder.text("2*3"), v.img]
+    assert ids == [*prompt, *body(v), v.eos]
+    assert weights == [0.0] * len(prompt) + [0.5, 1.0, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 0.5, 0.5]
+    unprompted, _ = builder.drawing(None, CODES, 0.5, factors)
+    assert unprompted == [v.bos, *ids[-len(body(v)) - 1 - 2 - len(builder.text("2*3")) :]]
 
 
-@pytest.mark.parametrize("ratio", ["1:2", "3:1"])
-def test_drawing_of_another_shape(builder, processor, scene, ratio):
-    width, height = (4 * int(side) for side in ratio.split(":"))
-    codes = np.zeros((height, width), np.int16)
-    ids, weights = builder.drawing(scene, caption(scene, "position"), codes, np.random.default_rng(0))
-    prompt = processor(
-        text=caption(scene, "position"),
-        return_for_image_generation=True,
-        ratio=ratio,
-        image_area=height * width * 16,
-    )["input_ids"][0]
-    assert ids[: len(prompt)] == list(prompt)
-    assert weights.count(1.0) == height * (width + 1) + 3
-
-
-def test_drawing_without_a_prompt(builder, processor, scene):
-    builder.null_prompt = 1.0
-    ids, weights = builder.drawing(scene, "words to drop", CODES, np.random.default_rng(0))
-    prompt = processor(text="", return_for_image_generation=True, image_area=48 * 48)["input_ids"][0]
-    assert ids[: len(prompt)] == list(prompt)
-    assert weights.count(0.0) == len(prompt)
-
-
-def test_share_of_dropped_captions(builder, scene):
-    builder.null_prompt = 0.3
-    rng = np.random.default_rng(0)
-    lengths = [builder.drawing(scene, "a photo", CODES, rng)[1].count(0.0) for _ in range(400)]
-    assert abs(lengths.count(min(lengths)) - 120) < 40
-
-
-def conversation(turns, answered):
-    """Messages: the picture and the first question, answers, further questions."""
-    messages = []
-    for number, (question, answer) in enumerate(turns):
-        content = [{"type": "text", "text": question}]
-        if number == 0:
-            content.insert(0, {"type": "image", "image": Image.new("RGB", (48, 48))})
-        messages.append({"role": "user", "content": content})
-        if number < answered:
-            messages.append({"role": "assistant", "content": answer})
-    return messages
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_reading_is_the_processors_conversation(builder, processor, drawn, seed):
-    """What the model answers after, turn by turn, is what the chat template makes of the same conversation."""
-    scene, _ = drawn
-    ids, weights = builder.reading(scene, CODES, np.random.default_rng(seed))
+def test_a_reading(builder):
+    ids, weights = builder.reading(CODES, [("what", "a car"), ("color", "red")], picture_weight=0.25, answer_weight=3.0)
     v = builder.vocabulary
-    groups = grouped(ids, weights)
-    first, picture, *talk = groups
-    assert first[0] == 0.0
-    assert picture == (0.5, [*rows_of(v, CODES), v.eof, v.eoi])
-    spoken = [(weight, processor.tokenizer.decode(part, skip_special_tokens=False)) for weight, part in talk]
-    known = {question.text: question.answer for question in questions(scene)}
-    known["Describe the picture."] = full_caption(scene)
-    turns = []
-    for (silent, asked), (loud, answer) in zip(spoken[::2], spoken[1::2], strict=True):
-        assert (silent, loud) == (0.0, 3.0)
-        question = asked.removeprefix(" USER: ").removesuffix(". ASSISTANT:")
-        assert answer == f" {known.pop(question)}<|extra_204|>"
-        turns.append((question, answer.removeprefix(" ").removesuffix("<|extra_204|>")))
-    assert len(turns) == min(builder.turns, len(questions(scene)) + 1)
-
-    for answered in range(len(turns)):
-        prompt = processor.apply_chat_template(
-            conversation(turns[: answered + 1], answered), add_generation_prompt=True, tokenize=True
-        )[0]
-        rows = iter(rows_of(v, CODES))
-        prompt = [next(rows) if i == v.image_placeholder else int(i) for i in prompt]
-        assert next(rows, None) is None
-        assert ids[: len(prompt)] == prompt
-        assert weights[len(prompt)] == 3.0
+    heard = [3.0 if weight == 3.0 else weight for weight in weights]
+    answers = [[*builder.text(" a car"), v.eos], [*builder.text(" red"), v.eos]]
+    assert [i for i, weight in zip(ids, heard, strict=True) if weight == 3.0] == answers[0] + answers[1]
+    assert [i for i, weight in zip(ids, heard, strict=True) if weight == 0.25] == body(v)
+    assert ids[-len(answers[1]) - len(builder.text(" USER: color. ASSISTANT:")) :] == [
+        *builder.text(" USER: color. ASSISTANT:"),
+        *answers[1],
+    ]
 
 
 def test_collate():

@@ -1,1 +1,1 @@
-"""How well a checkpoint draws, answers and reconstructs."""
+"""Measurements of one checkpoint: its speed on this machine."""

@@ -16,12 +16,20 @@ from typing import Any
 
 import torch
 
-from emu3.data.prompts import evaluation_prompts
-from emu3.data.scenes import TASKS
 from emu3.generation.events import Event, Finished, Stepped
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
 from emu3.quantization import Int8Linear
+
+# Of the six kinds of the GenEval benchmark. Decoders that guess need fewer steps where a picture is plain.
+PROMPTS = (
+    "a photo of a bench",
+    "a photo of a cat and a bottle",
+    "a photo of three cups",
+    "a photo of a red car",
+    "a photo of a bird above a boat",
+    "a photo of a blue chair and a green tree",
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def measure(
     height: int | None = None,
     width: int | None = None,
 ) -> Speed:
-    """Draw prompts of the six tasks, so many at once, in each order; one round more than counted, to warm up.
+    """Draw pictures, so many at once, in each order; one round more than counted, to warm up.
 
     Raises:
         ValueError: an unknown decoding, counts below 1, or a size that cannot be drawn.
@@ -119,7 +127,7 @@ def measure(
     lo, hi = pipeline.model.model.vocabulary.visual_span
     head = weight[lo:hi]
     for count in pictures:
-        prompts = [evaluation_prompts(TASKS[n % len(TASKS)], 1, seed=n)[0].prompt for n in range(count)]
+        prompts = [PROMPTS[n % len(PROMPTS)] for n in range(count)]
         for name in decodings:
             # The first one warms up.
             drawn = [_draw(pipeline, prompts, name, height, width) for _ in range(rounds + 1)][1:]

@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
-from emu3.modeling.attention import attention_function
+from emu3.modeling.attention import AttentionFunction, attention_function
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, one_cache
 
 
@@ -109,6 +109,7 @@ class Emu3Attention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
+        attend: AttentionFunction | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         cache = one_cache(past_key_values, cache, kwargs)
@@ -122,7 +123,7 @@ class Emu3Attention(nn.Module):
             # A paged cache, which comes this way from 5.24 on, reads and adds to what the attention function is told.
             told = {"kwargs": kwargs} if CACHE == "cache" else {}
             key, value = cache.update(key, value, self.layer_idx, **told)
-        attend = attention_function(self.config)
+        attend = attend or attention_function(self.config)
         mixed, weights = attend(
             self,
             query,
@@ -235,6 +236,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
             attention_mask: (B, 1, S, K), True where a query may look; None for plain causal attention without a cache.
             position_ids: (B, S), or (1, S) for all rows.
             cache: where keys and values go, and from where all that the queries see comes.
+            **kwargs: passed on to the attention; `attend` there replaces the function that the configuration names.
 
         Returns:
             Hidden states (B, S, E).

@@ -1,5 +1,1 @@
-"""Training: two recipes, one for the vision tokenizer and one for the language model."""
-
-from emu3.training.recipe import run_recipe
-
-__all__ = ["run_recipe"]
+"""Training of a vision tokenizer and of a language model, on any source of pictures and sequences."""

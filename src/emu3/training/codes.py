@@ -1,14 +1,11 @@
-"""Scenes encoded once: the vision tokenizer is frozen, so a language model need not run it again each epoch.
-
-Only the codes are stored, one safetensors file a source; scenes are drawn again from their seed.
-"""
+"""Pictures encoded once: the vision tokenizer is frozen, so training a language model need not run it each epoch."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,65 +14,50 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from emu3.data.scenes import TASKS, Scene, Task, render, sample_scene
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.training.ahead import made_ahead
-
-BATCH = 64
-
-
-@dataclass(frozen=True)
-class SceneSource:
-    """Scenes of one picture size, each a pure function of its index.
-
-    Attributes:
-        seed: of all its scenes.
-        count: how many different ones there are.
-        height, width: in pixels.
-        tasks: which of `TASKS` they are sampled for, in equal shares.
-    """
-
-    seed: int
-    count: int
-    height: int = 48
-    width: int = 48
-    tasks: tuple[Task, ...] = TASKS
-
-    def scene(self, index: int) -> tuple[Task, Scene]:
-        """Scene `index`, and the task that it was sampled for."""
-        rng = np.random.default_rng([self.seed, self.height, self.width, index])
-        task = self.tasks[rng.integers(len(self.tasks))]
-        return task, sample_scene(task, rng, "train", self.height, self.width)
-
-    @property
-    def name(self) -> str:
-        """Names the file of its codes."""
-        tasks = "all" if self.tasks == TASKS else "-".join(self.tasks)
-        return f"{self.height}x{self.width}-{tasks}-{self.count}-{self.seed}"
-
-
-def pictures(source: SceneSource, start: int) -> Tensor:
-    """Up to 64 pictures of a source from index `start` on, uint8 (B, H, W, 3)."""
-    indices = range(start, min(start + BATCH, source.count))
-    return torch.from_numpy(np.stack([render(source.scene(index)[1]) for index in indices]))
+from emu3.training.prefetch import prefetch
 
 
 @torch.no_grad()
-def encoded(tokenizer: Emu3VQVAE, source: SceneSource, folder: Path) -> NDArray[np.int16]:
-    """Codes (count, h, w) of a source, from `folder` where an earlier call with the same tokenizer stored them."""
+def encode(
+    tokenizer: Emu3VQVAE, read_pictures: Callable[[int], Tensor], starts: range, name: str, folder: Path
+) -> NDArray[np.signedinteger[Any]]:
+    """Codes (pictures, H, W) of pictures of one size, stored in a safetensors file in `folder`.
+
+    A later call with the same name and the same tokenizer reads that file.
+
+    Args:
+        tokenizer: the vision tokenizer.
+        read_pictures: the pictures from an index on, uint8 (B, height, width, 3); picklable.
+        starts: the indices to call it with.
+        name: of the pictures, part of the file's name.
+        folder: for the file.
+
+    Returns:
+        int16, or int32 where the codebook has more than 32,768 codes.
+    """
     digest = hashlib.sha256()
     for tensor in tokenizer.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    path = folder / f"codes-{source.name}-{digest.hexdigest()[:8]}.safetensors"
+    path = folder / f"codes-{name}-{digest.hexdigest()[:8]}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        parts = []
+        dtype = smallest_dtype(tokenizer.config.codebook_size)
         device = tokenizer.quantize.embedding.weight.device
-        starts = range(0, source.count, BATCH)
-        drawn = made_ahead(partial(pictures, source), starts)
-        for pictures_BHWC in track(drawn, total=len(starts), description=f"encoding {source.name}"):
-            pixels = pictures_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            codes = tokenizer.quantize(tokenizer.latents(pixels)[1])[:, 0]
-            parts.append(codes.cpu().numpy().astype(np.int16))
+        parts = []
+        batches = prefetch(read_pictures, starts)
+        for pictures_BHWC in track(batches, total=len(starts), description=f"encoding {name}"):
+            codes_BHW = tokenizer.quantize(tokenizer.latents(to_pixels(pictures_BHWC.to(device)))[1])[:, 0]
+            parts.append(codes_BHW.cpu().numpy().astype(dtype))
         save_file({"codes": np.concatenate(parts)}, path)
     return load_file(path)["codes"]
+
+
+def to_pixels(pictures_BHWC: Tensor) -> Tensor:
+    """uint8 pictures as a network's input: float (B, C, H, W) in [-1, 1]."""
+    return pictures_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def smallest_dtype(codebook_size: int) -> type[np.signedinteger[Any]]:
+    """The smaller of int16 and int32 that holds every code."""
+    return np.int16 if codebook_size <= 2**15 else np.int32

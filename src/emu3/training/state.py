@@ -5,7 +5,7 @@
     FOLDER/state/progress.json           steps done
     FOLDER/log.jsonl                     one JSON object a report: what a person plots
 
-Data are drawn from the recipe's seed and the step number, so no state of a random generator needs keeping.
+Batches and random numbers depend on the recipe's seed and the step alone, so no generator's state is kept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Writes the state beside the old one, then swaps: a run that is killed meanwhile keeps the old one."""
+    """Writes the state beside the old one, then swaps them: a run killed in between keeps the old one."""
     fresh, current, old = folder / "state.new", folder / "state", folder / "state.old"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -68,6 +68,13 @@ def load_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.
     for number, optimizer in enumerate(optimizers):
         restore_optimizer(optimizer, load_file(current / f"optimizer-{number}.safetensors"))
     return int(json.loads((current / "progress.json").read_text())["step"])
+
+
+def require_output(folder: Path) -> Path:
+    """The folder of a model that another recipe leaves. ValueError while it is not there."""
+    if not (folder.resolve() / "config.json").is_file():
+        raise ValueError(f"no model in {str(folder.resolve())!r}; run the recipe that makes it first")
+    return folder.resolve()
 
 
 class Log:

@@ -7,24 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emu3.data import (
+from emu3.icons.scenes import (
     BACKGROUNDS,
     COLORS,
-    ICON,
-    NOUNS,
     TASKS,
     Scene,
     SceneObject,
     contains_held_out,
-    is_held_out,
-    is_held_out_pair,
-    mask,
-    plural,
     relation,
     render,
     sample_scene,
 )
-from emu3.data.sprites import load_sprites
+from emu3.icons.splits import is_held_out, is_held_out_pair
+from emu3.icons.sprites import ICON, NOUNS, load_sprites, mask, plural
 
 SIDES = st.integers(8, 20).map(lambda quarter: 4 * quarter)
 

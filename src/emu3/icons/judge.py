@@ -1,13 +1,14 @@
 """Reads a picture of the icon world without any model, and says whether it shows what was asked for.
 
-A window of 16x16 pixels that shows glyph `m` (alpha) in colour `c` on background `b` is `b + m (c - b)`. So every glyph
-is fitted to every window by least squares; the fit gives the colour, and the cosine between window and fit, over all
-pixels and channels at once, is the score: 1 for a clean drawing, less for a missing part, a foreign part or a second
-colour. Each glyph is tried sharp and blurred, since a vision tokenizer's pictures are soft. The best fits that do not
-overlap are kept.
+A window of 16x16 pixels that shows glyph `m` (alpha) in colour `c` on background `b` is `b + m (c - b)`. Every glyph is
+fitted to every window by least squares. The fit gives the colour. The score is the cosine between window and fit, over
+all pixels and channels at once: 1 for a clean drawing, less for a missing part, a foreign part or a second colour. Each
+glyph is tried sharp and blurred, since a vision tokenizer's pictures are soft. The best fits that do not overlap are
+kept.
 
-The two thresholds were chosen on drawings softened like this (Gaussian blur in pixels, noise and a shift of all colours
-in levels). On fresh ones, 2,400 scenes of all tasks in seven sizes and 1,000 flawed icons of each kind:
+The two thresholds were chosen on drawings softened by a Gaussian blur (in pixels), noise and a shift of all colours (in
+levels of 0 to 255). These are the results on others, 2,400 scenes of all tasks in seven sizes and 1,000 flawed icons of
+each kind:
 
     scenes                       read exactly      flawed icon, taken for an icon     clean   blur 0.7, noise 6
     clean                              1.000       half of the ink                    0.00    0.02
@@ -17,9 +18,7 @@ in levels). On fresh ones, 2,400 scenes of all tasks in seven sizes and 1,000 fl
     blur 1.3, noise 12, shift 15       0.953       an icon of no known noun           0.04    0.09
                                                    two colours, top and bottom        0.18    0.20
 
-So a half-drawn icon fails and a soft right one passes; small missing parts are forgiven.
-
-Array legend: N windows, P = 256 pixels of a window, C = 3 channels, V = 2 variants (sharp, blurred), G = 40 glyphs.
+So a half-drawn icon fails, a soft right one passes, and small missing parts are forgiven.
 """
 
 from collections.abc import Sequence
@@ -29,19 +28,19 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.data.prompts import RequiredObject, Requirement
-from emu3.data.scenes import BACKGROUNDS, COLORS, Relation
-from emu3.data.sprites import ICON, NOUNS, load_sprites
+from emu3.icons.prompts import Requirement
+from emu3.icons.scenes import BACKGROUNDS, COLORS, Relation
+from emu3.icons.sprites import ICON, NOUNS, load_sprites
 
 SCORE_THRESHOLD = 0.93
 MARGIN_THRESHOLD = 0.02
-"""Least lead of the best noun's score over the next noun's in the same window; less is a shape between two icons."""
+"""By how much the best noun's score must exceed the next noun's; with less, the shape lies between two icons."""
 
 COLOR_TOLERANCE = 60.0
 """Largest distance in RGB between the fitted colour and the one it is called."""
 
 OVERLAP_ALLOWED = 2
-"""Pixels by which two icons may seem to overlap: glyphs that touch, each found a pixel off."""
+"""Pixels by which two detections may overlap: glyphs that touch may each be found a pixel off."""
 
 BLUR_SIGMA = 0.8
 """Pixels; the softness of the blurred glyphs."""
@@ -64,47 +63,50 @@ def read_picture(picture: NDArray[np.uint8]) -> list[Detection]:
             f"expected a picture (height, width, 3) of uint8, {ICON} pixels a side or more; "
             f"got {picture.shape} of {picture.dtype}"
         )
-    background = _background(picture)
+    background = _find_background(picture)
     if background is None:
         return []
     difference = picture.astype(np.float32) - background
     windows = np.lib.stride_tricks.sliding_window_view(difference, (ICON, ICON), axis=(0, 1))
     energy = np.lib.stride_tricks.sliding_window_view((difference**2).sum(2), (ICON, ICON)).sum((2, 3))
-    rows, columns = np.nonzero(energy > _glyphs().faintest_energy)
+    glyphs = _load_glyphs()
+    rows, columns = np.nonzero(energy > glyphs.faintest_energy)
     if not rows.size:
         return []
-    glyphs = _glyphs()
-    windows_NCP = windows[rows, columns].reshape(len(rows), 3, ICON * ICON)
-    amplitudes_NCVG = (windows_NCP @ glyphs.unit_VGP.reshape(-1, ICON * ICON).T).reshape(len(rows), 3, 2, len(NOUNS))
-    scores_NVG = np.sqrt((amplitudes_NCVG**2).sum(1) / energy[rows, columns][:, None, None])
-    scores_NG = scores_NVG.max(1)
-    runner_up_N, best_N = np.sort(scores_NG, axis=1)[:, -2:].T
+    flat_windows = windows[rows, columns].reshape(len(rows), 3, ICON * ICON)
+    # (windows, 3 channels, 2 variants, 40 glyphs)
+    amplitudes = (flat_windows @ glyphs.unit.reshape(-1, ICON * ICON).T).reshape(len(rows), 3, 2, len(NOUNS))
+    scores = np.sqrt((amplitudes**2).sum(1) / energy[rows, columns][:, None, None])  # (windows, 2, 40)
+    second, best = np.sort(scores.max(1), axis=1)[:, -2:].T
 
     detections: list[Detection] = []
     taken: list[tuple[int, int]] = []
-    for n in np.argsort(-best_N, kind="stable"):
-        if best_N[n] < SCORE_THRESHOLD:
+    for window in np.argsort(-best, kind="stable"):
+        if best[window] < SCORE_THRESHOLD:
             break
-        x, y = int(columns[n]), int(rows[n])
+        x, y = int(columns[window]), int(rows[window])
         if any(max(abs(x - other_x), abs(y - other_y)) < ICON - OVERLAP_ALLOWED for other_x, other_y in taken):
             continue
         # Also where it gets no name below: a shape that is no icon must not be read as one a few pixels beside it.
         taken.append((x, y))
-        variant, glyph = np.unravel_index(scores_NVG[n].argmax(), scores_NVG[n].shape)
-        color = _color_name(background + amplitudes_NCVG[n, :, variant, glyph] / glyphs.norms_VG[variant, glyph])
-        if color is not None and best_N[n] - runner_up_N[n] >= MARGIN_THRESHOLD:
-            detections.append(Detection(NOUNS[glyph], color, (x, y, x + ICON, y + ICON), float(best_N[n])))
+        variant, glyph = np.unravel_index(scores[window].argmax(), scores[window].shape)
+        color = _name_color(background + amplitudes[window, :, variant, glyph] / glyphs.lengths[variant, glyph])
+        if color is not None and best[window] - second[window] >= MARGIN_THRESHOLD:
+            detections.append(Detection(NOUNS[glyph], color, (x, y, x + ICON, y + ICON), float(best[window])))
     return detections
 
 
 def satisfies(detections: Sequence[Detection], requirement: Requirement) -> bool:
     """Whether the picture shows what was asked for, by GenEval's rules.
 
-    Every required object is there as often as asked for, in its colour where one is named. Further objects are ignored,
-    except that `exact_count` allows no further one of the required noun. A relation holds between the two best-scoring
-    detections of its objects.
+    Every required object is there as often as asked for, in its colour where one is named. More of them are too many
+    only where `exact_count` is set; other objects are ignored. A relation is judged on the best-scoring detection of
+    each of its objects.
     """
-    found = [_matching(detections, wanted) for wanted in requirement.objects]
+    found = [
+        [thing for thing in detections if thing.noun == wanted.noun and wanted.color in (None, thing.color)]
+        for wanted in requirement.objects
+    ]
     for wanted, matches in zip(requirement.objects, found, strict=True):
         if len(matches) < wanted.count or (requirement.exact_count and len(matches) > wanted.count):
             return False
@@ -114,15 +116,11 @@ def satisfies(detections: Sequence[Detection], requirement: Requirement) -> bool
     return requirement.relation in _relations(first, second)
 
 
-def _matching(detections: Sequence[Detection], wanted: RequiredObject) -> list[Detection]:
-    return [thing for thing in detections if thing.noun == wanted.noun and wanted.color in (None, thing.color)]
-
-
 def _relations(a: Detection, b: Detection) -> set[Relation]:
-    """Where `a` stands seen from `b`, by GenEval's rule; on a diagonal that can be two answers, close together none.
+    """Where `a` stands seen from `b`, by GenEval's rule: two answers on a diagonal, none close together.
 
-    The offset of the centres, shortened by a tenth of the two sides' sum along each axis, must point at least half
-    along the axis named.
+    The offset of the centres is shortened along each axis by a tenth of the two sides' sum. An answer holds where its
+    axis has more than half of the length of what is left.
     """
     offset = np.array([a.box[0] - b.box[0], a.box[1] - b.box[1]], np.float64)
     offset = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * ICON, 0)
@@ -141,26 +139,30 @@ def _relations(a: Detection, b: Detection) -> set[Relation]:
 
 @dataclass(frozen=True)
 class _Glyphs:
-    """`unit_VGP`: the sheet sharp and blurred, every glyph of length 1; `norms_VG`: the lengths they had."""
+    """The sheet sharp and blurred.
 
-    unit_VGP: NDArray[np.float32]
-    norms_VG: NDArray[np.float32]
+    Attributes:
+        unit: the glyphs as vectors of length 1, (2 variants, 40 glyphs, 256 pixels).
+        lengths: which the vectors had before, (2, 40).
+        faintest_energy: squared length of the faintest glyph that would still get a colour's name.
+    """
+
+    unit: NDArray[np.float32]
+    lengths: NDArray[np.float32]
     faintest_energy: float
 
 
 @cache
-def _glyphs() -> _Glyphs:
+def _load_glyphs() -> _Glyphs:
     sharp = load_sprites().masks
-    glyphs_VGP = np.stack([sharp, _blurred(sharp)]).reshape(2, len(NOUNS), ICON * ICON)
-    norms_VG = np.linalg.norm(glyphs_VGP, axis=2)
-    # Fainter than the smallest glyph in the palest colour that would still be called by a name.
+    glyphs = np.stack([sharp, _blur(sharp)]).reshape(2, len(NOUNS), ICON * ICON)
+    lengths = np.linalg.norm(glyphs, axis=2)
     palest = min(np.linalg.norm(np.subtract(c, b)) for c in COLORS.values() for b in BACKGROUNDS.values())
-    faintest_energy = float(norms_VG.min() * (palest - COLOR_TOLERANCE)) ** 2
-    return _Glyphs(glyphs_VGP / norms_VG[..., None], norms_VG, faintest_energy)
+    return _Glyphs(glyphs / lengths[..., None], lengths, float(lengths.min() * (palest - COLOR_TOLERANCE)) ** 2)
 
 
-def _blurred(masks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Gaussian blur of masks (count, 16, 16), as much of it as falls inside the window."""
+def _blur(masks: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gaussian blur of masks (count, 16, 16); what would fall outside the window is cut off."""
     offsets = np.arange(ICON)
     kernel = np.exp(-((offsets[:, None] - offsets[None, :]) ** 2) / (2 * BLUR_SIGMA**2))
     kernel /= kernel[ICON // 2].sum()
@@ -173,7 +175,7 @@ def _palette() -> NDArray[np.float32]:
     return np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)
 
 
-def _background(picture: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+def _find_background(picture: NDArray[np.uint8]) -> NDArray[np.float32] | None:
     """Median colour (3,) of the pixels nearest to the commonest background; None where no pixel looks like one."""
     pixels = picture.reshape(-1, 3).astype(np.float32)
     palette = _palette()
@@ -186,7 +188,7 @@ def _background(picture: NDArray[np.uint8]) -> NDArray[np.float32] | None:
     return background
 
 
-def _color_name(color: NDArray[np.float32]) -> str | None:
+def _name_color(color: NDArray[np.float32]) -> str | None:
     """Name of the nearest colour; None where a background is nearer or none lies within `COLOR_TOLERANCE`."""
     distances = np.linalg.norm(_palette() - color, axis=1)
     nearest = int(distances.argmin())

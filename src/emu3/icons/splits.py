@@ -1,7 +1,7 @@
 """What training never sees: about a tenth of the (noun, colour) pairs and a tenth of the (noun, noun) pairs.
 
-The rule is a hash of the names alone, so it does not depend on a seed, on the order of the tables, or on which other
-nouns exist: adding an icon moves no pair from one side to the other.
+The rule is a hash of the names alone. It does not depend on a seed or on other nouns: a new icon moves no pair from one
+side to the other.
 """
 
 import hashlib

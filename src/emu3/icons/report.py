@@ -1,8 +1,7 @@
 """What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
 
-Drawing is judged from the pixels by `emu3.evaluation.judge`. The ceiling is what the judge says of the true scenes
-after encoding and decoding: no drawing could score better. Answers and captions count when they are right to the
-letter.
+Drawing is judged from the pixels by `emu3.icons.judge`. The ceiling is the judge's score for the true scenes after
+encoding and decoding: no drawing could score better. Answers and captions must be right to the letter.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from emu3.data.captions import DESCRIBE, full_caption, questions
-from emu3.data.prompts import EvaluationPrompt, evaluation_prompts
-from emu3.data.scenes import TASKS, render
-from emu3.evaluation.judge import read_picture, satisfies
-from emu3.evaluation.sheet import contact_sheet
-from emu3.generation.decoders.named import decoder_named
+from emu3.icons.captions import DESCRIBE, Question, full_caption, questions
+from emu3.icons.judge import read_picture, satisfies
+from emu3.icons.prompts import EvaluationPrompt, evaluation_prompts
+from emu3.icons.scenes import TASKS, render
+from emu3.icons.sheet import contact_sheet
+from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
 
 QUESTION_KINDS = ("what", "color", "count", "where")
@@ -33,7 +32,7 @@ ANSWER_TOKENS = 32
 
 @dataclass(frozen=True)
 class Score:
-    """How many were right, among prompts whose pairs training had seen and among those with a held-out pair."""
+    """How many were right, of the prompts whose pairs training had seen and of those with a held-out pair."""
 
     known_right: int = 0
     known: int = 0
@@ -42,7 +41,7 @@ class Score:
 
     @property
     def share(self) -> float:
-        """Right ones of all, 0 to 1."""
+        """Right ones among all, 0 to 1."""
         return (self.known_right + self.held_out_right) / max(1, self.known + self.held_out)
 
     def __add__(self, other: Score) -> Score:
@@ -59,11 +58,16 @@ class Report:
     """Scores of one checkpoint.
 
     Attributes:
-        drawing, ceiling: by task, of pictures drawn and of true pictures encoded and decoded.
+        model: folder or name of the checkpoint.
+        count: prompts of each task.
+        seed: of the prompts and the pictures.
+        drawing: of pictures drawn, by task.
+        ceiling: of true pictures encoded and decoded, by task.
         answers: by kind of question.
-        captions: full captions.
+        captions: of full captions.
         reconstruction_psnr: mean over pictures, dB.
-        decoding, int8: how the pictures were drawn, and in what numbers the layers ran.
+        decoding: how the pictures were drawn.
+        int8: whether the layers ran in 8 bits.
     """
 
     model: str
@@ -136,7 +140,7 @@ def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
     return float(10 * np.log10(255.0**2 / max(error, 1e-6)))
 
 
-def judged(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:
+def judge_pictures(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:
     """Whether each picture shows what its prompt asks for."""
     return [
         satisfies(read_picture(np.asarray(picture.convert("RGB"))), prompt.requirement)
@@ -150,7 +154,7 @@ def evaluate(
     seed: int = 0,
     output: Path | None = None,
     decoding: str = "predictive",
-    int8: bool = False,
+    **options: Any,
 ) -> Report:
     """Measures a checkpoint.
 
@@ -160,13 +164,13 @@ def evaluate(
         seed: of the prompts and of the pictures.
         output: folder for a contact sheet of each task, and the report as Markdown.
         decoding: see `Emu3Pipeline.image`.
-        int8: whether the layers run in 8 bits.
+        **options: how it is loaded, see `emu3.options.Load`.
 
     Raises:
         ValueError: there is no such checkpoint or decoding, or a checkpoint that only draws or only reads.
     """
-    decoder_named(decoding)  # an unknown one is told before anything is loaded
-    pipeline = Emu3Pipeline.from_pretrained(folder, int8=int8)
+    parse_decoding(decoding)  # an unknown one is told before anything is loaded
+    pipeline = Emu3Pipeline.from_pretrained(folder, **options)
     pipeline.require("draw")
     pipeline.require("read")
     console = Console(stderr=True)  # stdout is for the report
@@ -177,42 +181,46 @@ def evaluate(
     for task in track(TASKS, description="drawing", console=console):
         held_out = [prompt.held_out for prompt in prompts[task]]
         pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed, decoding=decoding)
-        right = judged(prompts[task], pictures)
+        right = judge_pictures(prompts[task], pictures)
         drawing[task] = Score.of(zip(held_out, right, strict=True))
         truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts[task]]
         decoded = reconstruct(pipeline, truth)
-        ceiling[task] = Score.of(zip(held_out, judged(prompts[task], decoded), strict=True))
+        ceiling[task] = Score.of(zip(held_out, judge_pictures(prompts[task], decoded), strict=True))
         errors += [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(decoded, truth, strict=True)]
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             sheet = contact_sheet(pictures, [prompt.prompt for prompt in prompts[task]], 6, right)
             sheet.save(output / f"{task}.png")
-    # Tasks in turn, so that every kind of question meets every kind of scene.
+    # The tasks alternate, so that every kind of question meets every kind of scene.
     scenes = [prompts[task][index] for index in range(count) for task in TASKS]
     kinds = track(QUESTION_KINDS, description="answering", console=console)
     answers = {kind: _answers(pipeline, scenes, count, kind) for kind in kinds}
+    described = _ask(pipeline, [(prompt, DESCRIBE) for prompt in scenes[:count]])
     captions = Score.of(
-        (prompt.held_out, _ask(pipeline, prompt, DESCRIBE) == full_caption(prompt.scene))
-        for prompt in track(scenes[:count], description="describing", console=console)
+        (prompt.held_out, said == full_caption(prompt.scene))
+        for prompt, said in zip(scenes[:count], described, strict=True)
     )
     found = (drawing, ceiling, answers, captions, float(np.mean(errors)))
-    report = Report(str(folder), count, seed, *found, decoding, int8)
+    report = Report(str(folder), count, seed, *found, decoding, options.get("int8", False))
     if output is not None:
         (output / "report.md").write_text(report.to_table() + "\n")
     return report
 
 
-def _ask(pipeline: Emu3Pipeline, prompt: EvaluationPrompt, question: str) -> str:
-    picture = Image.fromarray(render(prompt.scene))
-    return pipeline.chat((question, [picture]), max_new_tokens=ANSWER_TOKENS)
+def _ask(pipeline: Emu3Pipeline, asked: list[tuple[EvaluationPrompt, str]]) -> list[str]:
+    """The answers to questions, each about the picture of a scene."""
+    conversations = [(question, [Image.fromarray(render(prompt.scene))]) for prompt, question in asked]
+    return list(pipeline.chat(conversations, max_new_tokens=ANSWER_TOKENS))
 
 
 def _answers(pipeline: Emu3Pipeline, scenes: list[EvaluationPrompt], count: int, kind: str) -> Score:
-    """The first `count` scenes that allow a question of this kind, asked one each."""
-    outcomes: list[tuple[bool, bool]] = []
+    """One question of this kind about each of the first `count` scenes that allow it."""
+    asked: list[tuple[EvaluationPrompt, Question]] = []
     for prompt in scenes:
-        asked = [question for question in questions(prompt.scene) if question.kind == kind]
-        if asked and len(outcomes) < count:
-            question = asked[len(outcomes) % len(asked)]
-            outcomes.append((prompt.held_out, _ask(pipeline, prompt, question.text) == question.answer))
-    return Score.of(outcomes)
+        possible = [question for question in questions(prompt.scene) if question.kind == kind]
+        if possible and len(asked) < count:
+            asked.append((prompt, possible[len(asked) % len(possible)]))
+    answers = _ask(pipeline, [(prompt, question.text) for prompt, question in asked])
+    return Score.of(
+        (prompt.held_out, said == question.answer) for (prompt, question), said in zip(asked, answers, strict=True)
+    )

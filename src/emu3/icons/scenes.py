@@ -1,10 +1,11 @@
 """Scenes of coloured icons on a plain background: what they are, how they are drawn, how they are sampled.
 
-Scenes follow the six tasks of the GenEval benchmark (Ghosh et al., 2023). Objects lie on a lattice of 4 pixels, the
-stride of a vision tokenizer with two downsamplings, so that a glyph looks the same to it wherever it stands.
+Scenes follow the six tasks of the GenEval benchmark (Ghosh et al., 2023). Objects lie on a lattice of 4 pixels, one
+token of nano's vision tokenizer, so that a glyph looks the same to it wherever it stands. Sampling uses every second
+point of the lattice:
 
-    0       8       16      24      32        corners that sampling uses in a picture of 48 pixels: multiples of 8
-    ├───────┴───────┼───────┴───────┼──        (LATTICE = 4 is what `Scene` accepts)
+    0       8       16      24      32
+    ├───────┴───────┼───────┴───────┼──
     │   ICON = 16   │
 """
 
@@ -16,8 +17,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.data.splits import is_held_out, is_held_out_pair
-from emu3.data.sprites import ICON, NOUNS, mask, noun_index
+from emu3.icons.splits import is_held_out, is_held_out_pair
+from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
 Split = Literal["train", "test"]
@@ -88,6 +89,12 @@ class Scene:
                 raise ValueError(f"{a} and {b} overlap; move them {ICON} pixels apart along x or y")
 
 
+def cells_of(thing: SceneObject) -> tuple[slice, slice]:
+    """The rows and the columns of the lattice that an object covers."""
+    top, left, side = thing.y // LATTICE, thing.x // LATTICE, ICON // LATTICE
+    return slice(top, top + side), slice(left, left + side)
+
+
 def check_size(height: int, width: int) -> None:
     """`ValueError` unless both sides are multiples of 4 pixels and at least 32."""
     for name, side in (("height", height), ("width", width)):
@@ -108,7 +115,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 def relation(a: SceneObject, b: SceneObject) -> Relation | None:
     """Where `a` stands seen from `b`; None where neither axis clearly dominates.
 
-    One axis dominates where the icons do not overlap along it and the offset along the other is at most half as large.
+    An axis dominates if the icons do not overlap along it, and the offset along the other is at most half as large.
     """
     return _direction(a.x - b.x, a.y - b.y)
 
@@ -131,9 +138,9 @@ def contains_held_out(scene: Scene) -> bool:
 def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int = 48, width: int = 48) -> Scene:
     """A scene of the task, determined by the state of `rng`. `ValueError` for an unknown task or a wrong size.
 
-    "train" never shows a held-out pair. "test" always does so in the four tasks that name a pair: in "colors" the noun
-    and its colour, in "two_object" and "position" the two nouns, in "color_attribution" any of the three; the other two
-    tasks take every noun in every colour there.
+    "train" never shows a held-out pair. "test" always does in the four tasks that name a pair: in "colors" the noun and
+    its colour, in "two_object" and "position" the two nouns, in "color_attribution" any of the three pairs. In the
+    other two tasks "test" takes every noun in every colour.
     """
     if task not in TASKS:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")

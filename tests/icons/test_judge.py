@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from emu3.data import TASKS, RequiredObject, Requirement, Scene, SceneObject, mask, render, requirement, sample_scene
-from emu3.evaluation.judge import Detection, read_picture, satisfies
+from emu3.icons.judge import Detection, read_picture, satisfies
+from emu3.icons.prompts import RequiredObject, Requirement, requirement
+from emu3.icons.scenes import TASKS, Scene, SceneObject, render, sample_scene
+from emu3.icons.sprites import mask
 
 SIZES = ((48, 48), (32, 48), (40, 56), (64, 36), (32, 32))
 

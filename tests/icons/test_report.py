@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu3.data.prompts import evaluation_prompts
-from emu3.data.scenes import TASKS, render
-from emu3.evaluation.report import QUESTION_KINDS, Report, Score, evaluate, judged, psnr
-from emu3.evaluation.sheet import MARGIN, SCALE, contact_sheet
+from emu3.icons.prompts import evaluation_prompts
+from emu3.icons.report import QUESTION_KINDS, Report, Score, evaluate, judge_pictures, psnr
+from emu3.icons.scenes import TASKS, render
+from emu3.icons.sheet import MARGIN, SCALE, contact_sheet
 
 
 def test_score_counts_known_and_held_out_apart() -> None:
@@ -23,8 +23,8 @@ def test_psnr_of_a_known_error() -> None:
 def test_true_scenes_satisfy_their_prompts_and_exchanged_ones_do_not() -> None:
     prompts = evaluation_prompts("color_attribution", 12, seed=5)
     truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts]
-    assert judged(prompts, truth) == [True] * 12
-    assert sum(judged(prompts, truth[1:] + truth[:1])) <= 1
+    assert judge_pictures(prompts, truth) == [True] * 12
+    assert sum(judge_pictures(prompts, truth[1:] + truth[:1])) <= 1
 
 
 def test_report_says_the_same_in_words_and_for_programs() -> None:

@@ -7,7 +7,7 @@
     Emu3Model.forward -> logits             a field of what it returns
     Emu3Model.forward example               a block of code
 
-`python tests/coverage/page.py PAGE.md` prints them; `documented.txt` beside this file is its output for the page of
+`python tests/documented/page.py PAGE.md` prints them. `items.txt` beside this file is its output for the page of
 transformers 4.56.2 on Emu3.
 """
 

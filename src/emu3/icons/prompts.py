@@ -1,11 +1,11 @@
-"""Prompts to be judged: a scene never trained on, the words that ask for it, and what a drawing of it must show."""
+"""Evaluation prompts: a scene, the words that ask for it, and what a drawing of it must show."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from emu3.data.captions import caption
-from emu3.data.scenes import TASKS, Relation, Scene, Task, relation, sample_scene
+from emu3.icons.captions import caption
+from emu3.icons.scenes import TASKS, Relation, Scene, Task, relation, sample_scene
 
 PAIR_TASKS: tuple[Task, ...] = ("two_object", "colors", "position", "color_attribution")
 """Tasks whose prompts name a pair that may be held out."""
@@ -56,7 +56,7 @@ def requirement(scene: Scene, task: Task) -> Requirement:
 def evaluation_prompts(
     task: Task, count: int = 50, seed: int = 0, height: int = 48, width: int = 48
 ) -> list[EvaluationPrompt]:
-    """`count` prompts of the task, the same for the same arguments; in `PAIR_TASKS` every second one is held out."""
+    """`count` prompts of the task, the same for the same arguments. In `PAIR_TASKS` every second one is held out."""
     rng = np.random.default_rng([seed, TASKS.index(task)])
     prompts = []
     for index in range(count):

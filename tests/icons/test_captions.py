@@ -5,20 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emu3.data import (
-    TASKS,
-    RequiredObject,
-    Requirement,
-    Scene,
-    SceneObject,
-    caption,
-    contains_held_out,
-    evaluation_prompts,
-    full_caption,
-    questions,
-    requirement,
-    sample_scene,
-)
+from emu3.icons.captions import caption, full_caption, questions
+from emu3.icons.prompts import RequiredObject, Requirement, evaluation_prompts, requirement
+from emu3.icons.scenes import TASKS, Scene, SceneObject, contains_held_out, sample_scene
 
 APPLE_RIGHT_OF_CHAIR = Scene(
     (SceneObject("apple", "orange", 32, 8), SceneObject("chair", "blue", 0, 16)), background="white"

@@ -1,10 +1,10 @@
-"""Putting a checkpoint together: a trained vision tokenizer, a trained language model and its text tokenizer."""
+"""Assembles a checkpoint from a trained vision tokenizer, a trained language model and its text tokenizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
@@ -16,31 +16,35 @@ from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.processing import Emu3Processor
 from emu3.tokenization import vocabulary_map
-from emu3.training.recipe import made_before
+from emu3.training.state import require_output
 
 
-@dataclass(frozen=True)
-class CheckpointRecipe:
-    """What goes into a checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class AssembleRecipe:
+    """The parts of a checkpoint.
 
     Attributes:
-        vision: folder of the trained vision tokenizer, relative to the recipe.
-        language: output folder of the language recipe, relative to the recipe.
+        vision: folder of the trained vision tokenizer.
+        language: output folder of the language model's recipe.
         image_area: pixels of a picture to draw where none are asked for.
-        image_processor: arguments of `Emu3ImageProcessor`.
+        image_processor: `min_pixels` and `max_pixels` of `Emu3ImageProcessor`.
     """
 
-    vision: str
-    language: str
+    vision: Path
+    language: Path
     image_area: int
-    image_processor: dict[str, Any] = field(default_factory=dict)
+    image_processor: Annotated[dict[str, Any], {"min_pixels": int, "max_pixels": int}] = field(default_factory=dict)
 
 
-def assemble(recipe: CheckpointRecipe, beside: Path, folder: Path) -> None:
-    """Writes the checkpoint in the documented layout to `folder`; weights in float16, to be loaded as float32."""
-    vision = Emu3VQVAE.from_pretrained(made_before(beside / recipe.vision))
-    language = Emu3ForCausalLM.from_pretrained(made_before(beside / recipe.language / "language"))
-    tokenizer = AutoTokenizer.from_pretrained((beside / recipe.language / "tokenizer").resolve())
+def assemble(recipe: AssembleRecipe, folder: Path) -> None:
+    """Writes the checkpoint in the documented layout to `folder`; weights in float16, to be loaded as float32.
+
+    Raises:
+        ValueError: a part is not there.
+    """
+    vision = Emu3VQVAE.from_pretrained(require_output(recipe.vision))
+    language = Emu3ForCausalLM.from_pretrained(require_output(recipe.language / "language"))
+    tokenizer = AutoTokenizer.from_pretrained((recipe.language / "tokenizer").resolve())
     config = Emu3Config(vq_config=vision.config, text_config=language.config, vocabulary_map=vocabulary_map(tokenizer))
     model = Emu3ForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vision.state_dict())
@@ -53,10 +57,10 @@ def assemble(recipe: CheckpointRecipe, beside: Path, folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
-    # A loader that follows the configuration computes in float32: float16 is how the weights travel.
+    # A loader that follows the configuration computes in float32: float16 only saves space in the file.
     for part in (config, cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)):
         part.dtype = torch.float32
-        part.name_or_path = ""  # where it was on the machine that trained it
+        part.name_or_path = ""  # it would name a folder of the machine that trained
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     image_processor = Emu3ImageProcessor(

@@ -17,7 +17,7 @@ from PIL import Image
 ICON = 16
 """Pixels a side of every glyph."""
 
-# Spelled out here, and not only in the table, so that importing the names reads no file; a test holds the two together.
+# Also in the table; written here so that importing the names reads no file. A test compares the two.
 NOUNS: tuple[str, ...] = (
     "airplane", "anchor", "apple", "backpack", "bench", "bird", "boat", "bone", "bottle", "bus",
     "car", "cat", "chair", "clock", "cloud", "crown", "cup", "dog", "duck", "elephant",
@@ -37,7 +37,7 @@ class Sprites:
 @cache
 def load_sprites() -> Sprites:
     """The committed sheet, read once per process."""
-    assets = files("emu3.data") / "assets"
+    assets = files("emu3.icons") / "assets"
     table = json.loads((assets / "icons.json").read_text())
     with (assets / "icons.png").open("rb") as file:
         sheet = np.asarray(Image.open(file), np.float32) / np.float32(255)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from emu3.data.scenes import Relation, Scene, SceneObject, Task, relation
-from emu3.data.sprites import plural
+from emu3.icons.scenes import Relation, Scene, SceneObject, Task, relation
+from emu3.icons.sprites import plural
 
 DESCRIBE = "Describe the picture."
 """Asks for the full caption."""

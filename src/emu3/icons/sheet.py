@@ -1,4 +1,4 @@
-"""Contact sheets: many small pictures on one, enlarged, each above its caption."""
+"""Contact sheets: many small pictures side by side, enlarged, each above its caption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAPTION_HEIGHT = 36
 def contact_sheet(
     pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, right: Sequence[bool] | None = None
 ) -> Image.Image:
-    """Pictures in rows, `columns` in each; where `right` is given, a caption is green or red by it."""
+    """Pictures in rows, `columns` in each. Where `right` is given, captions are green for right, red for wrong."""
     width = max(picture.width for picture in pictures) * SCALE
     height = max(picture.height for picture in pictures) * SCALE
     cell_width, cell_height = width + MARGIN, height + CAPTION_HEIGHT + MARGIN
@@ -29,12 +29,12 @@ def contact_sheet(
         enlarged = picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top))
         color = "black" if right is None else "green" if right[index] else "red"
-        pen.text((left, top + height + 4), _wrapped(caption, font, width), fill=color, font=font, spacing=2)
+        pen.text((left, top + height + 4), _wrap(caption, font, width), fill=color, font=font, spacing=2)
     return sheet
 
 
-def _wrapped(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """The caption in lines of at most `width` pixels, where no word is longer."""
+def _wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The caption in lines of at most `width` pixels; a longer word has a line of its own."""
     lines: list[str] = []
     for word in caption.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,0 +1,76 @@
+"""A designed codebook for the icon world: shapes x inks x backgrounds.
+
+A language model composes what it never saw together only if codes are regular: a change of colour must change the codes
+of every glyph alike. Learned codes are not regular: a piece of a glyph has unrelated codes in two colours. Scenes are
+known exactly, so the codebook can be designed, and the code of every cell of 4x4 pixels is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emu3.icons.scenes import BACKGROUNDS, COLORS, LATTICE, Scene, cells_of
+from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
+from emu3.training.codebook import k_means
+
+# Scales of colours in [-1, 1] and of the tone, beside the 16 pixels of a shape in [0, 1].
+COLOR_SCALE = 2.0
+TONE_SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Design:
+    """A codebook where code = (shape * INKS + ink) * BACKGROUNDS + background; shape 0 and ink 0 mean none.
+
+    A shape without ink, and an ink without a shape, have codes that no picture uses.
+
+    Attributes:
+        codebook: (codes, 16 + 3 + 1): the pixels of the shape; the colour of the ink, or of the background where there
+            is no ink; the tone, a number for the background.
+        shape_of_cell: the shape of each cell of each glyph, (nouns, 4, 4).
+    """
+
+    codebook: Tensor
+    shape_of_cell: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, shapes: int) -> Design:
+        """The design with so many shapes: the empty one, and clusters of the inked cells of all glyphs.
+
+        Raises:
+            ValueError: fewer than two shapes.
+        """
+        if shapes < 2:
+            raise ValueError(f"shapes={shapes} leaves only the empty one; give at least 2")
+        side = ICON // LATTICE
+        glyphs = torch.from_numpy(np.stack([mask(noun) for noun in NOUNS])).float()
+        cells = glyphs.unfold(1, LATTICE, LATTICE).unfold(2, LATTICE, LATTICE).flatten(3).flatten(0, 2)  # (cells, 16)
+        inked = cells.amax(1) > 0
+        shape_vectors = torch.cat((torch.zeros(1, LATTICE**2), k_means(cells[inked].unique(dim=0), shapes - 1)))
+        nearest = torch.cdist(cells, shape_vectors).argmin(1).where(inked, 0)
+        inks = COLOR_SCALE * (torch.tensor(list(COLORS.values())) / 127.5 - 1)
+        backgrounds = COLOR_SCALE * (torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1)
+        tones = TONE_SCALE * torch.linspace(-1, 1, len(backgrounds))
+        vectors = []
+        for shape in shape_vectors:
+            for ink in (None, *inks):
+                for background, tone in zip(backgrounds, tones, strict=True):
+                    vectors.append(torch.cat((shape, background if ink is None else ink, tone[None])))
+        return cls(torch.stack(vectors), nearest.view(len(NOUNS), side, side).numpy())
+
+    def codes_of(self, scene: Scene) -> NDArray[np.int64]:
+        """The codes (H, W) of a scene."""
+        background = list(BACKGROUNDS).index(scene.background)
+        codes_HW = np.full((scene.height // LATTICE, scene.width // LATTICE), background)
+        for thing in scene.objects:
+            shapes = self.shape_of_cell[noun_index(thing.noun)]
+            ink = 1 + list(COLORS).index(thing.color)
+            inked = (shapes * (1 + len(COLORS)) + ink) * len(BACKGROUNDS) + background
+            box = codes_HW[cells_of(thing)]
+            box[:] = np.where(shapes > 0, inked, box)
+        return codes_HW

@@ -1,0 +1,91 @@
+"""nano's recipes: its vision tokenizer, its language model, and the checkpoint assembled from both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from emu3.configuration import Emu3VQVAEConfig
+from emu3.icons.design import Design
+from emu3.icons.pictures import ENCODED_AT_ONCE, make_picture_batch
+from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, write_corpus
+from emu3.modeling.vision import Emu3VQVAE
+from emu3.tokenization import train_tokenizer, vocabulary_map
+from emu3.training import language, vision
+from emu3.training.assemble import AssembleRecipe, assemble
+from emu3.training.codes import encode
+from emu3.training.precision import training_device
+from emu3.training.recipe import Kind
+from emu3.training.recipe import run_recipe as run_recipe_of
+from emu3.training.sequences import SequenceBuilder
+from emu3.training.state import require_output
+from emu3.vocabulary import Vocabulary
+
+# Mostly the square, sometimes another ratio of the same area.
+SIZES = ((48, 48),) * 6 + ((40, 56), (56, 40), (36, 64), (64, 36))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconVisionRecipe(vision.VisionRecipe):
+    """A vision tokenizer of the icon world; further fields are those of `VisionRecipe`.
+
+    Attributes:
+        sizes: height and width, in pixels, of the pictures of a batch are one of these.
+        shapes: of a designed codebook; None: the codebook is learned.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    shapes: int | None = None
+
+
+def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
+    """Trains a vision tokenizer; see `emu3.training.vision.train`."""
+    torch.manual_seed(recipe.seed)
+    trainer = vision.VQTrainer(Emu3VQVAEConfig(**recipe.model))
+    design = None
+    if recipe.shapes is not None:
+        design = Design.of(recipe.shapes)
+        trainer.set_codebook(design.codebook)
+    vision.train(recipe, folder, trainer, partial(make_picture_batch, recipe.sizes, design))
+
+
+def train_language(recipe: IconLanguageRecipe, folder: Path) -> None:
+    """Trains a language model; see `emu3.training.language.train`.
+
+    Raises:
+        ValueError: a step has no source of scenes, or there is no vision tokenizer yet.
+    """
+    for step in range(recipe.steps):
+        if not any(source.covers(step) for source in recipe.sources):
+            raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
+    tokenizer = Emu3VQVAE.from_pretrained(require_output(folder / recipe.vision)).to(training_device())
+    text_tokenizer = train_text_tokenizer(recipe, folder, tokenizer.config.codebook_size)
+    codes = []
+    for source in recipe.sources:
+        starts = range(0, source.count, ENCODED_AT_ONCE)
+        codes.append(encode(tokenizer, source.pictures, starts, source.name, folder / "codes"))
+    builder = SequenceBuilder(text_tokenizer, Vocabulary.from_map(vocabulary_map(text_tokenizer)))
+    language.train(recipe, folder, text_tokenizer, SceneSequences(recipe, builder, codes).batch)
+
+
+def train_text_tokenizer(recipe: IconLanguageRecipe, folder: Path, codebook_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on captions and the recipe's files, with ids for so many visual codes."""
+    texts = [(folder / path).resolve().read_text() for path in recipe.texts]
+    return train_tokenizer([*write_corpus(), *texts], recipe.text_entries, codebook_size)
+
+
+KINDS = {
+    "vision": Kind(IconVisionRecipe, train_vision),
+    "language": Kind(IconLanguageRecipe, train_language),
+    "checkpoint": Kind(AssembleRecipe, assemble),
+}
+"""The kinds of recipe that `emu3 train` knows."""
+
+
+def run_recipe(path: str | Path) -> Path:
+    """Runs one of these recipes; see `emu3.training.recipe.run_recipe`."""
+    return run_recipe_of(path, KINDS)

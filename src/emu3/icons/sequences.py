@@ -1,0 +1,113 @@
+"""Training sequences of scenes: drawn from a caption, or asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
+from emu3.icons.pictures import SceneSource
+from emu3.icons.scenes import TASKS, Scene, cells_of, sample_scene
+from emu3.training.language import LanguageRecipe, SequenceBatch
+from emu3.training.sequences import SYSTEM, Sample, SequenceBuilder, collate
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much the loss of a token counts, by its kind.
+
+    Attributes:
+        visual: a drawn picture's tokens, structure included.
+        answer: an answer's tokens and the eos behind them.
+        read_visual: a picture's tokens where it is asked about; they teach drawing without a prompt.
+        object: factor on the tokens of a drawing that lie in an object's box. They are few, and only they tell whether
+            the words were followed.
+    """
+
+    visual: float = 1.0
+    answer: float = 1.0
+    read_visual: float = 1.0
+    object: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconLanguageRecipe(LanguageRecipe):
+    """A language model of the icon world; further fields are those of `LanguageRecipe`.
+
+    Attributes:
+        vision: folder with the trained vision tokenizer, relative to the output folder.
+        texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
+        text_entries: size of the text tokenizer.
+        sources: of the scenes. All pictures of a batch are of one source.
+        draw_share: share of batches that draw; the others read.
+        null_prompt: share of drawings without a caption, so that guidance has an unconditional model.
+        turns: most questions about one picture.
+        weights: of the tokens.
+    """
+
+    vision: str
+    texts: list[str] = field(default_factory=list)
+    text_entries: int = 1024
+    sources: tuple[SceneSource, ...] = ()
+    draw_share: float = 0.6
+    null_prompt: float = 0.1
+    turns: int = 4
+    weights: Weights = field(default_factory=Weights)
+
+
+@dataclass(frozen=True)
+class SceneSequences:
+    """Makes the batches of a recipe. `codes` are (scenes, H, W) for each of its sources."""
+
+    recipe: IconLanguageRecipe
+    builder: SequenceBuilder
+    codes: Sequence[NDArray[Any]]
+
+    def batch(self, step: int) -> SequenceBatch:
+        """The batch of a step; its task is "draw" or "read"."""
+        recipe = self.recipe
+        rng = np.random.default_rng([recipe.seed, step])
+        task = "draw" if rng.random() < recipe.draw_share else "read"
+        shares = np.array([source.share if source.covers(step) else 0.0 for source in recipe.sources])
+        number = rng.choice(len(shares), p=shares / shares.sum())
+        source, codes = recipe.sources[number], self.codes[number]
+        samples = []
+        for index in rng.integers(source.count, size=recipe.batch_size):
+            scene_task, scene = source.scene(int(index))
+            if task == "draw":
+                samples.append(self.draw(scene, source.prompt(scene, scene_task, rng), codes[index], rng))
+            else:
+                samples.append(self.read(scene, codes[index], rng))
+        return SequenceBatch(task, *collate(samples, self.builder.vocabulary.pad))
+
+    def draw(self, scene: Scene, words: str, codes_HW: NDArray[Any], rng: np.random.Generator) -> Sample:
+        """The scene drawn from words, or from none."""
+        factors_HW = np.ones(codes_HW.shape)
+        for thing in scene.objects:
+            factors_HW[cells_of(thing)] = self.recipe.weights.object
+        prompt = None if rng.random() < self.recipe.null_prompt else words
+        return self.builder.drawing(prompt, codes_HW, self.recipe.weights.visual, factors_HW)
+
+    def read(self, scene: Scene, codes_HW: NDArray[Any], rng: np.random.Generator) -> Sample:
+        """Questions about the scene and their answers, in random order."""
+        asked = [(question.text, question.answer) for question in questions(scene)] + [(DESCRIBE, full_caption(scene))]
+        turns = [asked[index] for index in rng.permutation(len(asked))[: self.recipe.turns]]
+        weights = self.recipe.weights
+        return self.builder.reading(codes_HW, turns, weights.read_visual, weights.answer)
+
+
+def write_corpus() -> Iterator[str]:
+    """Captions, questions and answers of scenes, to train the text tokenizer on."""
+    rng = np.random.default_rng(0)
+    for index in range(6000):
+        task = TASKS[index % len(TASKS)]
+        scene = sample_scene(task, rng, "train")
+        yield caption(scene, task)
+        yield full_caption(scene)
+        yield f"{SYSTEM}{DESCRIBE}. ASSISTANT: {full_caption(scene)}"
+        for question in questions(scene):
+            yield f" USER: {question.text}. ASSISTANT: {question.answer}"

@@ -1,0 +1,96 @@
+"""The training loop, the same for every model: batch, loss, gradients, optimizers, log, saved state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from emu3.training.prefetch import prefetch
+from emu3.training.recipe import RunSettings
+from emu3.training.state import Log, load_state, save_state
+
+Batch = TypeVar("Batch")
+
+MAX_GRADIENT_NORM = 1.0
+
+
+class StepResult(NamedTuple):
+    """What a step computes.
+
+    Attributes:
+        loss: scalar, to be minimised.
+        metrics: numbers for the log; a step may leave out some that others have.
+        size: tokens or pictures of the batch.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    size: int
+
+
+def run_loop(
+    settings: RunSettings,
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    learning_rates: Callable[[int], Sequence[float]],
+    make_batch: Callable[[int], Batch],
+    compute: Callable[[Batch, int], StepResult],
+    unit: str,
+    report_means: bool = True,
+) -> None:
+    """Trains `model` to the last step, from its last saved state if there is one; leaves it in evaluation mode.
+
+    The log gets a line every `report_every` steps: the metrics, and how much is trained on per second.
+
+    Args:
+        settings: length of the run, seed, and how often it reports and saves.
+        folder: for the state and the log.
+        model: what is saved and restored.
+        optimizers: of its parameters.
+        learning_rates: of a step, one for each optimizer.
+        make_batch: the batch of a step, a pure function; picklable.
+        compute: the step's result for a batch.
+        unit: what the batch's size counts: "tokens", "pictures".
+        report_means: whether a line has the means since the last line, or the values of its own step alone.
+    """
+    step = load_state(folder, model, optimizers)
+    log = Log(folder)
+    log.begin(step, settings.steps, settings.report_every)
+    began, size = time.monotonic(), 0
+    recent: list[dict[str, float]] = []
+    model.train()
+    for batch in prefetch(make_batch, range(step, settings.steps)):
+        # Random numbers depend on the step alone, so that a resumed run goes on bit for bit.
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        for optimizer, rate in zip(optimizers, learning_rates(step), strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        result = compute(batch, step)
+        result.loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        size += result.size
+        recent.append(result.metrics)
+        if step % settings.report_every == 0:
+            metrics = average(recent) if report_means else recent[-1]
+            log.write(step=step, **metrics, **{f"{unit}_per_second": round(size / (time.monotonic() - began), 1)})
+            recent = []
+        if step % settings.save_every == 0 or step == settings.steps:
+            save_state(folder, step, model, optimizers)
+    model.eval()
+
+
+def average(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the steps that have it."""
+    names = dict.fromkeys(name for metrics in steps for name in metrics)
+    return {name: float(np.mean([metrics[name] for metrics in steps if name in metrics])) for name in names}
