@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from emu3.tokenization import encode_plain
+from emu3.layout import Emu3Layout
+from emu3.segments import Shape
+from emu3.tokenization import PlainText
 from emu3.vocabulary import Vocabulary
 
 SYSTEM = "You are a helpful assistant. USER: "
@@ -37,22 +39,24 @@ class SequenceBuilder:
     vocabulary: Vocabulary
 
     @cached_property
+    def _layout(self) -> Emu3Layout:
+        return Emu3Layout(self.vocabulary, PlainText(self.tokenizer))
+
+    @cached_property
     def _ids_of_text(self) -> dict[str, list[int]]:
         return {}
 
     def text(self, words: str) -> list[int]:
         """The ids of words; the same words are tokenized once."""
         if words not in self._ids_of_text:
-            self._ids_of_text[words] = encode_plain(self.tokenizer, words)
+            self._ids_of_text[words] = self._layout.words.encode(words)
         return self._ids_of_text[words]
 
     def picture(self, codes_HW: NDArray[Any]) -> tuple[list[int], list[int]]:
-        """The header boi, size, img; and the body: rows of codes, each with eol behind it, then eof, eoi."""
-        v = self.vocabulary
-        height, width = codes_HW.shape
-        rows = np.full((height, width + 1), v.eol)
-        rows[:, :-1] = v.ids_of(codes_HW)
-        return [v.boi, *self.text(f"{height}*{width}"), v.img], [*rows.flatten().tolist(), v.eof, v.eoi]
+        """What stands before the first code, and the rest of the picture, eoi included."""
+        shape = Shape(*codes_HW.shape)
+        body = self._layout.grammar(shape).ids_of(codes_HW[None])
+        return self._layout.opening(shape), body[:-1].tolist()
 
     def drawing(self, words: str | None, codes_HW: NDArray[Any], weight: float, factors_HW: NDArray[Any]) -> Sample:
         """A picture drawn from words.
