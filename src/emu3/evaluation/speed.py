@@ -23,7 +23,6 @@ from emu3.generation.decoders import Batch, Decoder
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.events import Event, Finished
 from emu3.pipeline import Emu3Pipeline
-from emu3.quantization import Int8Linear
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def measure(
     decoders = {name: decoder_named(name) for name in decodings}
     weight = pipeline.model.lm_head.weight
     layers = pipeline.model.model.text_model.layers
-    quantized = [module.weight_OI for module in layers.modules() if isinstance(module, Int8Linear)]
-    weights = [*layers.parameters(), *layers.buffers(), *quantized]
+    weights = [*layers.parameters(), *layers.buffers()]
+    quantized = any(each.dtype == torch.int8 for each in weights)
     speed = Speed(
         machine=_machine(weight.device),
         versions={"torch": torch.__version__, "python": platform.python_version()},

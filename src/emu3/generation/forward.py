@@ -84,7 +84,7 @@ def joined(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: bool) -> 
         for module in modules
     )
     quantized = [module for module in modules if isinstance(module, Int8Linear)]
-    whole = Int8Linear.joined(quantized) if len(quantized) == len(modules) else None
+    whole = Int8Linear.fuse(quantized) if len(quantized) == len(modules) else None
     if whole is not None:
         return whole
     if not plain:
