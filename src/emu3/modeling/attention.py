@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def attention_function(config: PreTrainedConfig) -> AttentionFunction:
+def get_attention(config: PreTrainedConfig) -> AttentionFunction:
     """The function that `config` names ("sdpa", "flash_attention_2" ...), `eager_attention` for "eager".
 
     It takes the module, query (B, N, S, D), key and value (B, G, K, D), mask, `scaling`, `dropout` and more. It returns

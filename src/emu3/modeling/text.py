@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
-from emu3.modeling.attention import attention_function
+from emu3.modeling.attention import get_attention
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, one_cache
 
 
@@ -122,7 +122,7 @@ class Emu3Attention(nn.Module):
             # A paged cache, which comes this way from 5.24 on, reads and adds to what the attention function is told.
             told = {"kwargs": kwargs} if CACHE == "cache" else {}
             key, value = cache.update(key, value, self.layer_idx, **told)
-        attend = attention_function(self.config)
+        attend = get_attention(self.config)
         mixed, weights = attend(
             self,
             query,
