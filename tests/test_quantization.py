@@ -37,18 +37,18 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_joined_modules_give_what_each_gives():
     torch.manual_seed(0)
     modules, x = [Int8Linear(nn.Linear(32, size, bias=False)) for size in (5, 9)], torch.randn(3, 32)
-    assert torch.equal(Int8Linear.joined(modules)(x), torch.cat([module(x) for module in modules], -1))
-    assert Int8Linear.joined([modules[0], Int8Linear(nn.Linear(32, 5))]) is None
+    assert torch.equal(Int8Linear.fuse(modules)(x), torch.cat([module(x) for module in modules], -1))
+    assert Int8Linear.fuse([modules[0], Int8Linear(nn.Linear(32, 5))]) is None
 
 
 def test_large_and_small_matrices_give_the_same(monkeypatch):
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 16), torch.randn(5, 64)
     small = Int8Linear(linear)
-    monkeypatch.setattr(quantization, "_SMALL_MATRIX", 0)
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 0)
     large = Int8Linear(linear)
     assert large.packed and not small.packed
-    assert Int8Linear.joined([large]) is None
+    assert Int8Linear.fuse([large]) is None
     torch.testing.assert_close(large(x), small(x), rtol=1e-6, atol=1e-6)
 
 
@@ -80,6 +80,29 @@ def test_nano_says_nearly_the_same_in_eight_bits():
     assert float((exact.argmax(-1) == found.argmax(-1)).float().mean()) > 0.9
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_its_tensors_are_buffers_that_a_change_of_dtype_leaves_exact(monkeypatch, packed):
+    torch.manual_seed(0)
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 0 if packed else 2**20)
+    layer, x = Int8Linear(nn.Linear(64, 16)), torch.randn(5, 64)
+    expected = layer(x)
+    assert [name for name, _ in layer.named_buffers()] == ["weight", "scales", "bias"]
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == 64 * 16 + 2 * 16 * 4
+    assert torch.equal(layer.to("cpu", torch.bfloat16)(x), expected)
+
+
+def test_the_compiler_is_not_imported_before_something_is_compiled():
+    """It takes about a second."""
+    program = """
+import sys, torch
+from emu3 import quantization
+for quantization._LARGEST_UNPACKED in (2**20, 0):
+    quantization.Int8Linear(torch.nn.Linear(64, 16))(torch.ones(3, 64))
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_it_is_not_saved_half():
     with pytest.raises(ValueError, match="layers in 8 bits cannot be saved"):
         Int8Linear(nn.Linear(4, 4)).state_dict()
@@ -94,7 +117,7 @@ from emu3 import quantization
 linear = torch.nn.Linear(512, 64, bias=False)
 torch.nn.init.constant_(linear.weight, 1.0)
 for small in (2**20, 0):
-    quantization._SMALL_MATRIX = small
+    quantization._LARGEST_UNPACKED = small
     found = quantization.Int8Linear(linear)(torch.ones(3, 512))
     assert (found - 512).abs().max() < 1, found
 """

@@ -20,7 +20,7 @@ from emu3.tokenization import (
     RELEASED_TOKENS,
     SPLIT_PATTERN,
     encode_plain,
-    tiktoken_tokenizer,
+    read_tiktoken,
     train_tokenizer,
     visual_token,
     vocabulary_map,
@@ -42,7 +42,7 @@ SURROGATES = range(0xD800, 0xE000)
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     vision = tmp_path_factory.mktemp("tokenizer") / "emu3_vision_tokens.txt"
     vision.write_text("".join(f"{surface}\n" for surface in VISION_TOKENS))
-    return tiktoken_tokenizer(RANKS, vision)
+    return read_tiktoken(RANKS, vision)
 
 
 def expected(text: str) -> list[int]:
@@ -222,4 +222,4 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes, vision: list[
     (tmp_path / "ranks").write_bytes(content)
     (tmp_path / "vision").write_text("\n".join(vision))
     with pytest.raises(ValueError, match=complaint):
-        tiktoken_tokenizer(tmp_path / "ranks", tmp_path / "vision")
+        read_tiktoken(tmp_path / "ranks", tmp_path / "vision")

@@ -1,4 +1,4 @@
-"""transformers' Auto classes give this package's classes for Emu3 checkpoints, once asked to."""
+"""Registers this package's classes with the Auto classes of transformers."""
 
 from contextlib import suppress
 
@@ -24,10 +24,10 @@ from emu3.processing import Emu3Processor
 
 
 def register() -> None:
-    """From here on `AutoConfig`, `AutoModel...`, `AutoProcessor` and `AutoImageProcessor` take our classes for Emu3.
+    """Make `AutoConfig`, `AutoModel...`, `AutoProcessor` and `AutoImageProcessor` use our classes for Emu3.
 
-    It holds for the process and cannot be taken back; calling it again changes nothing. The classes of
-    `transformers.models.emu3` stay as they are for whoever imports them.
+    This holds for the whole process and cannot be undone. A second call changes nothing. The classes of
+    `transformers.models.emu3` are not changed.
     """
     configs: tuple[type[PreTrainedConfig], ...] = (Emu3Config, Emu3TextConfig, Emu3VQVAEConfig)
     for config, model in zip(configs, (Emu3Model, Emu3TextModel, Emu3VQVAE), strict=True):
@@ -36,11 +36,12 @@ def register() -> None:
     AutoModelForImageTextToText.register(Emu3Config, Emu3ForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(Emu3Config, Emu3ForConditionalGeneration, exist_ok=True)
     AutoModelForCausalLM.register(Emu3TextConfig, Emu3ForCausalLM, exist_ok=True)
-    # The language model alone of a whole checkpoint; the public `register` wants equal configurations.
+    # Loads the language model out of a whole checkpoint. The public `register` refuses a model with another
+    # configuration class, so this goes to the mapping behind it.
     MODEL_FOR_CAUSAL_LM_MAPPING.register(Emu3Config, Emu3ForCausalLM, exist_ok=True)
-    # Processors are found by the class's name, which is the same in both libraries, and the library's own list first.
+    # transformers looks for a processor's class by its name, in its own list first, and ours has the same name.
     PROCESSOR_MAPPING_NAMES.pop(Emu3Config.model_type, None)
     AutoProcessor.register(Emu3Config, Emu3Processor, exist_ok=True)
     backends = dict.fromkeys(("pil", "torchvision"), Emu3ImageProcessor)
-    with suppress(ImportError):  # older releases have none without torchvision
+    with suppress(ImportError):  # older releases have no AutoImageProcessor without torchvision
         AutoImageProcessor.register(Emu3Config, image_processor_classes=backends, exist_ok=True)

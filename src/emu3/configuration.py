@@ -1,4 +1,4 @@
-"""Configurations, with the documented names and defaults. The defaults describe the released 8.49 B-parameter model."""
+"""Configurations with the documented names and defaults. The defaults are those of the released 8.49 B model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ class Emu3VQVAEConfig(PreTrainedConfig):
         codebook_size: number of visual codes.
         embed_dim: channels of a code vector.
         latent_channels: channels between encoder and quantizer, and between quantizer and decoder.
-        double_latent: whether the encoder puts out twice `latent_channels`.
+        double_latent: whether the encoder returns twice `latent_channels`.
         in_channels, out_channels: channels of the pictures.
         temporal_downsample_factor: frames of a clip that share one latent frame; a power of two.
-        base_channels, channel_multiplier: width of stage i is `base_channels * channel_multiplier[i]`; multiples of 32.
+        base_channels, channel_multiplier: stage i has `base_channels * channel_multiplier[i]` channels, a multiple of
+            32.
         num_res_blocks: residual blocks of a stage (the decoder has one more).
-        attn_resolutions: indices of the stages that attend; their width must be `hidden_size`.
-        hidden_size, num_attention_heads, attention_dropout: attention; `hidden_size` is the width of the last stage.
+        attn_resolutions: indices of the stages with attention, which must have `hidden_size` channels.
+        hidden_size, num_attention_heads, attention_dropout: of the attention. `hidden_size` is the number of channels
+            of the last stage.
     """
 
     model_type = "emu3_vqgan"
@@ -47,18 +49,19 @@ class Emu3TextConfig(PreTrainedConfig):
 
     Args:
         vocab_size: text + structure + visual tokens.
-        hidden_size, intermediate_size, num_hidden_layers: width, feed-forward width, depth.
-        num_attention_heads, num_key_value_heads: query heads, and heads of keys and values (None: as many).
+        hidden_size, intermediate_size, num_hidden_layers: width, width of the feed-forward layers, depth.
+        num_attention_heads, num_key_value_heads: query heads; key-value heads (None: as many).
         hidden_act: activation of the feed-forward gate, a name or a function.
         max_position_embeddings: the longest sequence.
         rms_norm_eps: epsilon of the normalisation.
         use_cache: whether `forward` returns keys and values by default.
         pad_token_id, bos_token_id, eos_token_id: structure tokens.
-        tie_word_embeddings: whether the head is the embedding.
-        rope_theta: base of the rotary embedding; lands in `rope_parameters`.
-        rope_scaling (also `rope_parameters`): dict with `rope_type` and its factors; see transformers' RoPE utilities.
-        mlp_bias, attention_bias: biases of the linear layers.
-        attention_dropout: dropout of attention weights and, peculiar to Emu3, of both residual branches.
+        tie_word_embeddings: whether head and embedding share one matrix.
+        rope_theta: base of the rotary embedding. It is kept in `rope_parameters`.
+        rope_scaling, rope_parameters: two names for a dict with `rope_type` and its factors, see transformers'
+            `modeling_rope_utils`.
+        mlp_bias, attention_bias: whether the linear layers have biases.
+        attention_dropout: dropout of attention weights and, only in Emu3, of both residual branches.
         initializer_range: standard deviation of the initial weights.
     """
 
@@ -95,13 +98,13 @@ class Emu3TextConfig(PreTrainedConfig):
 
 
 class Emu3Config(PreTrainedConfig):
-    """Vision tokenizer, language model, and the map between their vocabularies.
+    """A whole model: vision tokenizer, language model, and the ids of the tokens that both need.
 
     Args:
         vq_config: `Emu3VQVAEConfig` or its dict.
         text_config: `Emu3TextConfig` or its dict.
-        vocabulary_map: token surface -> id of control tokens, `<image>` and visual tokens. A token that is missing is
-            asked for when something needs it. None: that of the released checkpoints.
+        vocabulary_map: surface -> id of control tokens, `<image>` and visual tokens. Where a token is needed and
+            missing, a ValueError names it. None: that of the released checkpoints.
     """
 
     model_type = "emu3"

@@ -1,20 +1,15 @@
-"""Pictures in, normalised pixels out, and back: sizes the vision tokenizer can cut into whole tokens.
+"""Pictures to normalised pixels for the vision tokenizer, and back. Sides become multiples of its factor.
 
-Shape suffixes: B pictures, C channels, H rows, W columns.
+Letters: B, C, H, W, see CONTRIBUTING.md.
 """
 
-import base64
-import binascii
-import io
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import normalize, rescale, resize, to_channel_dimension_format
@@ -27,24 +22,21 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-Array = npt.NDArray[Any]
+from emu3.pictures import Array, open_picture, to_array, to_channels_last
 
 logger = logging.get_logger(__name__)
 
 MAX_ASPECT_RATIO = 200
-_RGB = 3
-_BYTE = 255
-_LONGEST_PATH = 4096
 
 
 def smart_resize(
     height: int, width: int, factor: int = 8, min_pixels: int = 512 * 512, max_pixels: int = 1024 * 1024
 ) -> tuple[int, int]:
-    """Nearest (height, width) in pixels whose sides are multiples of `factor`, keeping the aspect ratio.
+    """Compute the size (height, width) to which a picture is resized: multiples of `factor`, the nearest in shape.
 
-    The area is brought down to `max_pixels` or up to `min_pixels` where it lies outside; a side never falls below
-    `factor`, which for a very long picture may leave the area above `max_pixels`. Raises ValueError for an empty
-    picture and for an aspect ratio above 200.
+    An area above `max_pixels` is brought down to it, one below `min_pixels` up to it. No side falls below `factor`, so
+    the area of a very long picture may stay above `max_pixels`. Raises ValueError for an empty picture, and for an
+    aspect ratio above 200.
     """
     if min(height, width) < 1:
         raise ValueError(f"a picture of {height}x{width} pixels is empty; both sides must be at least 1")
@@ -64,32 +56,8 @@ def smart_resize(
     return resized_height, resized_width
 
 
-def open_picture(source: str) -> Image.Image:
-    """The picture at an http(s) address, in a file, or in a text of base64, with or without "data:image/...;base64,".
-
-    An address is fetched, without asking. Raises ValueError for a source that is none of these, or holds no picture.
-    """
-    try:
-        if source.startswith(("http://", "https://")):
-            from huggingface_hub import get_session
-
-            response = get_session().get(source, follow_redirects=True)
-            response.raise_for_status()
-            return Image.open(io.BytesIO(response.content))
-        if len(source) < _LONGEST_PATH and Path(source).is_file():
-            return Image.open(source)
-        content = source.split(",", 1)[-1] if source.startswith("data:image/") else source
-        return Image.open(io.BytesIO(base64.b64decode("".join(content.split()), validate=True)))
-    except binascii.Error as error:
-        raise ValueError(
-            f"{source!r:.80} is no picture: neither an http(s) address, nor a file here, nor base64; check the spelling"
-        ) from error
-    except Exception as error:  # of the network, of the file system, of decoders
-        raise ValueError(f"cannot read a picture from {source!r:.80}: {error}") from error
-
-
 def flat_pictures(images: Any) -> Iterator[Any]:
-    """Every single picture in `images`, in order: batches and nested lists are opened up."""
+    """Yield each single picture in `images`, in order. Batches and nested lists are flattened."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
         for image in images:
             yield from flat_pictures(image)
@@ -99,99 +67,8 @@ def flat_pictures(images: Any) -> Iterator[Any]:
         yield images
 
 
-def _array(picture: Any) -> Array:
-    """A numpy array or torch tensor as a finite numpy array; ValueError for anything else."""
-    if hasattr(picture, "detach"):
-        picture = picture.detach().cpu()
-        picture = (picture.float() if picture.is_floating_point() else picture).numpy()
-    if not isinstance(picture, np.ndarray):
-        raise ValueError(
-            f"{picture!r:.80} is no picture but a {type(picture).__name__}; "
-            "give a PIL.Image.Image (PIL.Image.open reads a file), a numpy array or a torch tensor"
-        )
-    if picture.size == 0 or picture.ndim not in (2, 3):
-        raise ValueError(f"an array of shape {picture.shape} is no picture; give (H, W), (H, W, C) or (C, H, W)")
-    if picture.dtype.kind not in "buif":
-        raise ValueError(f"an array of {picture.dtype} is no picture; give whole or real numbers")
-    if not np.isfinite(picture).all():
-        raise ValueError(f"a picture of shape {picture.shape} holds NaN or infinite values; make them finite")
-    return picture
-
-
-def _pixels_of(picture: Image.Image, convert_rgb: bool) -> Array:
-    """Pixels of a PIL picture as (H, W, C), upright as its EXIF orientation says.
-
-    With `convert_rgb`, C = 3 and transparency lies on white.
-    """
-    if min(picture.size) < 1:
-        raise ValueError(f"a picture of {picture.height}x{picture.width} pixels is empty; give at least 1x1")
-    try:
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)
-    except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
-        raise ValueError(f"cannot read the picture {picture!r}, the file looks damaged: {error}") from error
-    if picture.mode in ("I", "F"):
-        return _wide_pixels_of(picture, convert_rgb)
-    if convert_rgb:
-        if picture.mode.startswith("I;16"):  # PIL would clip everything above 255 to white
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-    pixels = np.array(picture)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def _wide_pixels_of(picture: Image.Image, convert_rgb: bool) -> Array:
-    """Pixels (H, W, C) of a grey picture of 32-bit numbers, as they are: nothing says how to scale others to bytes."""
-    pixels = _array(np.array(picture))
-    if pixels.min() < 0 or pixels.max() > _BYTE:
-        raise ValueError(
-            f"a picture of 32-bit numbers holds {pixels.min()} to {pixels.max()}, which no rule scales to 0..{_BYTE}; "
-            "scale it yourself"
-        )
-    return np.repeat(pixels[:, :, None], _RGB if convert_rgb else 1, axis=2)
-
-
-def _layout(pixels: Array) -> ChannelDimension:
-    """Which axis of (C, H, W) or (H, W, C) holds the channels: 3 before 1 before 4, the first before the last."""
-    for channels in (3, 1, 4):
-        if pixels.shape[0] == channels:
-            return ChannelDimension.FIRST
-        if pixels.shape[2] == channels:
-            return ChannelDimension.LAST
-    raise ValueError(f"no axis of shape {pixels.shape} has 1, 3 or 4 channels; give (H, W, C) or (C, H, W)")
-
-
-def _channels_last(
-    picture: Any, convert_rgb: bool, input_data_format: str | ChannelDimension | None
-) -> tuple[Array, ChannelDimension]:
-    """A picture as (H, W, C) and the layout that it came in."""
-    if isinstance(picture, Image.Image):
-        return _pixels_of(picture, convert_rgb), ChannelDimension.LAST
-    pixels = _array(picture)
-    if pixels.ndim == 2:
-        pixels, layout = pixels[:, :, None], ChannelDimension.LAST
-    elif input_data_format is not None:
-        layout = ChannelDimension(input_data_format)
-    else:
-        layout = _layout(pixels)
-    pixels = to_channel_dimension_format(pixels, ChannelDimension.LAST, input_channel_dim=layout)
-    channels = pixels.shape[2]
-    if convert_rgb and channels == 1:
-        pixels = np.repeat(pixels, _RGB, axis=2)
-    elif convert_rgb and channels == 4 and pixels.dtype == np.uint8:
-        pixels = _pixels_of(Image.fromarray(np.ascontiguousarray(pixels)), convert_rgb)
-    elif convert_rgb and channels != _RGB:
-        raise ValueError(
-            f"cannot read {channels} channels of {pixels.dtype} as RGB; give 1 or 3 channels, or 4 (RGBA) of uint8"
-        )
-    return pixels, layout
-
-
 class Emu3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
-    """What a call of the image processor, or of the processor, may say of pictures."""
+    """Options for pictures that a call of the image processor, or of the processor, takes."""
 
     min_pixels: int | None
     max_pixels: int | None
@@ -201,17 +78,18 @@ class Emu3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
 
 class Emu3ImageProcessor(BaseImageProcessor):
-    """Resizes each picture to whole tokens, scales to [0, 1], normalises, and pads a batch at the bottom and right.
+    """Resizes pictures to whole tokens, scales them to [0, 1], normalises them, and pads them at the bottom and right.
 
-    Each picture keeps its own size: `image_sizes` says which part of the padded `pixel_values` is picture. Grey,
-    palette, CMYK and 16-bit grey pictures become RGB; transparent ones are laid on white.
+    Each picture keeps its own size: `image_sizes` gives the part of `pixel_values` that is not padding. Grey, palette,
+    CMYK and 16-bit grey pictures become RGB. Transparent parts become white.
 
     Args:
         do_resize, resample: resize to `smart_resize` with this PIL filter.
         do_rescale, rescale_factor: multiply pixel values of 0..255 by this factor.
-        do_normalize, image_mean, image_std: subtract and divide, per channel or one number for all (default: CLIP's).
+        do_normalize, image_mean, image_std: subtract the mean and divide by the deviation. Each is a list, one number
+            for each channel, or one number for all (default: CLIP's).
         do_convert_rgb: make every picture RGB.
-        do_pad: pad to one size with zeros of the normalised space, so that a batch is one array.
+        do_pad: pad all to one size with zeros, after normalising, so that a batch is one array.
         min_pixels, max_pixels: limits of a picture's area after resizing.
         spatial_factor: pixels per token side; both sides become multiples of it.
     """
@@ -251,14 +129,14 @@ class Emu3ImageProcessor(BaseImageProcessor):
         self.size = {"min_pixels": min_pixels, "max_pixels": max_pixels}
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved; as transformers writes it, `do_pad` only where it is off."""
+        """The settings to save. As in transformers' own files, `do_pad` is among them only if it is False."""
         saved = super().to_dict()
         if saved.get("do_pad"):
             del saved["do_pad"]
         return saved
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """The same nested lists with an opened picture for each text; see `open_picture`."""
+        """Replace each string in nested lists by the picture that `open_picture` opens."""
         if isinstance(image_url_or_urls, str):
             return open_picture(image_url_or_urls)
         if isinstance(image_url_or_urls, list | tuple):
@@ -287,19 +165,19 @@ class Emu3ImageProcessor(BaseImageProcessor):
         device: Any = None,
         **others: Any,
     ) -> BatchFeature:
-        """Pixels of one picture, a batch, or nested lists of them, in order; None means the constructor's value.
+        """Turn one picture, a batch, or nested lists into pixels, in order. None means the constructor's value.
 
         Args:
-            images: PIL pictures, arrays or tensors of (H, W), (H, W, C), (C, H, W) with values of 0..255 (with
-                `do_rescale=False`: 0..1), or what `open_picture` takes.
-            size: `{"min_pixels": ..., "max_pixels": ...}`; or these two by name.
+            images: PIL pictures; arrays or tensors (H, W), (H, W, C) or (C, H, W); or strings for `open_picture`.
+                Values are 0..255, or 0..1 with `do_rescale=False`.
+            size: `{"min_pixels": ..., "max_pixels": ...}`. Each may also be given as its own argument.
             data_format: "channels_first" gives (B, C, H, W), "channels_last" (B, H, W, C), None the picture's own.
-            device: where tensors go, with `return_tensors="pt"`.
-            **others: what transformers' processors take beyond these, such as `disable_grouping`. It has no effect,
-                which is logged.
+            device: where the tensors go, with `return_tensors="pt"`.
+            **others: further arguments of transformers' processors, such as `disable_grouping`. They have no effect,
+                and a warning says so.
 
         Returns:
-            `pixel_values`, one array, or a list where `do_pad` is False, and `image_sizes` (B, 2), each picture's
+            `pixel_values`: one array, or a list if `do_pad` is False. `image_sizes` (B, 2): each picture's
             (height, width) before padding.
 
         Raises:
@@ -307,7 +185,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
                 longer than wide.
         """
         do_resize = self.do_resize if do_resize is None else do_resize
-        size = {**self.size, **_limits(size), **_limits({"min_pixels": min_pixels, "max_pixels": max_pixels})}
+        size = {**self.size, **_read_limits(size), **_read_limits({"min_pixels": min_pixels, "max_pixels": max_pixels})}
         factor = self.spatial_factor if spatial_factor is None else spatial_factor
         resample = self.resample if resample is None else resample
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
@@ -323,7 +201,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
         pictures_HWC: list[Array] = []
         layouts: list[ChannelDimension] = []
         for picture in flat_pictures(self.fetch_images(images)):
-            pixels_HWC, layout = _channels_last(picture, do_convert_rgb, input_data_format)
+            pixels_HWC, layout = to_channels_last(picture, do_convert_rgb, input_data_format)
             if do_rescale and np.issubdtype(pixels_HWC.dtype, np.floating) and 0 < pixels_HWC.max() <= 1:
                 warnings.warn(
                     f"a picture of {pixels_HWC.dtype} with no value above 1 is scaled by {rescale_factor:.4g} "
@@ -345,7 +223,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
 
         image_sizes = [pixels_HWC.shape[:2] for pixels_HWC in pictures_HWC]
         if do_pad:
-            pictures_HWC = _pad(pictures_HWC)
+            pictures_HWC = _pad_pictures(pictures_HWC)
         pixel_values = [
             to_channel_dimension_format(pixels, data_format or layout, input_channel_dim=ChannelDimension.LAST)
             for pixels, layout in zip(pictures_HWC, layouts, strict=True)
@@ -367,13 +245,20 @@ class Emu3ImageProcessor(BaseImageProcessor):
         return_tensors: str | None = "PIL.Image.Image",
         input_data_format: str | ChannelDimension | None = None,
     ) -> BatchFeature:
-        """The way back, from normalised pixels to pictures; None means the constructor's value.
+        """Turn normalised pixels back into pictures. None means the constructor's value.
 
-        `images`: one array or tensor (C, H, W) or (H, W, C), a batch, or a list of different sizes. `rescale_factor`
-        is that of the way back (default: one over the constructor's). Rescaled values are clipped to 0..255 and
-        rounded to the nearest uint8. Returns `pixel_values`: a list of PIL pictures, or as `return_tensors` says
-        ("pt", "np", None for a list of arrays) in the given layout. Raises ValueError for values that are not
-        finite, and for PIL pictures of pixels that are not rescaled.
+        Args:
+            images: an array or tensor (C, H, W) or (H, W, C), a batch, or a list of different sizes.
+            rescale_factor: the factor from [0, 1] to 0..255. Default: one over the constructor's factor. Rescaled
+                values are rounded to the nearest uint8 and clipped.
+            return_tensors: "PIL.Image.Image" gives a list of PIL pictures, "pt" or "np" a batch in the layout of
+                `images`, None a list of arrays.
+
+        Returns:
+            `pixel_values`.
+
+        Raises:
+            ValueError: values that are not finite; PIL pictures asked for without rescaling.
         """
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         rescale_factor = 1 / self.rescale_factor if rescale_factor is None else rescale_factor
@@ -386,7 +271,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
 
         pixel_values: list[Any] = []
         for picture in flat_pictures(images):
-            pixels_HWC, layout = _channels_last(_array(picture), False, input_data_format)
+            pixels_HWC, layout = to_channels_last(to_array(picture), False, input_data_format)
             if do_normalize:
                 pixels_HWC = pixels_HWC * std + mean
             if do_rescale:
@@ -400,8 +285,8 @@ class Emu3ImageProcessor(BaseImageProcessor):
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=None if as_pil else return_tensors)
 
 
-def _limits(size: Any) -> dict[str, int]:
-    """The limits of an area that `size` names. ValueError where it names anything else."""
+def _read_limits(size: Any) -> dict[str, int]:
+    """The limits of the area in `size`, without those that are None. ValueError if it holds anything else."""
     if size is None:
         return {}
     if not isinstance(size, dict) or not size.keys() <= {"min_pixels", "max_pixels"}:
@@ -409,8 +294,8 @@ def _limits(size: Any) -> dict[str, int]:
     return {name: value for name, value in size.items() if value is not None}
 
 
-def _pad(pictures_HWC: list[Array]) -> list[Array]:
-    """The same pictures, zeros added at the bottom and right up to the largest height and width."""
+def _pad_pictures(pictures_HWC: list[Array]) -> list[Array]:
+    """Add zeros at the bottom and on the right of pictures, up to the largest height and width."""
     height = max(pixels.shape[0] for pixels in pictures_HWC)
     width = max(pixels.shape[1] for pixels in pictures_HWC)
     return [

@@ -1,18 +1,17 @@
-"""Weights and activations in 8 bits, for CPUs: layers of a quarter of the size, and several times as fast as float32.
+"""Linear layers in 8 bits, for CPUs: a quarter of the memory of float32, and several times as fast.
 
-A matrix has a scale for each output, found once; activations have one for each row, found as they come. Head and
-embeddings, which decide between tokens, stay as they are, and so does the vision tokenizer. Products run in oneDNN's
-integer kernels, which AVX512-VNNI and AMX speed up; without these they add pairs of products in 16 bits, and weights
-keep to 7 bits so that such a sum fits.
+A weight matrix has one scale for each output, computed once. Activations have one scale for each row, computed at every
+call. Embeddings, head and vision tokenizer are not quantized.
 
-N rows, I inputs, O outputs.
+oneDNN's integer kernels compute the products, quickly with AVX512-VNNI or AMX. Without these, the kernels add two
+products in 16 bits. Weights then use 7 bits only, so that no sum overflows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,73 +19,101 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
 
-# Of a weight; 255 * 63 * 2 is below 2**15.
-_MOST = 127 if torch.cpu._is_vnni_supported() else 63
-# Activations are from -127 to 127 above this, for the kernels that take unsigned numbers.
-_ZERO = 128
-# Up to here a plain product of 8-bit matrices is faster, and can be compiled; beyond, that of a matrix brought in the
-# order in which the kernels read it.
-_SMALL_MATRIX = 2**20
+# Activations are unsigned and reach 255: without VNNI, 255 * 63 * 2 must stay below 2**15.
+_LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
+# The kernels take unsigned activations: -127..127 plus this.
+_ACTIVATION_OFFSET = 128
+# Elements of a matrix. Up to here `_int_mm` is faster; above, oneDNN on a matrix packed in the order its kernels read.
+_LARGEST_UNPACKED = 2**20
 
 
 class Int8Linear(nn.Module):
-    """A linear module in 8 bits: (..., I) to (..., O), in the dtype of its input.
+    """A linear layer in 8 bits: (..., inputs) to (..., outputs), in the dtype of its input.
+
+    Its tensors are buffers, so `.to()`, `buffers()` and `get_memory_footprint()` see them. Scales and bias stay in
+    float32 whatever dtype the model is moved to. `state_dict()` raises ValueError.
 
     Args:
-        linear: the module in whose place it stands.
+        linear: the layer to quantize. It is not changed.
     """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight_OI = linear.weight.detach().float()
-        self.scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / _MOST
-        self.weight_OI = (weight_OI / self.scales_O[:, None]).round().to(torch.int8)
-        self.bias_O = None if linear.bias is None else linear.bias.detach().float()
-        self.packed = self.weight_OI.numel() > _SMALL_MATRIX
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(1).clamp_min(1e-12) / _LARGEST_WEIGHT
+        weight = (weight / scales[:, None]).round().to(torch.int8)
+        self.packed = weight.numel() > _LARGEST_UNPACKED
         if self.packed:
-            self.weight_OI = torch.ops.onednn.qlinear_prepack(self.weight_OI, None)
+            weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
 
     @classmethod
-    def joined(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
-        """One module with the outputs of several of the same input behind one another; None if their matrices are too
-        large to store twice, or they have biases."""
-        if any(module.packed or module.bias_O is not None for module in modules):
+    def fuse(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
+        """One layer that computes the outputs of several, one behind the other, from the same input.
+
+        None if they have biases, or if a matrix is packed: packed matrices are too large to store twice.
+        """
+        if any(module.packed or module.bias is not None for module in modules):
             return None
-        whole = copy(modules[0])
-        whole.weight_OI = torch.cat([module.weight_OI for module in modules])
-        whole.scales_O = torch.cat([module.scales_O for module in modules])
-        return whole
+        fused = deepcopy(modules[0])
+        fused.weight = torch.cat([module.weight for module in modules])
+        fused.scales = torch.cat([module.scales for module in modules])
+        return fused
 
     def forward(self, x: Tensor) -> Tensor:
-        x_NI = x.reshape(-1, x.shape[-1]).float()
-        scale_N1 = x_NI.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        x_NI = x_NI / scale_N1
+        weight, scales, bias = self.weight, self.scales, self.bias
+        rows = x.reshape(-1, x.shape[-1]).float()
+        row_scales = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        rows = rows / row_scales
         if self.packed:
-            y_NO = self._by_packed(x_NI)
+            multiply = _opaque_multiply_packed if torch.compiler.is_compiling() else _multiply_packed
+            y = multiply(rows, weight, scales)
         else:
-            y_NO = torch._int_mm(x_NI.round().to(torch.int8), self.weight_OI.t()) * self.scales_O
-        y_NO = y_NO * scale_N1
-        if self.bias_O is not None:
-            y_NO = y_NO + self.bias_O
-        return cast(Tensor, y_NO.to(x.dtype).view(*x.shape[:-1], len(self.scales_O)))
+            y = torch._int_mm(rows.round().to(torch.int8), weight.t()) * scales
+        y = y * row_scales
+        if bias is not None:
+            y = y + bias
+        return cast(Tensor, y.to(x.dtype).view(*x.shape[:-1], len(scales)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         raise ValueError("layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8")
 
-    @torch.compiler.disable  # the compiler takes such a matrix for a constant of the graph, and stops
-    def _by_packed(self, x_NI: Tensor) -> Tensor:
-        x_NI = (x_NI + (_ZERO + 0.5)).to(torch.uint8)  # rounds, for what is cut off is positive
-        zeros_O = torch.zeros(len(self.scales_O), dtype=torch.long)
-        return cast(
-            Tensor,
-            torch.ops.onednn.qlinear_pointwise(
-                x_NI, 1.0, _ZERO, self.weight_OI, self.scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
-            ),
-        )
+
+def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """Rows of -127..127, rounded here, times a packed matrix."""
+    rows = (rows + (_ACTIVATION_OFFSET + 0.5)).to(torch.uint8)  # positive, so cutting off rounds to nearest
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    product = torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, _ACTIVATION_OFFSET, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return cast(Tensor, product)
+
+
+# The compiler accepts a packed matrix only as a constant of its graph. So it sees the whole product as one operator.
+_opaque_multiply_packed = torch.library.custom_op(
+    "emu3::multiply_packed",
+    _multiply_packed,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
+)
+_opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(len(rows), len(scales)))
 
 
 def quantize_int8(text_model: Emu3TextModel) -> None:
-    """Put 8-bit modules in place of the linear ones of all layers, for inference on a CPU. The result cannot be saved.
+    """Replace the linear modules of all layers by 8-bit ones, in place. The model is then for inference on a CPU.
 
     Raises:
         ValueError: the model is not on a CPU, or this build of PyTorch lacks the kernels.

@@ -1,12 +1,12 @@
-"""The text tokenizer: byte-level BPE, then control tokens, then visual tokens, all with contiguous ids.
+"""The text tokenizer. Its ids are contiguous: a byte-level BPE, then control tokens, then visual tokens.
 
     0 ......... N-1 | <|endoftext|> <image> ... <|image end|> | <|visual token 000000|> ... <|visual token K-1|>
     byte-level BPE  | control tokens, in CONTROL_TOKENS order  | one per entry of the vision codebook
 
-Every token after the BPE is *special*: it is left out by `decode(..., skip_special_tokens=True)`, and `encode_plain`
-never returns it, whatever the text says.
+Every token after the BPE is *special*: `decode(..., skip_special_tokens=True)` leaves it out, and `encode_plain` never
+returns it, whatever the text says.
 
-The released checkpoints bring a BPE in tiktoken's file format, followed by RELEASED_TOKENS and those of a second file:
+Released checkpoints hold a BPE in tiktoken's file format. RELEASED_TOKENS follow it, then the tokens of a second file:
 
     0 .... 151642 | <|endoftext|> ... <|extra_204|> | <|image token|> <|image start|> <|image end|> <|visual token ...|>
     emu3.tiktoken | RELEASED_TOKENS                 | emu3_vision_tokens.txt
@@ -34,41 +34,43 @@ CONTROL_TOKENS = {
     "boi_token": SURFACES["boi"],
     "eoi_token": SURFACES["eoi"],
 }
-"""Tokenizer attribute -> surface, in the order of the ids."""
+"""Attribute of the tokenizer -> surface of the token, in the order of the ids."""
 
-# Emu3 splits text as Qwen does: every digit stands alone, so a picture's "12*9" is always '1', '2', '*', '9'.
+# As in Qwen. Each digit is a piece of its own, so a picture's size "12*9" is always '1', '2', '*', '9'.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 RELEASED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
-"""What follows the BPE in the released checkpoints, in the order of the ids."""
+"""The tokens after the BPE of the released checkpoints, in the order of their ids."""
 
 PLACEHOLDER_ORIGIN = "<|extra_0|>"
-"""The unused token of the released checkpoints whose id the documented layout gives to "<image>"."""
+"""An unused token of the released checkpoints. The documented layout gives its id to "<image>"."""
 
 _BASE_ATTRIBUTES = ("bos_token", "eos_token", "pad_token")
 _BYTES = 256
 
 
 def visual_token(code: int) -> str:
-    """Surface of the token that stands for entry `code` of the vision codebook."""
+    """Surface of the visual token for entry `code` of the vision codebook."""
     return f"<|visual token {code:06d}|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `vocabulary_size` entries on `texts` and add the control and visual tokens after it.
+    """Train a byte-level BPE of `vocabulary_size` entries on `texts`, and add the control and visual tokens after it.
 
-    The same texts in the same order give the same tokenizer. It pads on the left and has the attributes named in
-    `CONTROL_TOKENS`, each with its `_id` form. Raises ValueError for a size below the 256 bytes, an empty codebook, or
-    texts that hold fewer pairs to merge than asked for.
+    The same texts in the same order give the same tokenizer. It pads on the left. It has the attributes of
+    `CONTROL_TOKENS`, each also with `_id` at its end for the id.
+
+    Raises:
+        ValueError: fewer entries than the 256 bytes, an empty codebook, or texts with too few pairs to merge.
     """
     if vocabulary_size < _BYTES:
         raise ValueError(f"vocabulary_size={vocabulary_size} cannot hold the {_BYTES} bytes; ask for at least {_BYTES}")
     if codebook_size < 1:
         raise ValueError(f"codebook_size={codebook_size} leaves no visual token; ask for at least 1")
-    backend = _byte_level(models.BPE())
+    backend = _make_byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -82,14 +84,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
         )
     surfaces = [*CONTROL_TOKENS.values(), *map(visual_token, range(codebook_size))]
     backend.add_special_tokens([AddedToken(surface, special=True, normalized=False) for surface in surfaces])
-    return _with_attributes(backend)
+    return _wrap(backend)
 
 
-def tiktoken_tokenizer(ranks_file: Path, vision_tokens_file: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a released checkpoint, id for id, from `emu3.tiktoken` and `emu3_vision_tokens.txt`.
+def read_tiktoken(ranks_file: Path, vision_tokens_file: Path) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a released checkpoint from `emu3.tiktoken` and `emu3_vision_tokens.txt`.
 
-    One surface differs: the id of `PLACEHOLDER_ORIGIN` is that of "<image>". Raises ValueError for files of another
-    format, ranks with gaps, bytes without a rank, or control tokens that are missing.
+    All ids are the same. One surface differs: `PLACEHOLDER_ORIGIN` becomes "<image>".
+
+    Raises:
+        ValueError: a file of another format, ranks with gaps, a byte without a rank, or a missing control token.
     """
     ranks = _read_ranks(ranks_file)
     surfaces = [*RELEASED_TOKENS, *vision_tokens_file.read_text(encoding="utf-8").split("\n")]
@@ -100,8 +104,8 @@ def tiktoken_tokenizer(ranks_file: Path, vision_tokens_file: Path) -> PreTrained
         raise ValueError(f"{vision_tokens_file} lacks {sorted(missing)} or repeats a token; get the checkpoint again")
     letters = _byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    # tiktoken joins the neighbours whose union has the lowest rank, whatever the halves: every way to cut a token is a
-    # merge. It takes a piece that is a token as it is, which `ignore_merges` says.
+    # tiktoken merges the two neighbours that form the token of lowest rank, whichever two they are. So each way to cut
+    # a token in two becomes a merge. A piece that is a token as a whole is taken as it is: `ignore_merges`.
     merges = [
         (names[token[:cut]], names[token[cut:]])
         for token in ranks
@@ -109,14 +113,14 @@ def tiktoken_tokenizer(ranks_file: Path, vision_tokens_file: Path) -> PreTrained
         if token[:cut] in ranks and token[cut:] in ranks
     ]
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
-    backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    # The original composes characters before it looks for control tokens; `normalized` keeps that order.
+    backend = _make_byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    # The original composes characters (NFC) before it searches for control tokens; `normalized` keeps that order.
     backend.add_special_tokens([AddedToken(surface, special=True, normalized=True) for surface in surfaces])
-    return _with_attributes(backend)
+    return _wrap(backend)
 
 
 def write_tiktoken(tokenizer: PreTrainedTokenizerBase, ranks_file: Path, vision_tokens_file: Path) -> None:
-    """The reverse of `tiktoken_tokenizer`. Raises ValueError for a tokenizer that is not laid out like the released."""
+    """Write the two files that `read_tiktoken` reads. ValueError if the ids are not laid out as in a released one."""
     backend = tokenizer.backend_tokenizer
     surfaces = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
     first = min(surfaces, default=0)
@@ -140,7 +144,10 @@ def write_tiktoken(tokenizer: PreTrainedTokenizerBase, ranks_file: Path, vision_
 
 
 def vocabulary_map(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Surface -> id of every control and visual token, by ascending id: what `Emu3Config.vocabulary_map` holds."""
+    """Surface -> id of every control and visual token, by ascending id, as `Emu3Config.vocabulary_map` holds it.
+
+    Raises ValueError if a control token is missing.
+    """
     control = set(CONTROL_TOKENS.values())
     found = [
         (index, surface)
@@ -154,15 +161,15 @@ def vocabulary_map(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` read as plain text: "<image>" or "<|image start|>" in it are so many ordinary characters.
+    """Encode `text` as plain text: "<image>" or "<|image start|>" in it are ordinary characters.
 
-    The BPE model is asked directly, so no control or visual token can come out, and nothing shared is switched
-    meanwhile: threads may use one tokenizer. Raises ValueError for text that is not valid Unicode.
+    It calls the BPE model directly, so the result never holds a control or visual token. The tokenizer's state does not
+    change, so threads may share it. Raises ValueError if the text is not valid Unicode.
     """
     backend = tokenizer.backend_tokenizer
     try:
         if isinstance(backend.normalizer, normalizers.NFC):
-            # By Python's tables, as the original does: those of `tokenizers` lack the newest combining marks.
+            # As the original: with Python's tables. Those of `tokenizers` lack the newest combining marks.
             normalized = unicodedata.normalize("NFC", text)
         else:
             normalized = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -187,8 +194,8 @@ class PlainText:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _byte_level(model: models.BPE) -> Tokenizer:
-    """A BPE on the bytes of composed text, split by `SPLIT_PATTERN`."""
+def _make_byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer around `model`: it composes text (NFC), splits it by `SPLIT_PATTERN` and encodes the bytes."""
     backend = Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -201,7 +208,8 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return backend
 
 
-def _with_attributes(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wrap it for transformers, with the attributes of `CONTROL_TOKENS`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="left",
@@ -212,7 +220,7 @@ def _with_attributes(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
-    """A file of lines `base64 rank`, by ascending rank."""
+    """Read a file of lines `base64 rank`. Returns bytes -> rank, by ascending rank."""
     try:
         pairs = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -226,7 +234,7 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in a byte-level BPE: itself, or the next one from U+0100 on."""
+    """The printable letter for each byte in a byte-level BPE: its own, or the next unused one from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = iter(range(_BYTES, 2 * _BYTES))
     return [chr(byte if byte in printable else next(others)) for byte in range(_BYTES)]

@@ -36,7 +36,7 @@ def test_weights_of_eight_bits_are_a_quarter(tiny_checkpoint):
         for int8 in (False, True)
     ]
     whole, low = (run.bytes_per_second * run.best / run.steps for run in runs)
-    assert 0.25 < low / whole < 0.3
+    assert 0.25 < low / whole < 0.32  # the scales of such narrow layers weigh something too
     assert runs[0].fed == runs[1].fed
 
 

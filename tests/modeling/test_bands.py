@@ -1,4 +1,4 @@
-"""Convolutions by bands of rows: the numbers of the whole, whatever the bands."""
+"""Convolutions in bands of rows: the numbers of the whole, whatever the bands."""
 
 import pytest
 import torch
@@ -9,12 +9,13 @@ from torch import nn
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling import bands
-from emu3.modeling.bands import affine_of, by_bands, silu_of_affine
-from emu3.modeling.vision import Emu3VQVAE, ResnetBlock, SpatialNorm, Upsample
+from emu3.modeling.bands import apply_affine_silu, fold_group_norm, run_in_bands
+from emu3.modeling.vision import Emu3VQVAE
+from emu3.modeling.vision_blocks import ResnetBlock, SpatialNorm, Upsample
 
 
 @given(st.integers(1, 23), st.integers(1, 9), st.integers(1, 400), st.sampled_from([1, 2]))
-def test_a_convolution_by_bands_is_the_convolution(height, width, band, grows):
+def test_a_convolution_in_bands_is_the_convolution(height, width, band, grows):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, height, width)
 
@@ -22,10 +23,11 @@ def test_a_convolution_by_bands_is_the_convolution(height, width, band, grows):
         return conv(F.interpolate(part, scale_factor=grows))
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(bands, "BAND", band)
-        torch.testing.assert_close(by_bands(function, x, reach=1, grows=grows), function(x), rtol=0, atol=1e-6)
+        patch.setattr(bands, "BAND_ELEMENTS", band)
+        torch.testing.assert_close(run_in_bands(function, x, reach=1, grows=grows), function(x), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
 def test_a_function_hears_where_its_rows_are():
     x, heard = torch.arange(7.0).view(1, 1, 7, 1), []
 
@@ -34,8 +36,8 @@ def test_a_function_hears_where_its_rows_are():
         return part
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bands, "BAND", 3)
-        assert torch.equal(by_bands(function, x, reach=1), x)
+        patch.setattr(bands, "BAND_ELEMENTS", 3)
+        assert torch.equal(run_in_bands(function, x, reach=1), x)
     assert heard == [(0, [0, 1, 2, 3]), (2, [2, 3, 4, 5, 6]), (5, [5, 6])]
 
 
@@ -43,15 +45,15 @@ def test_affine_is_the_norm():
     torch.manual_seed(0)
     norm, x = nn.GroupNorm(32, 64), 3 * torch.randn(2, 64, 6, 5) + 1
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    factor, offset = affine_of(norm, x)
+    factor, offset = fold_group_norm(norm, x)
     torch.testing.assert_close(x * factor + offset, norm(x), rtol=0, atol=1e-5)
     spatial, quantized = SpatialNorm(4, 64), torch.randn(2, 4, 2, 3)
     x = torch.randn(2, 64, 4, 6)
-    factor, offset = spatial.affine(x, quantized)
+    factor, offset = spatial.fold(x, quantized)
     assert factor.shape == offset.shape == (2, 64, 2, 6)
     expected = F.silu(spatial(x, quantized))
-    torch.testing.assert_close(silu_of_affine(factor, offset, x, 0, 4), expected, rtol=0, atol=1e-5)
-    rows = silu_of_affine(factor, offset, x[:, :, 1:3], 1, 4)
+    torch.testing.assert_close(apply_affine_silu(factor, offset, x, 0, 4), expected, rtol=0, atol=1e-5)
+    rows = apply_affine_silu(factor, offset, x[:, :, 1:3], 1, 4)
     torch.testing.assert_close(rows, expected[:, :, 1:3], rtol=0, atol=1e-5)
 
 
@@ -61,7 +63,7 @@ def test_sixteen_bits_lose_no_more_than_the_norm_itself():
     norm, x = nn.GroupNorm(32, 64).bfloat16(), (torch.randn(1, 64, 16, 16) + 30).bfloat16()
     exact = F.silu(F.group_norm(x.double(), 32, eps=norm.eps))
     plain = (F.silu(norm(x)).double() - exact).abs().mean()
-    found = silu_of_affine(*affine_of(norm, x), x, 0, 16)
+    found = apply_affine_silu(*fold_group_norm(norm, x), x, 0, 16)
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).abs().mean() <= 1.1 * plain
 
@@ -69,8 +71,8 @@ def test_sixteen_bits_lose_no_more_than_the_norm_itself():
 @pytest.mark.parametrize("channels", [(32, 32), (64, 32)])
 @pytest.mark.parametrize("band", [1, 900, 2**23])
 def test_blocks_give_the_same_with_and_without_gradients(monkeypatch, channels, band):
-    """With gradients nothing goes by bands, and nothing is changed in place."""
-    monkeypatch.setattr(bands, "BAND", band)
+    """With gradients nothing goes in bands, and nothing is changed in place."""
+    monkeypatch.setattr(bands, "BAND_ELEMENTS", band)
     torch.manual_seed(0)
     block, upsample = ResnetBlock(*channels, latent_channels=4), Upsample(channels[0])
     x, quantized = torch.randn(1, channels[0], 8, 6), torch.randn(1, 4, 4, 3)
@@ -82,7 +84,7 @@ def test_blocks_give_the_same_with_and_without_gradients(monkeypatch, channels, 
     torch.testing.assert_close(larger, upsample(x), rtol=0, atol=1e-5)
 
 
-def test_a_tokenizer_gives_the_same_codes_and_pixels_by_bands(monkeypatch):
+def test_a_tokenizer_gives_the_same_codes_and_pixels_in_bands(monkeypatch):
     torch.manual_seed(0)
     config = Emu3VQVAEConfig(
         codebook_size=16, base_channels=32, channel_multiplier=[1, 2, 2], num_res_blocks=1, hidden_size=64
@@ -95,7 +97,7 @@ def test_a_tokenizer_gives_the_same_codes_and_pixels_by_bands(monkeypatch):
         codebook.mul_(latents.std((0, 1, 3, 4))).add_(latents.mean((0, 1, 3, 4)))
         whole = tokenizer.encode(pixels, size).image_tokens[0]
         picture = tokenizer.decode(whole[None])
-        monkeypatch.setattr(bands, "BAND", 2**12)
+        monkeypatch.setattr(bands, "BAND_ELEMENTS", 2**12)
         codes = tokenizer.encode(pixels, size).image_tokens[0]
         again = tokenizer.decode(codes[None])
     assert len(whole.unique()) > 4

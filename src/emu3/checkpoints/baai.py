@@ -22,7 +22,7 @@ from emu3.checkpoints.settings import VISION_KEYS, check_pictures
 from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.processing import Emu3Processor
-from emu3.tokenization import tiktoken_tokenizer, vocabulary_map, write_tiktoken
+from emu3.tokenization import read_tiktoken, vocabulary_map, write_tiktoken
 from emu3.vocabulary import Vocabulary, visual_codes
 
 Part = Literal["language", "vision"]
@@ -100,7 +100,7 @@ def read_tokenizer(language: Path) -> PreTrainedTokenizerBase:
     for name in TOKENIZER_FILES:
         if not (language / name).is_file():
             raise ValueError(f"{language} holds no {name}; the tokenizer is {' and '.join(TOKENIZER_FILES)}")
-    return tiktoken_tokenizer(*(language / name for name in TOKENIZER_FILES))
+    return read_tiktoken(*(language / name for name in TOKENIZER_FILES))
 
 
 def documented_config(

@@ -16,7 +16,7 @@ from emu3.checkpoints.headers import TensorHeader
 from emu3.checkpoints.settings import TEXT, VISION, WHOLE
 from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.modeling.vision import NORM_GROUPS
+from emu3.modeling.vision_blocks import NORM_GROUPS
 from emu3.vocabulary import EMU3, Vocabulary
 
 # How many of each there are, by the names of tensors in any layout.

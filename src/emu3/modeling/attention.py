@@ -1,6 +1,6 @@
-"""Attention, by whichever of transformers' implementations a config names, or spelled out.
+"""Attention functions: those of transformers, chosen by a config, and a plain one.
 
-Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width.
+Letters: B, S, N, K, D, L, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def attention_function(config: PreTrainedConfig) -> AttentionFunction:
-    """The function that `config` names ("sdpa", "flash_attention_2" ...), `eager_attention` for "eager".
+def get_attention(config: PreTrainedConfig) -> AttentionFunction:
+    """The attention function that `config` names: "sdpa", "flash_attention_2" ...; `eager_attention` for "eager".
 
-    It takes the module, query (B, N, S, D), key and value (B, G, K, D), mask, `scaling`, `dropout` and more. It returns
-    the mixed values (B, S, N, D), and the weights (B, N, S, K) or None.
+    It takes the module, query (B, N, S, D), key and value (B, K, L, D), a mask, `scaling`, `dropout` and more. It
+    returns the mixed values (B, S, N, D), and the weights (B, N, S, L) or None.
     """
     return cast(AttentionFunction, ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention))
 
@@ -37,10 +37,10 @@ def eager_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, which also returns its weights (B, N, S, K).
+    """Compute attention step by step. Returns the mixed values (B, S, N, D) and the weights (B, N, S, L).
 
-    The mask is boolean or added to the scores. Without one, queries see earlier keys if `is_causal` (default: the
-    module's own), else all.
+    A boolean mask is True where a query may look; any other mask is added to the scores. Without a mask, a query sees
+    itself and earlier keys if `is_causal`, else all keys. The default is the module's own `is_causal`.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

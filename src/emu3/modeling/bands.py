@@ -1,9 +1,10 @@
-"""Convolutions of large pictures by bands of rows, so that what lies between their layers is never whole in memory.
+"""Convolutions over large pictures, band by band. A band is some rows of a picture, at its full width.
 
-The same numbers as without, up to rounding: a band goes in with the rows beside it that the convolution reaches, and
-the statistics of a norm are those of the whole picture.
+What lies between two layers is then in memory for one band at a time. The result is that of the whole picture, up to
+rounding: a band is read with the neighbouring rows that its convolution needs, and a norm uses the statistics of the
+whole picture. Where gradients are recorded there is one band, as autograd keeps what lies between the layers anyway.
 
-B pictures, C channels, H x W pixels, h a divisor of H.
+Letters: B, C, H, W, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Elements of a band: 32 MiB in float32.
-BAND = 2**23
+BAND_ELEMENTS = 2**23
+"""Elements of a band: 32 MiB in float32."""
 
 
-def by_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reach: int, grows: int = 1) -> Tensor:
-    """What a function of pictures makes of x, put together from bands.
+def run_in_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reach: int, grows: int = 1) -> Tensor:
+    """Apply a function to pictures band by band, and put the results together.
+
+        rows of x             0 1 2 3 4 5 6 7 8      here with 3 rows a band, reach = 1
+        second band reads         2 3 4 5 6
+        second band gives           3 4 5
 
     Args:
-        function: of some rows of x and the number of the first of them; makes `grows` rows of each.
-        x_BCHW: pictures.
-        reach: rows beside its own that a row depends on.
-        grows: rows of the result for each of x.
+        function: takes some rows of x and the number of the first of them. Returns `grows` rows for each.
+        x_BCHW: the pictures.
+        reach: how many rows above and below a row its result depends on.
+        grows: rows of the result for each row of x.
     """
     height = x_BCHW.shape[2]
-    rows = max(1, height * BAND // x_BCHW.numel())
-    if rows >= height:
+    rows = max(1, height * BAND_ELEMENTS // x_BCHW.numel())
+    if rows >= height or torch.is_grad_enabled():
         return function(x_BCHW, 0)
     whole: Tensor | None = None
     for first in range(0, height, rows):
@@ -42,26 +47,34 @@ def by_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reach: i
     return whole
 
 
-def silu_of_affine(factor_BChW: Tensor, offset_BChW: Tensor, x_BCHW: Tensor, first: int, height: int) -> Tensor:
-    """silu(x * factor + offset) of the rows from `first` on of pictures of `height` rows, h coefficients for them.
+def fold_group_norm(norm: nn.GroupNorm, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor and an offset, (B, C, 1, 1) each: `norm(x)` is `x * factor + offset`.
 
-    Computed in the coefficients' dtype, and given in that of x.
+    In float32, or in the dtype of x if that is wider. A mean rounded to 16 bits would shift every pixel.
     """
-    rows = torch.arange(first, first + x_BCHW.shape[2], device=x_BCHW.device) * factor_BChW.shape[2] // height
-    factor, offset = (each if each.shape[2] == 1 else each[:, :, rows] for each in (factor_BChW, offset_BChW))
-    return F.silu(torch.addcmul(offset, x_BCHW.to(factor.dtype), factor), inplace=True).to(x_BCHW.dtype)
-
-
-def affine_of(norm: nn.GroupNorm, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor and offset (B, C, 1, 1) that normalise x, in float32 or what is wider: a rounded mean shifts all."""
     wide = torch.promote_types(x_BCHW.dtype, torch.float32)
     grouped = x_BCHW.reshape(len(x_BCHW), norm.num_groups, -1).to(wide)
     variance, mean = torch.var_mean(grouped, -1, correction=0)
     channels = x_BCHW.shape[1] // norm.num_groups
-    scale_BC, mean_BC = (
-        (variance + norm.eps).rsqrt().repeat_interleave(channels, 1),
-        mean.repeat_interleave(channels, 1),
-    )
+    scale_BC = (variance + norm.eps).rsqrt().repeat_interleave(channels, 1)
+    mean_BC = mean.repeat_interleave(channels, 1)
     factor_BC = scale_BC * norm.weight
     offset_BC = norm.bias - mean_BC * factor_BC
     return factor_BC[..., None, None], offset_BC[..., None, None]
+
+
+def apply_affine_silu(factor: Tensor, offset: Tensor, x_BCHW: Tensor, first: int, height: int) -> Tensor:
+    """silu(x * factor + offset) for some rows of pictures.
+
+    Args:
+        factor, offset: (B, C, n, 1 or W) for whole pictures. Each of the n rows holds for `height` / n rows of pixels.
+        x_BCHW: rows of the pictures.
+        first: the number of the first of these rows.
+        height: rows of the whole pictures, a multiple of n.
+
+    Returns:
+        (B, C, H, W) in the dtype of x, computed in that of the factor.
+    """
+    rows = torch.arange(first, first + x_BCHW.shape[2], device=x_BCHW.device) * factor.shape[2] // height
+    factor, offset = (each if each.shape[2] == 1 else each[:, :, rows] for each in (factor, offset))
+    return F.silu(torch.addcmul(offset, x_BCHW.to(factor.dtype), factor), inplace=True).to(x_BCHW.dtype)

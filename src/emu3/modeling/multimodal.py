@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple, logging
 from emu3.configuration import Emu3Config, Emu3TextConfig
 from emu3.generation.grammar import GridGrammar, close_rows
 from emu3.modeling.pretrained import CACHE, Kwargs
-from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, kept_states
+from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, select_states
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
 from emu3.vocabulary import EMU3, SURFACES, VISUAL_PREFIX, Vocabulary, visual_codes
 
@@ -389,7 +389,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: of which positions to compute the logits, see `emu3.modeling.text.kept_states`.
+            logits_to_keep: of which positions to compute the logits, see `emu3.modeling.text.select_states`.
 
         Returns:
             `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
@@ -409,7 +409,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             vocab_size = cast(Emu3TextConfig, self.config.text_config).vocab_size

@@ -1,5 +1,4 @@
-"""What every model here shares: loading from any of the layouts in which Emu3 is saved, and the two names that
-transformers has had for a cache."""
+"""What the models share: loading from every layout in which Emu3 is saved, and a cache under either of its names."""
 
 from __future__ import annotations
 
@@ -10,26 +9,26 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import TransformersKwargs
 
-# Libraries read from a forward's signature what else it takes; type checkers do not see into transformers.
+# transformers reads from a forward's signature which further arguments it takes. To type checkers they are Any.
 if TYPE_CHECKING:
     Kwargs = Any
 else:
     Kwargs = Unpack[TransformersKwargs]
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""The name by which the installed transformers hands on a cache: `cache` from 5.24 on, `past_key_values` before."""
+"""The name of the cache in the installed transformers: `cache` from 5.24 on, `past_key_values` before."""
 
 
-def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
-    """The cache that a forward was given, under either of its names.
+def pick_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
+    """The cache that a forward was called with, under either name; None if there is none.
 
     Args:
-        past_key_values, cache: what the forward was given under these names.
-        others: its remaining arguments. Before 5.24, `cache` may also be the paged cache of continuous batching. That
-            one is for the attention function, and is put back here.
+        past_key_values, cache: the arguments of the forward with these names.
+        others: its other arguments. Before 5.24, `cache` may also be the paged cache of continuous batching. The
+            attention function needs that one, so it is put into `others`.
 
     Raises:
-        ValueError: two caches, or a cache under a third name, which would be ignored.
+        ValueError: two caches, or a cache under a third name, where it would be ignored.
     """
     if cache is not None and CACHE != "cache" and not isinstance(cache, Cache):
         others["cache"], cache = cache, None
@@ -41,20 +40,20 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[s
 
 
 class AnyLayoutModel(PreTrainedModel):
-    """A model that says how the names of its weights begin in other layouts.
+    """A model that also loads from checkpoints in which its weights have other names.
 
-    transformers renames for its own classes only, and a weight whose name it does not know it leaves random.
+    transformers renames weights for its own classes only. It leaves a weight random if it does not find the name.
     """
 
-    # Pattern -> replacement.
     renamed_weights: ClassVar[dict[str, str]] = {}
+    """Pattern of a name in a checkpoint -> its replacement."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of `PreTrainedModel`; a `key_mapping` takes the place of `renamed_weights`."""
+        """As in `PreTrainedModel`. A `key_mapping` replaces `renamed_weights`."""
         return super().from_pretrained(*args, **{"key_mapping": cls.renamed_weights, **kwargs})
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for a call in the source of a model's module; here `attention.py` makes it for all.
+        # transformers searches the source of a model's module for a certain call. Here that call is in `attention.py`.
         return True

@@ -1,11 +1,12 @@
-"""The language model: a Llama-style decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU) with a
-dropout on both residual branches, which is Emu3's own (arXiv 2409.18869, table 3).
+"""The language model: a Llama-style decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
 
-Parameter names are those of transformers' Emu3. The mathematics is in plain modules; `Emu3TextModel` and
-`Emu3ForCausalLM` know the conventions of transformers. `Emu3TextModel.run_layers` is the way in for whoever brings
-masks and positions of their own, as the trainer does. The decode engine has its own forward (`generation/forward.py`).
+Emu3 adds a dropout on both residual branches (arXiv 2409.18869, table 3). Parameter names are those of transformers'
+Emu3. Plain modules hold the mathematics; `Emu3TextModel` and `Emu3ForCausalLM` follow the conventions of transformers.
 
-Shapes: B batch, S queries, K keys, N query heads, G key/value heads, D head width, E model width, V vocabulary.
+`Emu3TextModel.run_layers` takes embeddings, mask and positions as they are; the trainer calls it. The decode engine
+does not call these modules. It computes the same from their weights, in `generation/forward.py`.
+
+Letters: B, S, E, N, K, D, L, V, see CONTRIBUTING.md.
 """
 
 from typing import Any, ClassVar, cast
@@ -23,8 +24,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
-from emu3.modeling.attention import AttentionFunction, attention_function
-from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, one_cache
+from emu3.modeling.attention import AttentionFunction, get_attention
+from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, pick_cache
 
 
 class RMSNorm(nn.Module):
@@ -63,7 +64,7 @@ class RotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: Emu3TextConfig, **kwargs: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies of plain rotary positions, and a scale of 1; transformers calls it to restore buffers."""
+        """Inverse frequencies of rope type "default", (D / 2,), and the scale 1. transformers calls it by this name."""
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         theta = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
         return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
@@ -71,17 +72,17 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) positions to cosines and sines (B, S, D) in the dtype of `x`."""
+        """Positions (B, S) to cosines and sines, (B, S, D) each, in the dtype and on the device of `x`."""
         angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
         angles = torch.cat((angles, angles), dim=-1)
         scale = self.attention_scaling
         return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
-def rotate(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
-    """Turns each pair (d, d + D/2) of a head by its position's angle."""
-    first, second = x_BNSD.chunk(2, dim=-1)
-    return x_BNSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
+def rotate(x: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Rotate queries (B, N, S, D) or keys (B, K, S, D): each pair (d, d + D / 2) by the angle of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
 
 
 class Emu3Attention(nn.Module):
@@ -89,17 +90,17 @@ class Emu3Attention(nn.Module):
 
     def __init__(self, config: Emu3TextConfig, layer_idx: int) -> None:
         super().__init__()
-        heads, groups = config.num_attention_heads, cast(int, config.num_key_value_heads)
+        heads, key_heads = config.num_attention_heads, cast(int, config.num_key_value_heads)
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.num_key_value_groups = heads // groups
+        self.num_key_value_groups = heads // key_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_heads * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_heads * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
 
     def forward(
@@ -112,7 +113,7 @@ class Emu3Attention(nn.Module):
         attend: AttentionFunction | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = one_cache(past_key_values, cache, kwargs)
+        cache = pick_cache(past_key_values, cache, kwargs)
         batch_and_length = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
@@ -120,10 +121,10 @@ class Emu3Attention(nn.Module):
         )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cache is not None:
-            # A paged cache, which comes this way from 5.24 on, reads and adds to what the attention function is told.
-            told = {"kwargs": kwargs} if CACHE == "cache" else {}
-            key, value = cache.update(key, value, self.layer_idx, **told)
-        attend = attend or attention_function(self.config)
+            # From transformers 5.24 on, a paged cache reads these arguments, and adds some for the attention function.
+            arguments = {"kwargs": kwargs} if CACHE == "cache" else {}
+            key, value = cache.update(key, value, self.layer_idx, **arguments)
+        attend = attend or get_attention(self.config)
         mixed, weights = attend(
             self,
             query,
@@ -152,7 +153,7 @@ class Emu3MLP(nn.Module):
 
 
 class Emu3DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each behind a norm and with a residual; Emu3 drops out of both residuals."""
+    """Attention and feed-forward, each behind a norm and with a dropout and a residual."""
 
     def __init__(self, config: Emu3TextConfig, layer_idx: int) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
 
 
 class Emu3PreTrainedModel(AnyLayoutModel):
-    """What the models tell transformers of themselves: loading, attention kinds, checkpointing, offloading."""
+    """The base of all models but the vision tokenizer. It declares to transformers what they support."""
 
     base_model_prefix = "model"
     input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
@@ -200,14 +201,14 @@ class Emu3PreTrainedModel(AnyLayoutModel):
 
 
 class Emu3TextModel(Emu3PreTrainedModel):
-    """Token embeddings, decoder layers and the final norm; also from the checkpoint of a whole model."""
+    """Token embeddings, decoder layers and the final norm. Also loads its part of a whole model's checkpoint."""
 
     config: Emu3TextConfig
     config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
-    # What a whole model has beside it.
+    # The other parts of a whole model.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\.", r"(?:^|\.)lm_head\."]
-    # "model." is the prefix that a base model's names lose on loading.
+    # transformers strips "model.", the base model's prefix, from the names that it loads. So the new names have it.
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "model.", r"^model\.text_model\.": "model."}
 
     def __init__(self, config: Emu3TextConfig) -> None:
@@ -229,13 +230,14 @@ class Emu3TextModel(Emu3PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """All layers and the final norm.
+        """Run all layers and the final norm.
 
         Args:
             inputs_embeds: (B, S, E).
-            attention_mask: (B, 1, S, K), True where a query may look; None for plain causal attention without a cache.
-            position_ids: (B, S), or (1, S) for all rows.
-            cache: where keys and values go, and from where all that the queries see comes.
+            attention_mask: as the attention function takes it: (B, 1, S, L), True where a query may look, for "sdpa"
+                and "eager". None is causal attention, without a cache.
+            position_ids: (B, S), or (1, S) for the whole batch.
+            cache: it is given the new keys and values, and returns all those that queries may see.
             **kwargs: passed on to the attention; `attend` there replaces the function that the configuration names.
 
         Returns:
@@ -268,16 +270,17 @@ class Emu3TextModel(Emu3PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of a batch.
+        """Compute the hidden states of a batch.
 
         Args:
-            input_ids: (B, S); or `inputs_embeds` (B, S, E). Exactly one of the two.
+            input_ids, inputs_embeds: (B, S), or (B, S, E). Exactly one of the two.
             attention_mask: (B, past + S), 0 for padding.
-            position_ids: (B, S); `cache_position` when missing.
-            past_key_values, cache: what came before, under either name; only new tokens are given then.
-            cache_position: (S,), where in the sequence the new tokens stand; counted from the cache's length when
-                missing. The cache itself always goes on where it ended.
-            use_cache: whether to return a cache, made here when none is given.
+            position_ids: (B, S). Default: `cache_position`.
+            past_key_values, cache: two names for the keys and values of earlier tokens. With them, `input_ids` holds
+                the new tokens only.
+            cache_position: (S,), positions of the new tokens in the sequence. Default: counted from the cache's length.
+                It does not move the place in the cache: new keys and values always follow the last ones.
+            use_cache: whether to make a cache if none is given. The cache is returned.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -286,7 +289,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; two caches.
         """
-        cache = one_cache(past_key_values, cache, kwargs)
+        cache = pick_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -309,13 +312,13 @@ class Emu3TextModel(Emu3PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
-def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The hidden states (B, S, E) whose logits are asked for.
+def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Select the hidden states whose logits are asked for.
 
     Args:
         hidden_states: (B, S, E).
-        logits_to_keep: a number keeps the last n positions (0: all). A tensor names positions: (n,) for all rows,
-            (B, n) for each row its own, or (B, S) of booleans.
+        logits_to_keep: a number n keeps the last n positions, 0 keeps all. A tensor names positions: (n,) for every
+            sequence of the batch, (B, n) for each its own, or (B, S) booleans.
 
     Returns:
         (B, n, E), or (positions, E) for booleans.
@@ -330,7 +333,7 @@ def kept_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
-    """The language model alone, with its head; also from the checkpoint of a whole model."""
+    """The language model and its head, without vision. Also loads its part of a whole model's checkpoint."""
 
     config: Emu3TextConfig
     config_class = Emu3TextConfig
@@ -340,7 +343,7 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         r"^text_model\.lm_head\.": "lm_head.",
         r"^model\.text_model\.": "model.",
     }
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # of a whole model
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # part of a whole model
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
@@ -368,11 +371,11 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given. Arguments as of `Emu3TextModel.forward`, and:
+        """Compute the logits (B, S, V), and the loss if labels are given. Arguments as in `Emu3TextModel.forward`, and:
 
         Args:
-            labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: of which positions to compute the logits, see `kept_states`.
+            labels: (B, S) ids; -100 is ignored. They are shifted here: label i is the target of position i - 1.
+            logits_to_keep: the positions whose logits are computed, see `select_states`. Default: all.
 
         Returns:
             `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
@@ -389,7 +392,7 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -73,7 +73,7 @@ def attend_causally(
 ) -> tuple[Tensor, None]:
     """Plain causal attention by two batched products: with bfloat16 tiles about twice as fast as SDPA's CPU kernel.
 
-    Arguments and result are those of `emu3.modeling.attention.attention_function`.
+    Arguments and result are those of `emu3.modeling.attention.get_attention`.
     """
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]

@@ -90,7 +90,7 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
         for module in modules
     )
     quantized = [module for module in modules if isinstance(module, Int8Linear)]
-    whole = Int8Linear.joined(quantized) if len(quantized) == len(modules) else None
+    whole = Int8Linear.fuse(quantized) if len(quantized) == len(modules) else None
     if whole is not None:
         return whole
     if not plain:

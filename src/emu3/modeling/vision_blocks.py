@@ -1,0 +1,322 @@
+"""The blocks of the vision tokenizer: convolutions, norms and attention, and the stages built from them.
+
+Without gradients, each block keeps its memory low: large pictures pass in bands (see `bands.py`), and sums are written
+in place. A block of the encoder has no quantized latents; one of the decoder is conditioned on them (MoVQ).
+
+Letters: B, C, T, H, W, see CONTRIBUTING.md. H and W are those of the tensor that has the name: `x_BCHW` may have more
+rows and columns than the `quantized_BCHW` beside it, which has one position for each code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from emu3.configuration import Emu3VQVAEConfig
+from emu3.modeling.attention import get_attention
+from emu3.modeling.bands import apply_affine_silu, fold_group_norm, run_in_bands
+
+NORM_GROUPS = 32
+NORM_EPSILON = 1e-6
+
+
+def make_group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation as everywhere in the tokenizer: 32 groups."""
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
+
+
+class SpatialNorm(nn.Module):
+    """Group normalisation with a scale and a shift for each position, computed from the quantized latents (MoVQ)."""
+
+    def __init__(self, latent_channels: int, channels: int) -> None:
+        super().__init__()
+        self.norm_layer = make_group_norm(channels)
+        self.conv_y = nn.Conv2d(latent_channels, channels, 1)
+        self.conv_b = nn.Conv2d(latent_channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
+        # A 1x1 convolution may come before or after nearest upsampling; before, it is cheaper.
+        scale, shift = (
+            F.interpolate(conv(quantized_BCHW), size=x_BCHW.shape[-2:], mode="nearest")
+            for conv in (self.conv_y, self.conv_b)
+        )
+        return cast(Tensor, self.norm_layer(x_BCHW) * scale + shift)
+
+    def fold(self, x_BCHW: Tensor, quantized_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor and the offset of `fold_group_norm`, with this norm's scale and shift in them.
+
+        Both have the channels and the width of x, and the height of the quantized latents.
+        """
+        factor, offset = fold_group_norm(self.norm_layer, x_BCHW)
+        scale, shift = self.conv_y(quantized_BCHW), self.conv_b(quantized_BCHW)
+        columns = x_BCHW.shape[3] // scale.shape[3]
+        factor, offset = factor * scale, offset * scale + shift
+        return factor.repeat_interleave(columns, 3), offset.repeat_interleave(columns, 3)
+
+
+def make_norm(channels: int, latent_channels: int | None) -> nn.Module:
+    """Plain group normalisation for the encoder; `SpatialNorm` for the decoder, where `latent_channels` are given."""
+    return make_group_norm(channels) if latent_channels is None else SpatialNorm(latent_channels, channels)
+
+
+def apply_norm(norm: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
+    """Call a norm of `make_norm`, with the quantized latents if there are some."""
+    return cast(Tensor, norm(x_BCHW) if quantized_BCHW is None else norm(x_BCHW, quantized_BCHW))
+
+
+def norm_silu_conv(norm: nn.Module, conv: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
+    """Apply a norm, SiLU and a 3x3 convolution; in bands where no gradients are recorded."""
+    weight = cast(nn.GroupNorm, norm.norm_layer if isinstance(norm, SpatialNorm) else norm).weight
+    # accelerate brings an offloaded weight back for its own module's forward only, so it cannot be folded.
+    if torch.is_grad_enabled() or weight.device.type == "meta":
+        return cast(Tensor, conv(F.silu(apply_norm(norm, x_BCHW, quantized_BCHW))))
+    if isinstance(norm, SpatialNorm):
+        assert quantized_BCHW is not None
+        factor, offset = norm.fold(x_BCHW, quantized_BCHW)
+    else:
+        factor, offset = fold_group_norm(cast(nn.GroupNorm, norm), x_BCHW)
+    height = x_BCHW.shape[2]
+    return run_in_bands(lambda part, first: conv(apply_affine_silu(factor, offset, part, first, height)), x_BCHW, 1)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions, each behind a norm and SiLU, and a residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, latent_channels: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = make_norm(in_channels, latent_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = make_norm(out_channels, latent_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
+        hidden = norm_silu_conv(self.norm1, self.conv1, x_BCHW, quantized_BCHW)
+        hidden = norm_silu_conv(self.norm2, self.conv2, hidden, quantized_BCHW)
+        shortcut = x_BCHW
+        if (conv := self.nin_shortcut) is not None:
+            shortcut = run_in_bands(lambda part, _: conv(part), x_BCHW, reach=0)
+        return shortcut + hidden if torch.is_grad_enabled() else hidden.add_(shortcut)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of one frame."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads:
+            raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+        self.config = config
+        self.heads = heads
+        self.scaling = (width // heads) ** -0.5
+        self.dropout = config.attention_dropout
+        # The attention functions of transformers read these two from a module.
+        self.is_causal = False
+        self.num_key_value_groups = 1
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mix each position with those that it attends to.
+
+        Returns:
+            The mixed positions (B, C, H, W). The weights (B, heads, H * W, H * W), or None if the attention function
+            does not return them.
+        """
+        batch, channels, height, width = x_BCHW.shape
+        positions = x_BCHW.flatten(2).transpose(1, 2)
+        query, key, value = (
+            projection(positions).view(batch, height * width, self.heads, -1).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend = get_attention(self.config)
+        if "flash" in str(self.config._attn_implementation) and query.dtype == torch.float32:
+            # Flash kernels take 16 bits only. The tokenizer stays in float32 beside a language model that uses them.
+            attend = sdpa_attention_forward
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, is_causal=False)
+        mixed = self.out_proj(mixed.reshape(batch, height * width, channels))
+        return mixed.transpose(1, 2).reshape(batch, channels, height, width), weights
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, config: Emu3VQVAEConfig, channels: int, latent_channels: int | None = None) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, latent_channels)
+        self.attn_norm = make_norm(channels, latent_channels)
+        self.attn_1 = AttentionBlock(config)
+        self.block_2 = ResnetBlock(channels, channels, latent_channels)
+
+    def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
+        x_BCHW = self.block_1(x_BCHW, quantized_BCHW)
+        mixed_BCHW, _ = self.attn_1(apply_norm(self.attn_norm, x_BCHW, quantized_BCHW))
+        x_BCHW = x_BCHW + mixed_BCHW
+        return cast(Tensor, self.block_2(x_BCHW, quantized_BCHW))
+
+
+class Downsample(nn.Module):
+    """Halves height and width. Its padding is one row at the bottom and one column on the right."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x_BCHW, (0, 1, 0, 1))))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        def double(part: Tensor, _: int) -> Tensor:
+            return cast(Tensor, self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest")))
+
+        return run_in_bands(double, x_BCHW, reach=1, grows=2)
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution, each with attention behind it where the configuration asks for it.
+
+    The caller runs the blocks itself. One call for all of them would keep the stage's input in memory to its end.
+    """
+
+    def __init__(
+        self, config: Emu3VQVAEConfig, level: int, in_channels: int, blocks: int, latent_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        channels = config.base_channels * config.channel_multiplier[level]
+        attends = level in config.attn_resolutions
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels if index == 0 else channels, channels, latent_channels) for index in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttentionBlock(config) for _ in range(blocks if attends else 0))
+        self.attn_norms = nn.ModuleList(make_norm(channels, latent_channels) for _ in range(blocks if attends else 0))
+
+    def attend(self, index: int, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
+        """The attention behind block `index`, with its residual; x itself in a stage without attention."""
+        if not len(self.attn):
+            return x_BCHW
+        mixed_BCHW, _ = self.attn[index](apply_norm(self.attn_norms[index], x_BCHW, quantized_BCHW))
+        return cast(Tensor, x_BCHW + mixed_BCHW)
+
+
+class DownBlock(nn.Module):
+    """The stages of the encoder, from the highest resolution to the lowest."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        self.down = nn.ModuleList()
+        in_channels = config.base_channels
+        for level, multiplier in enumerate(config.channel_multiplier):
+            stage = Stage(config, level, in_channels, config.num_res_blocks)
+            in_channels = config.base_channels * multiplier
+            if level < len(config.channel_multiplier) - 1:
+                stage.downsample = Downsample(in_channels)
+            self.down.append(stage)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for level, stage in enumerate(cast(Iterable[Stage], self.down)):
+            for index, block in enumerate(stage.block):
+                x_BCHW = block(x_BCHW)
+                x_BCHW = stage.attend(index, x_BCHW, None)
+            if level < len(self.down) - 1:
+                x_BCHW = cast(nn.Module, stage.downsample)(x_BCHW)
+        return x_BCHW
+
+
+class UpBlock(nn.Module):
+    """The stages of the decoder, from the lowest resolution to the highest."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        stages = []
+        in_channels = config.base_channels * config.channel_multiplier[-1]
+        for level in reversed(range(len(config.channel_multiplier))):
+            stage = Stage(config, level, in_channels, config.num_res_blocks + 1, config.embed_dim)
+            in_channels = config.base_channels * config.channel_multiplier[level]
+            if level > 0:
+                stage.upsample = Upsample(in_channels)
+            stages.append(stage)
+        self.up = nn.ModuleList(reversed(stages))  # stored by level, as in saved weights; run from the last to level 0
+
+    def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
+        for level in reversed(range(len(self.up))):
+            stage = cast(Stage, self.up[level])
+            for index, block in enumerate(stage.block):
+                x_BCHW = block(x_BCHW, quantized_BCHW)
+                x_BCHW = stage.attend(index, x_BCHW, quantized_BCHW)
+            if level > 0:
+                x_BCHW = cast(nn.Module, stage.upsample)(x_BCHW)
+        return x_BCHW
+
+
+class CausalConv3d(nn.Module):
+    """3-D convolution that sees no later frame: two frames of padding before the first, even padding in space."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
+        rows, columns = kernel[1] - stride[1], kernel[2] - stride[2]
+        self.padding = (columns - columns // 2, columns // 2, rows - rows // 2, rows // 2, 2, 0)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x_BCTHW, self.padding)))
+
+
+class TemporalResnetBlock(nn.Module):
+    """Two causal 3-D convolutions, each behind a batch norm and SiLU, and a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm3d(channels)
+        self.conv1 = CausalConv3d(channels, channels, (3, 3, 3))
+        self.norm2 = nn.BatchNorm3d(channels)
+        self.conv2 = CausalConv3d(channels, channels, (3, 3, 3))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x_BCTHW)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return cast(Tensor, x_BCTHW + hidden)
+
+
+class TemporalDownsample(nn.Module):
+    """Halves the number of frames."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, (4, 3, 3), (2, 1, 1))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x_BCTHW))
+
+
+class TemporalUpsample(nn.Module):
+    """Doubles the number of frames."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, (3, 3, 3))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
