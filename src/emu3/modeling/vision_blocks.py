@@ -25,9 +25,16 @@ NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that also takes one value per group, as a small model's picture of one token has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def make_group_norm(channels: int) -> nn.GroupNorm:
     """Group normalisation as everywhere in the tokenizer: 32 groups."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
+    return GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
 
 
 class SpatialNorm(nn.Module):
