@@ -9,13 +9,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from emu3.chat import Message
 from emu3.checkpoints import resolve
-from emu3.checkpoints.inspect import Release, release_of, releases_that
 from emu3.generation.decoders import Decoder
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.decoders.raster import RasterDecoder
@@ -28,7 +27,6 @@ from emu3.generation.sampling import Sampling
 if TYPE_CHECKING:
     from PIL import Image
 
-    from emu3.configuration import Emu3TextConfig
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
@@ -43,7 +41,6 @@ class Emu3Pipeline:
         model: in evaluation mode.
         processor: the checkpoint's own.
         compiled: whether to compile the layers; see `Engine`.
-        release: which of the released models it is, where that is known.
 
     Raises:
         ValueError: the processor counts other pixels per token side than the model.
@@ -51,7 +48,6 @@ class Emu3Pipeline:
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
-    release: Release | None = None
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -96,10 +92,7 @@ class Emu3Pipeline:
         model = load_model(folder, dtype=dtype, device=device)
         if int8:
             quantize_int8(model.model.text_model)
-        release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
-        # By its name too: one that was trained further has the same numbers, and other abilities.
-        known = release is not None and Path(name).name.startswith(release.name)
-        return cls(model, processor, release=release if known else None, compiled=compiled)
+        return cls(model, processor, compiled=compiled)
 
     def image(
         self,
@@ -223,10 +216,12 @@ class Emu3Pipeline:
         return answers if several else answers[0]
 
     def require(self, ability: str) -> None:
-        """ValueError where the checkpoint is known to lack an ability, "draw" or "read"."""
-        if self.release is not None and ability not in self.release.abilities:
+        """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
+        abilities = getattr(self.model.config, "abilities", None)
+        if abilities is not None and ability not in abilities:
             what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
-            raise ValueError(f"{self.release.name} does not {what}; load {releases_that(ability)}")
+            other = {"draw": "Emu3-Gen", "read": "Emu3-Chat"}[ability]
+            raise ValueError(f"this checkpoint does not {what}, says its config.json; load one that does, as {other}")
 
     def _run(
         self, requests: list[Request], decoder: Decoder, on_event: Callable[[Event], object] | None

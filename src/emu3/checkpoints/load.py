@@ -12,13 +12,27 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from emu3.checkpoints.headers import INDEX, read_headers, read_index
-from emu3.checkpoints.inspect import check_tensors, read_config, read_picture_settings
-from emu3.checkpoints.json_file import read_json
-from emu3.checkpoints.model_config import build_config, check_factor, expected_tensors, vocabulary_of
-from emu3.checkpoints.settings import PICTURES, PROMPTS, TOKENIZER, check_fields, check_pictures
-from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.checkpoints.config import (
+    build_config,
+    check_factor,
+    check_tensors,
+    expected_tensors,
+    parts_of,
+    vocabulary_of,
+)
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_index, read_json
+from emu3.checkpoints.settings import (
+    PICTURES,
+    PROMPTS,
+    TOKENIZER,
+    check_fields,
+    check_pictures,
+    read_config,
+    read_picture_settings,
+)
+from emu3.configuration import Emu3Config
 from emu3.image_processing import Emu3ImageProcessor
+from emu3.modeling.legacy import documented_name
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
 from emu3.tokenization import CONTROL_TOKENS, encode_plain
@@ -52,16 +66,15 @@ def load_model(
     """
     folder = Path(path)
     config = build_config(read_config(folder), folder / "config.json")
+    headers = read_headers(folder)
     # transformers fills missing tensors with random values and drops extra ones, with a warning; so look first.
-    tensors = expected_tensors(config, read_headers(folder), folder / "config.json")
-    check_tensors(
-        folder,
-        {name: tensor.shape for name, tensor in tensors.items()},
-        optional={"lm_head.weight"} if config.tie_word_embeddings else (),
-        counters={name for name, tensor in tensors.items() if not tensor.is_floating_point()},
-    )
-    _check_weight_files(folder)
-    _check_generation(folder, cast(Emu3TextConfig, config.text_config).vocab_size)
+    tensors = {documented_name(name): header for name, header in headers.items()}
+    if len(tensors) < len(headers):
+        twice = next(name for name in headers if documented_name(name) != name and documented_name(name) in headers)
+        raise ValueError(f"{folder} holds {twice!r} and {documented_name(twice)!r}, two names of one tensor; keep one")
+    check_tensors(str(folder), expected_tensors(config, headers, folder / "config.json"), tensors)
+    _check_weight_files(folder, headers)
+    _check_generation(folder, parts_of(config)[0].vocab_size)
     with _progress_bar(shown=sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LONG_LOAD):
         model = Emu3ForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
@@ -93,9 +106,9 @@ def load_processor(path: str | Path) -> Emu3Processor:
     return processor
 
 
-def _check_weight_files(folder: Path) -> None:
+def _check_weight_files(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
     """ValueError where transformers would read other files than those whose headers were compared."""
-    read = {header.file.name for header in read_headers(folder).values()}
+    read = {header.file.name for header in headers.values()}
     index = folder / INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         if read != {"model.safetensors"}:
@@ -156,7 +169,7 @@ def _check_pictures(processor: Emu3Processor, config: Emu3Config, file: Path) ->
     check_pictures(settings | {"resample": int(pictures.resample)}, file)
     check_fields({"image_area": processor.image_area}, PROMPTS, file)
     check_factor(pictures.spatial_factor, config, file)
-    context = cast(Emu3TextConfig, config.text_config).max_position_embeddings
+    context = parts_of(config)[0].max_position_embeddings
     if pictures.min_pixels > context * pictures.spatial_factor**2:
         raise ValueError(
             f"{file} says min_pixels={pictures.min_pixels}, which is more than the {context} tokens of the context; "
@@ -177,7 +190,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Emu3Config, fol
                 f"{files} say {attribute}={getattr(tokenizer, attribute)!r:.60} with id {found}, config.json has "
                 f"{surface!r} with id {expected}; give the tokenizer that belongs to the model"
             )
-    vocab_size = cast(Emu3TextConfig, config.text_config).vocab_size
+    vocab_size = parts_of(config)[0].vocab_size
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise ValueError(f"{files} have the id {largest}, but config.json says text_config.vocab_size={vocab_size}")
