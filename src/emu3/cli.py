@@ -336,8 +336,10 @@ def _read_picture(path: Path) -> Image.Image:
 
 def _load_pipeline(model: str, download: bool, compiled: bool = False, int8: bool = False) -> Emu3Pipeline:
     from emu3.checkpoints import resolve
+    from emu3.checkpoints.memory import check_fits
 
     folder = resolve(model, download=download)
+    check_fits(folder, int8=int8)  # here too, because what the pipeline imports takes seconds
     from emu3.pipeline import Emu3Pipeline
 
     return Emu3Pipeline.from_pretrained(folder, compiled=compiled, int8=int8)

@@ -64,7 +64,7 @@ class Emu3Pipeline:
         name: str | Path,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = "auto",
         download: bool = False,
         compiled: bool = False,
         int8: bool = False,
@@ -74,24 +74,23 @@ class Emu3Pipeline:
         Args:
             name: which checkpoint.
             device: where the model runs.
-            dtype: of its weights.
+            dtype: of its weights; "auto" is the checkpoint's own, see `load_model`.
             download: whether a hub id may be fetched; otherwise it must be in the local cache.
             compiled: whether to compile the layers, which pays for many pictures; see `Engine`.
             int8: whether to compute the layers in 8 bits, on a CPU; see `emu3.quantization`.
 
         Raises:
-            ValueError: there is no such checkpoint, or its files do not fit together.
+            ValueError: there is no such checkpoint, its files do not fit together, or it does not fit into memory.
         """
         from emu3.checkpoints.load import load_model, load_processor
-        from emu3.quantization import quantize_int8
+        from emu3.checkpoints.memory import check_fits
 
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}, but this PyTorch sees no GPU; leave it out to run on the CPU")
         folder = resolve(name, download=download)
+        check_fits(folder, dtype, int8, device)
         processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
-        model = load_model(folder, dtype=dtype, device=device)
-        if int8:
-            quantize_int8(model.model.text_model)
+        model = load_model(folder, dtype=dtype, device=device, int8=int8)
         return cls(model, processor, compiled=compiled)
 
     def image(

@@ -27,6 +27,8 @@ _ZERO = 128
 # Up to here a plain product of 8-bit matrices is faster, and can be compiled; beyond, that of a matrix brought in the
 # order in which the kernels read it.
 _SMALL_MATRIX = 2**20
+# Weights that are quantized at a time.
+_CHUNK = 2**20
 
 
 class Int8Linear(nn.Module):
@@ -38,9 +40,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight_OI = linear.weight.detach().float()
-        self.scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / _MOST
-        self.weight_OI = (weight_OI / self.scales_O[:, None]).round().to(torch.int8)
+        weight_OI = linear.weight.detach()
+        self.scales_O = torch.empty(len(weight_OI))
+        self.weight_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
+        # Some rows at a time, which stay in the processor's cache; in float32 the whole may take hundreds of megabytes.
+        step = max(1, _CHUNK // weight_OI.shape[1])
+        for start in range(0, len(weight_OI), step):
+            rows = weight_OI[start : start + step].float()
+            scales = rows.abs().amax(1).clamp_min(1e-12) / _MOST
+            self.scales_O[start : start + step] = scales
+            self.weight_OI[start : start + step] = (rows / scales[:, None]).round_()
         self.bias_O = None if linear.bias is None else linear.bias.detach().float()
         self.packed = self.weight_OI.numel() > _SMALL_MATRIX
         if self.packed:
@@ -85,19 +94,28 @@ class Int8Linear(nn.Module):
         )
 
 
-def quantize_int8(text_model: Emu3TextModel) -> None:
-    """Put 8-bit modules in place of the linear ones of all layers, for inference on a CPU. The result cannot be saved.
-
-    Raises:
-        ValueError: the model is not on a CPU, or this build of PyTorch lacks the kernels.
-    """
-    device = text_model.embed_tokens.weight.device
-    if device.type != "cpu":
+def check_int8(device: torch.device | str) -> None:
+    """ValueError where layers cannot be in 8 bits: the device is no CPU, or this build of PyTorch lacks the kernels."""
+    if torch.device(device).type != "cpu":
         raise ValueError(f"int8 is for CPUs, and the model is on {device}; load it with device='cpu'")
     if not torch.backends.mkldnn.is_available():
         raise ValueError("this build of PyTorch has no oneDNN, whose kernels int8 needs; load without int8")
+
+
+def quantize_int8(text_model: Emu3TextModel) -> None:
+    """Put 8-bit modules in place of the linear ones of all layers, for inference. The result cannot be saved.
+
+    Raises:
+        ValueError: as of `check_int8`.
+    """
+    check_int8(text_model.embed_tokens.weight.device)
     for layer in text_model.layers:
-        for parent in layer.children():
-            for name, module in list(parent.named_children()):
-                if isinstance(module, nn.Linear):
-                    setattr(parent, name, Int8Linear(module))
+        quantize_layer(layer)
+
+
+def quantize_layer(layer: nn.Module) -> None:
+    """The same for one layer."""
+    for parent in layer.children():
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, Int8Linear(module))

@@ -147,7 +147,7 @@ def _summarize(
     files: list[tuple[str, int]],
 ) -> CheckpointInfo:
     """Of the folders that hold the settings, the headers in each, and names and sizes of all files."""
-    tensors = [tensor for part in headers for tensor in _tensors_by_part(path, part, headers[part])]
+    tensors = [tensor for part in headers for tensor in tensors_by_part(path, part, headers[part])]
     by_part = Counter(dict.fromkeys(_PARTS[""].values(), 0))
     by_dtype: Counter[str] = Counter()
     for part, header in tensors:
@@ -167,10 +167,10 @@ def _summarize(
         parameters_by_part=dict(by_part),
         parameters_by_dtype=dict(by_dtype),
         bytes_on_disk=sum(size for _, size in files),
-        memory_float32=sum(_bytes(*tensor, 32) for tensor in tensors),
-        memory_bfloat16=sum(_bytes(*tensor, 16) for tensor in tensors),
-        memory_int8=sum(_bytes(*tensor, 16, 8) for tensor in tensors),
-        memory_int4=sum(_bytes(*tensor, 16, 4) for tensor in tensors),
+        memory_float32=sum(tensor_bytes(*tensor, 32) for tensor in tensors),
+        memory_bfloat16=sum(tensor_bytes(*tensor, 16) for tensor in tensors),
+        memory_int8=sum(tensor_bytes(*tensor, 16, 8) for tensor in tensors),
+        memory_int4=sum(tensor_bytes(*tensor, 16, 4) for tensor in tensors),
         context=context if has_text else None,
         vocabulary_size=vocabulary if has_text else None,
         codebook_size=vision.get("codebook_size", 32768) if has_vision else None,
@@ -183,7 +183,7 @@ def _summarize(
     )
 
 
-def _tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]) -> list[tuple[str, TensorHeader]]:
+def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]) -> list[tuple[str, TensorHeader]]:
     """Each tensor with the part of the model that it belongs to."""
     found = []
     for name, header in headers.items():
@@ -195,7 +195,7 @@ def _tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]
     return found
 
 
-def _bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | None = None) -> int:
+def tensor_bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | None = None) -> int:
     """Memory of a tensor that is loaded in so many bits, and in others if it is a matrix of a decoder layer."""
     if "F" not in header.dtype:
         return header.bytes
@@ -203,6 +203,22 @@ def _bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | None =
         scales = 2 * header.shape[0] if matrix_bits == 8 else 4 * (header.elements // _GROUP)
         return header.elements * matrix_bits // 8 + scales
     return header.elements * (32 if part == "vision tokenizer" else bits) // 8
+
+
+def own_dtype(config: Mapping[str, Any], headers: Mapping[str, TensorHeader], device: object = "cpu") -> str:
+    """In which dtype to load a checkpoint that is asked for none: what its config.json says, or how it is stored.
+
+    In float16 a CPU computes slowly. There it is bfloat16, which is as small and loses three of eleven bits: ask for
+    float32 to keep them.
+
+    Returns:
+        "float32", "bfloat16" or "float16".
+    """
+    stored = next((header.dtype for name, header in headers.items() if name.endswith("embed_tokens.weight")), "")
+    name = config.get("dtype") or config.get("torch_dtype") or {"BF16": "bfloat16", "F16": "float16"}.get(stored)
+    if name == "float16" and str(device).startswith("cpu"):
+        return "bfloat16"
+    return name if name in ("bfloat16", "float16") else "float32"
 
 
 def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[str] | None]:
