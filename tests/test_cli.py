@@ -65,7 +65,7 @@ def test_wrong_usage_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str], a
     ("arguments", "complaint"),
     [
         ("--seed -1", "seed must be a whole number, from 0 to 2**63 - 1, got -1"),
-        ("--top-k -1", "top_k must be a whole number, at least 0, got -1"),
+        ("--top-k -1", "top_k must be a whole number, from 0 to 2147483647, got -1"),
         ("--top-p 0", "top_p must be above 0 and at most 1, got 0.0"),
         ("--temperature nan", "temperature must be a finite number of at least 0, got nan"),
         ("--guidance inf", "guidance_scale must be a finite number from -1e+06 to 1e+06, got inf"),

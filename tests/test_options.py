@@ -27,8 +27,9 @@ from emu3.options import Answer, Draw, Load, check_number, check_seed, check_who
 from emu3.pipeline import Emu3Pipeline
 
 ANYTHING: list[Any] = [
-    None, True, False, 0, 1, 2, 16, -1, 2**31, 2**63, 2**64, 10**30, 0.0, 0.5, 1.0, 1.5, -0.1, 1e-9, 1e9, math.nan,
-    math.inf, -math.inf, 1j, "", "1", "a", "16:9", "0:1", "1:1e9", "nope", "auto", "cpu", "cuda", "cuda:99", "mps",
+    None, True, False, 0, 1, 2, 16, -1, 2**31, 2**63, 2**64, 10**30, 10**400, 0.0, 0.5, 1.0, 1.5, -0.1, 1e-9, 1e9,
+    math.nan, math.inf, -math.inf, 1j, "", "1", "a", "16:9", "0:1", "1:1e9", "nope", "auto", "cpu", "cuda", "cuda:99",
+    "mps",
     "float32", "bfloat16", "raster", "zipar:2", "zipar:0", "predictive:999999999", "\udc80", "\x00", b"7", b"", [], [1],
     [1, 2], ["a"], [[1]], [None], (), (1,), (3, 4), {}, {"a": 1}, {1}, object(), object, int, len, lambda progress: 2.0,
     lambda progress: None, lambda: 1, Fraction(1, 2), Path("x"), Path(), range(2), np.float32(0.5), np.int64(3),
@@ -81,7 +82,7 @@ WORDS = {  # what a message may say of an argument in other words
     "seed": ("seeds",),
     "guidance_scale": ("guidance",),
     "prompts": ("prompt",),
-    "messages": ("conversation", "message", "content", "context"),
+    "messages": ("conversation", "question", "message", "content", "context"),
     "pictures": ("picture",),
     "device": ("GPU", "CUDA", "mps"),
     "name": ("checkpoint",),

@@ -204,15 +204,11 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint holds, from its headers, without loading it."""
-    from dataclasses import replace
+    from emu3.checkpoints import resolve
+    from emu3.checkpoints.info import inspect, inspect_hub
+    from emu3.checkpoints.names import is_hub_id
 
-    from emu3.checkpoints.inspect import inspect
-    from emu3.checkpoints.outline import outline
-
-    with outline(checkpoint, download) as folder:
-        found = inspect(folder)
-    if download:
-        found = replace(found, path=checkpoint)
+    found = inspect_hub(checkpoint) if download and is_hub_id(checkpoint) else inspect(resolve(checkpoint))
     if as_json:
         _print_json(found.to_dict())
         return
@@ -250,8 +246,7 @@ def info(
     if found.min_pixels is not None and found.max_pixels is not None:
         table.add_row("pictures", f"{found.min_pixels:,} to {found.max_pixels:,} pixels")
     table.add_row("tokenizer", ", ".join(found.tokenizer_files) or "none")
-    able = " and ".join(abilities[ability] for ability in found.abilities)
-    table.add_row("kind", f"{found.kind}: {able}" if found.kind else "unknown")
+    table.add_row("abilities", " and ".join(abilities[ability] for ability in found.abilities or ()) or "unknown")
     if found.layout == "baai":
         other = f" together with the {found.missing[0]}" if found.missing else ""
         table.add_row("to load it", f"convert it{other} with `emu3 convert`")
@@ -266,17 +261,22 @@ def convert(
         str | None, typer.Option(help="BAAI's vision tokenizer, where SOURCE is BAAI's language model.")
     ] = None,
     to: Annotated[str, typer.Option(help="Layout to write: documented, legacy or baai.")] = "documented",
+    abilities: Annotated[
+        str | None, typer.Option(help="What it was trained for, draw or read or draw,read; other uses are refused.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another layout. Every tensor keeps its dtype and its bits."""
     from emu3.checkpoints import resolve
 
     folders = resolve(source), None if vision is None else resolve(vision)
-    from emu3.checkpoints.convert import RefusedTensorsError, convert
+    from emu3.checkpoints.config import RefusedTensorsError
+    from emu3.checkpoints.convert import convert
 
     try:
         with _byte_progress("converting") as progress:
-            report = convert(folders[0], target, vision=folders[1], to=to, on_progress=progress)
+            able = abilities and abilities.split(",")
+            report = convert(folders[0], target, vision=folders[1], to=to, abilities=able, on_progress=progress)
     except RefusedTensorsError as error:
         if as_json:
             _print_json({"refused": error.refused})
@@ -383,6 +383,12 @@ def _read_picture(path: Path) -> "Image.Image":
 
 
 def _load_pipeline(model: str, load: Load) -> "Emu3Pipeline":
+    from emu3.checkpoints import resolve
+
+    if (load.device == "cpu" or load.int8 or not _may_have_gpu()) and load.device_map is None:
+        from emu3.checkpoints.memory import check_fits
+
+        check_fits(resolve(model, download=load.download), load.dtype, load.int8)  # before the seconds that torch takes
     # Of the million objects that the imports make none is garbage. To look for it takes a fifth of a short command.
     gc.disable()
     from emu3.pipeline import Emu3Pipeline
@@ -391,6 +397,10 @@ def _load_pipeline(model: str, load: Load) -> "Emu3Pipeline":
     gc.freeze()
     gc.enable()
     return pipeline
+
+
+def _may_have_gpu() -> bool:
+    return sys.platform != "linux" or Path("/dev/nvidiactl").exists()
 
 
 @contextmanager

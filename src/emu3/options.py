@@ -21,6 +21,7 @@ LEAST_TEMPERATURE = 1e-6
 """Below it, logits divided by the temperature could overflow. It chooses the most likely id anyway."""
 
 MOST_SEED = 2**63 - 1
+MOST_TOP_K = 2**31 - 1
 
 DECODINGS = ("predictive", "raster", "jacobi", "zipar")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -49,12 +50,15 @@ def check_number(name: str, value: object, least: float = -math.inf, most: float
     """A finite number from `least` to `most`."""
     # The numbers of numpy and torch have `item`.
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
-    is_number = isinstance(plain, int | float) and not isinstance(plain, bool) and math.isfinite(plain)
-    if not is_number or not least <= plain <= most:  # type: ignore[operator]  # it is a number here
+    try:
+        number = math.nan if isinstance(plain, bool) or not isinstance(plain, int | float) else float(plain)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not least <= number <= most:
         bounds = {(True, True): "", (False, True): f" of at least {least:g}", (True, False): f" of at most {most:g}"}
         wanted = bounds.get((least == -math.inf, most == math.inf), f" from {least:g} to {most:g}")
         raise ValueError(f"{name} must be a finite number{wanted}, got {value!r:.80}")
-    return plain  # type: ignore[return-value]
+    return number
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -147,6 +151,14 @@ def check_device(name: str, value: object) -> str:
     return text
 
 
+def check_device_map(name: str, value: object) -> Any:
+    """How transformers spreads a model over devices: a strategy, or a dict of module -> device."""
+    strategies = ("auto", "balanced", "balanced_low_0", "sequential")
+    if not (isinstance(value, str) and value in strategies) and not (isinstance(value, dict) and value):
+        raise ValueError(f"{name} must be auto, balanced, balanced_low_0, sequential or a dict, got {value!r:.80}")
+    return value
+
+
 def check_dtype(name: str, value: object) -> str:
     """The name of a dtype, or a `torch.dtype`."""
     text = str(value).removeprefix("torch.") if isinstance(value, str) or type(value).__name__ == "dtype" else ""
@@ -194,6 +206,13 @@ class Load(_Options):
     dtype: str = _option(
         str, "auto", "Of the weights: auto (the checkpoint's own), float32, bfloat16, float16.", check_dtype
     )
+    device_map: Any = _option(
+        str,
+        None,
+        "Spread over several GPUs, in place of a device: auto; needs accelerate.",
+        check_device_map,
+        optional=True,
+    )
     int8: bool = _option(bool, False, "Run the layers in 8 bits, on a CPU.", check_flag)
     compiled: bool = _option(bool, False, "Compile the layers first; pays for many pictures.", check_flag)
     download: bool = _option(bool, False, "Allow a hub id to be downloaded.", check_flag)
@@ -215,7 +234,7 @@ class Draw(_Options):
     guidance_scale: float | Callable[[float], float] = _option(
         float, 3.0, "How closely to follow the words; 1: no guidance.", check_guidance, flags=("--guidance",)
     )
-    top_k: int = _option(int, 2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0)
+    top_k: int = _option(int, 2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
     top_p: float = _option(float, 1.0, "Sample among the likeliest, up to this mass.", check_probability)
     temperature: float = _option(float, 1.0, "0 takes the likeliest token.", check_temperature)
     seed: int | Sequence[int] | None = _option(
@@ -240,7 +259,7 @@ class Answer(_Options):
 
     max_new_tokens: int = _option(int, 1024, "The longest answer, in tokens.", check_whole)
     temperature: float = _option(float, 0.0, "0 takes the likeliest token.", check_temperature)
-    top_k: int = _option(int, 0, "Sample among the k likeliest tokens; 0: all.", check_whole, 0)
+    top_k: int = _option(int, 0, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
     top_p: float = _option(float, 1.0, "Sample among the likeliest, up to this mass.", check_probability)
     seed: int | Sequence[int] | None = _option(
         int, None, "Above temperature 0: same seed, same answer. Default: a new one.", check_seed

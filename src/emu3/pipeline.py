@@ -17,7 +17,6 @@ import torch
 
 from emu3.chat import Message
 from emu3.checkpoints import resolve
-from emu3.checkpoints.inspect import Release, release_of, releases_that
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
 from emu3.generation.events import Event, Failed, Finished
@@ -32,7 +31,6 @@ from emu3.tokenization import PlainText
 if TYPE_CHECKING:
     from PIL import Image
 
-    from emu3.configuration import Emu3TextConfig
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
@@ -60,7 +58,6 @@ class Emu3Pipeline:
         model: in evaluation mode.
         processor: the checkpoint's own.
         compiled: whether to compile the layers; see `Engine`.
-        release: which of the released models it is, where that is known.
 
     Raises:
         ValueError: the processor counts other pixels per token side than the model.
@@ -68,7 +65,6 @@ class Emu3Pipeline:
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
-    release: Release | None = None
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -99,22 +95,15 @@ class Emu3Pipeline:
         if not isinstance(name, str | Path) or not str(name):
             raise ValueError(f'name must be that of a checkpoint, as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor
-        from emu3.quantization import quantize_int8
+        from emu3.checkpoints.memory import check_fits
 
-        if (
-            torch.device(load.device if load.device != "auto" else "cpu").type == "cuda"
-            and not torch.cuda.is_available()
-        ):
-            raise ValueError(f"device={load.device!r}, but this PyTorch sees no GPU; leave it out to run on the CPU")
+        device = _pick_device(load)
         folder = resolve(name, download=load.download)
+        if load.device_map is None:
+            check_fits(folder, load.dtype, load.int8, device)
         processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
-        model = load_model(folder, dtype=torch.float32, device="cpu")
-        if load.int8:
-            quantize_int8(model.model.text_model)
-        release = release_of(cast("Emu3TextConfig", model.config.text_config).to_dict())
-        # By its name too: one that was trained further has the same numbers, and other abilities.
-        known = release is not None and Path(name).name.startswith(release.name)
-        return cls(model, processor, release=release if known else None, compiled=load.compiled)
+        model = load_model(folder, dtype=load.dtype, device=device, int8=load.int8, device_map=load.device_map)
+        return cls(model, processor, compiled=load.compiled)
 
     @cached_property
     def engine(self) -> Engine:
@@ -209,10 +198,12 @@ class Emu3Pipeline:
         return self._run(requests)
 
     def require(self, ability: str) -> None:
-        """ValueError where the checkpoint is known to lack an ability, "draw" or "read"."""
-        if self.release is not None and ability not in self.release.abilities:
+        """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
+        abilities = getattr(self.model.config, "abilities", None)
+        if abilities is not None and ability not in abilities:
             what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
-            raise ValueError(f"{self.release.name} does not {what}; load {releases_that(ability)}")
+            other = {"draw": "Emu3-Gen", "read": "Emu3-Chat"}[ability]
+            raise ValueError(f"this checkpoint does not {what}, says its config.json; load one that does, as {other}")
 
     def _run(self, requests: list[Request]) -> Iterator[Event | Result]:
         for event in self.engine.stream(requests):
@@ -325,6 +316,18 @@ class Emu3Pipeline:
         return picture
 
 
+def _pick_device(load: Load) -> str:
+    """The device to load to: the best that is there for "auto". ValueError where it is not there."""
+    has_gpu, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if load.device == "auto":
+        return "cuda" if has_gpu and not load.int8 else "mps" if has_mps and not load.int8 else "cpu"
+    kind, _, number = load.device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
+    if int(number or 0) >= there:
+        raise ValueError(f"device={load.device!r}, but this PyTorch sees no such GPU; leave it out to run on the CPU")
+    return load.device
+
+
 def _are_several(messages: Any) -> bool:
     """Whether there is a list of conversations, and not one."""
     return isinstance(messages, list) and bool(messages) and isinstance(messages[0], list | tuple)
@@ -344,7 +347,10 @@ def _conversation(messages: Any) -> list[Message]:
     if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
         text, pictures = messages
         pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
-        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+        content = [
+            *({"type": "image", "image": picture} for picture in pictures),
+            {"type": "text", "text": check_text("question", text)},
+        ]
         return [{"role": "user", "content": content}]
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(

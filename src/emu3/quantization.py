@@ -25,6 +25,8 @@ _LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
 _ACTIVATION_OFFSET = 128
 # Elements of a matrix. Up to here `_int_mm` is faster; above, oneDNN on a matrix packed in the order its kernels read.
 _LARGEST_UNPACKED = 2**20
+# Weights that are quantized at a time.
+_CHUNK = 2**20
 
 
 class Int8Linear(nn.Module):
@@ -43,9 +45,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scales = weight.abs().amax(1).clamp_min(1e-12) / _LARGEST_WEIGHT
-        weight = (weight / scales[:, None]).round().to(torch.int8)
+        source = linear.weight.detach()
+        scales, weight = torch.empty(len(source)), torch.empty(source.shape, dtype=torch.int8)
+        # Some rows at a time, which stay in the processor's cache; in float32 the whole may take hundreds of megabytes.
+        step = max(1, _CHUNK // source.shape[1])
+        for start in range(0, len(source), step):
+            rows = source[start : start + step].float()
+            scales[start : start + step] = rows.abs().amax(1).clamp_min(1e-12) / _LARGEST_WEIGHT
+            weight[start : start + step] = (rows / scales[start : start + step, None]).round_()
         self.packed = weight.numel() > _LARGEST_UNPACKED
         if self.packed:
             weight = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -112,19 +119,28 @@ _opaque_multiply_packed = torch.library.custom_op(
 _opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(len(rows), len(scales)))
 
 
-def quantize_int8(text_model: Emu3TextModel) -> None:
-    """Replace the linear modules of all layers by 8-bit ones, in place. The model is then for inference on a CPU.
-
-    Raises:
-        ValueError: the model is not on a CPU, or this build of PyTorch lacks the kernels.
-    """
-    device = text_model.embed_tokens.weight.device
-    if device.type != "cpu":
+def check_int8(device: torch.device | str) -> None:
+    """ValueError where layers cannot be in 8 bits: the device is no CPU, or this build of PyTorch lacks the kernels."""
+    if torch.device(device).type != "cpu":
         raise ValueError(f"int8 is for CPUs, and the model is on {device}; load it with device='cpu'")
     if not torch.backends.mkldnn.is_available():
         raise ValueError("this build of PyTorch has no oneDNN, whose kernels int8 needs; load without int8")
+
+
+def quantize_int8(text_model: Emu3TextModel) -> None:
+    """Put 8-bit modules in place of the linear ones of all layers, for inference. The result cannot be saved.
+
+    Raises:
+        ValueError: as of `check_int8`.
+    """
+    check_int8(text_model.embed_tokens.weight.device)
     for layer in text_model.layers:
-        for parent in layer.children():
-            for name, module in list(parent.named_children()):
-                if isinstance(module, nn.Linear):
-                    setattr(parent, name, Int8Linear(module))
+        quantize_layer(layer)
+
+
+def quantize_layer(layer: nn.Module) -> None:
+    """The same for one layer."""
+    for parent in layer.children():
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, Int8Linear(module))

@@ -133,7 +133,7 @@ def attempt(folder: Path) -> tuple[str, str, float]:
     from PIL import Image
 
     from emu3 import Emu3Pipeline
-    from emu3.checkpoints.inspect import inspect
+    from emu3.checkpoints.info import inspect
 
     began = time.process_time()
     try:

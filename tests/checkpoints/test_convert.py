@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
 from emu3 import cli
-from emu3.checkpoints.convert import RefusedTensorsError, convert
-from emu3.checkpoints.inspect import Release, inspect, read_config, release_of
+from emu3.checkpoints.config import RefusedTensorsError
+from emu3.checkpoints.convert import convert
+from emu3.checkpoints.info import inspect
 from emu3.checkpoints.load import load_model
+from emu3.checkpoints.settings import read_config
 
 LAYOUTS = ("documented", "legacy", "baai")
 OLD = {"model.text_model.": "text_model.model.", "lm_head.": "text_model.lm_head.", "model.vqmodel.": "vqmodel."}
@@ -263,10 +265,17 @@ def test_info_of_the_original_layout(original, checkpoints) -> None:
     assert language.tokenizer_files == ("emu3.tiktoken", "emu3_vision_tokens.txt")
 
 
-def test_released_models_are_known_by_their_numbers() -> None:
-    assert release_of({}) == Release("Emu3-Gen", ("draw",))
-    assert release_of({"max_position_embeddings": 131072, "vocab_size": 184622}) == Release("Emu3-Chat", ("read",))
-    assert release_of({"max_position_embeddings": 9216, "vocab_size": 489}) is None
+@pytest.mark.parametrize("to", ["legacy", "baai"])
+def test_abilities_are_written_and_kept(checkpoints, tmp_path: Path, to: str) -> None:
+    assert inspect(checkpoints["documented"]).abilities is None
+    convert(checkpoints["documented"], tmp_path / "there", to=to, abilities=["draw"])
+    convert(tmp_path / "there", tmp_path / "back")
+    assert inspect(tmp_path / "there").abilities == inspect(tmp_path / "back").abilities == ("draw",)
+    assert load_model(tmp_path / "back").config.abilities == ["draw"]
+    ReferenceModel.from_pretrained(tmp_path / "back").save_pretrained(tmp_path / "theirs")
+    assert inspect(tmp_path / "theirs").abilities == ("draw",)
+    with pytest.raises(ValueError, match=r"abilities=\['fly'\] must be a list of one or more of draw, read"):
+        convert(checkpoints["documented"], tmp_path / "target", to=to, abilities=["fly"])
 
 
 def test_the_command_converts_and_reports(original, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +329,7 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from emu3.checkpoints.convert import convert
-from emu3.checkpoints.inspect import inspect
+from emu3.checkpoints.info import inspect
 from emu3.checkpoints.load import load_model
 
 source, target, layout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from emu3 import Emu3Pipeline, cli
 from emu3.checkpoints import NANO
 from emu3.checkpoints.convert import convert
-from emu3.checkpoints.headers import read_headers
-from emu3.checkpoints.inspect import inspect
+from emu3.checkpoints.files import read_headers
+from emu3.checkpoints.info import inspect
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.checkpoints.settings import TEXT, VISION
 
@@ -139,7 +139,8 @@ WRONG = (0, -1, 1.5, 10**9, 10**30, "8", True, None, [], {}, [8])
 def test_sizes(folder, part, field, value) -> None:
     edit(folder / "config.json", lambda config: config[part].update({field: value}))
     with pytest.raises(
-        ValueError, match=r"config\.json.*(must be|no side of a tensor|the tensors are|no multiple|be the)"
+        ValueError,
+        match=r"config\.json.*(must be|tensors are refused|cannot be built|the tensors are|no multiple|be the)",
     ):
         load_model(folder)
     if value != 10**9 and (field, value) != ("channel_multiplier", [8]):  # which some checkpoint might have
@@ -147,13 +148,11 @@ def test_sizes(folder, part, field, value) -> None:
             inspect(folder)
 
 
-def test_sizes_are_compared_before_a_module_is_built(folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emu3.checkpoints.model_config.Emu3ForConditionalGeneration", None)
+def test_layers_are_counted_before_a_module_is_built(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emu3.checkpoints.config.Emu3ForConditionalGeneration", None)
     for part, field, complaint in (
-        ("text_config", "hidden_size", "no side of a tensor is longer than"),
         ("text_config", "num_hidden_layers", "the tensors are those of 2"),
         ("vq_config", "num_res_blocks", "the tensors are those of 1"),
-        ("vq_config", "codebook_size", "no side of a tensor is longer than"),
     ):
         original = json.loads((folder / "config.json").read_text())
         edit(folder / "config.json", lambda config, part=part, field=field: config[part].update({field: 10**9}))
@@ -234,39 +233,41 @@ def overlap(header: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    "change",
     [
-        (lambda header: header[NORM].update(dtype="x"), "norm.weight' has dtype 'x'; read are"),
-        (lambda header: header[NORM].update(dtype=["F32"]), "has dtype \\['F32'\\]"),
-        (lambda header: header[NORM].update(dtype="F16"), "has 128 bytes, F16 of shape \\[32\\] takes 64"),
-        (lambda header: header[NORM].update(shape=["32"]), "which is no list of sizes"),
-        (lambda header: header[NORM].update(shape=[-32]), "which is no list of sizes"),
-        (lambda header: header[NORM].update(shape=[10**30]), "which is no list of sizes"),
-        (lambda header: header[NORM].update(shape=[2**62, 2**62]), "has 128 bytes, F32 of shape"),
-        (lambda header: header[NORM].update(shape=[2] * 10**5), "which is no list of sizes"),
-        (lambda header: header[NORM].update(data_offsets=[1e30, 0]), "which are no two positions"),
-        (lambda header: header[NORM].update(data_offsets=[0]), "which are no two positions"),
-        (lambda header: header.update({NORM: []}), "is not described by dtype, shape and data_offsets"),
-        (lambda header: header.update(__metadata__=[]), "is damaged"),
-        (lambda header: header.pop(NORM), "what comes before it ends at|header announces"),
-        (overlap, "what comes before it ends at"),
+        lambda header: header[NORM].update(dtype="x"),
+        lambda header: header[NORM].update(dtype=["F32"]),
+        lambda header: header[NORM].update(dtype="F16"),
+        lambda header: header[NORM].update(shape=["32"]),
+        lambda header: header[NORM].update(shape=[-32]),
+        lambda header: header[NORM].update(shape=[10**30]),
+        lambda header: header[NORM].update(shape=[2**62, 2**62]),
+        lambda header: header[NORM].update(shape=[2] * 10**5),
+        lambda header: header[NORM].update(data_offsets=[1e30, 0]),
+        lambda header: header[NORM].update(data_offsets=[0]),
+        lambda header: header.update({NORM: []}),
+        lambda header: header.update(__metadata__=[]),
+        lambda header: header.pop(NORM),
+        overlap,
     ],
 )
-def test_headers(folder, capsys, change, complaint) -> None:
+def test_headers(folder, capsys, change) -> None:
     edit_header(folder / "model.safetensors", change)
-    assert_refused(folder, complaint, capsys)
+    assert_refused(folder, r"model\.safetensors is damaged.*; get the checkpoint again", capsys)
 
 
 def test_a_header_of_gigabytes(folder, capsys) -> None:
     file = folder / "model.safetensors"
     write(file, struct.pack("<Q", 2**32))
     os.truncate(file, 2**32 + 8)  # a hole, which takes no room
-    assert_refused(folder, "has a header of 4294967296 bytes", capsys)
+    assert_refused(folder, r"model\.safetensors is damaged.*header too large", capsys)
 
 
 def test_weights_of_another_kind_of_number(folder, tmp_path: Path) -> None:
     edit_header(folder / "model.safetensors", lambda header: header[NORM].update(dtype="I32"))
-    with pytest.raises(ValueError, match=r"1 of another kind of number: model\.text_model\.norm\.weight is I32"):
+    with pytest.raises(
+        ValueError, match=r"1 tensors are refused: model\.text_model\.norm\.weight \(dtype I32, which is another kind"
+    ):
         load_model(folder)
     with pytest.raises(ValueError, match=r"norm\.weight \(dtype I32, which is another kind of number\)"):
         convert(folder, tmp_path / "target", to="legacy")
@@ -432,7 +433,12 @@ def test_generation_config(folder, content) -> None:
         ("vision", "preprocessor_config.json", {"min_pixels": "x"}, "min_pixels='x', which must be"),
         ("vision", "config.json", {"ch_mult": 2}, "ch_mult=2, which must be a list"),
         ("vision", "config.json", {"num_res_blocks": 10**9}, "num_res_blocks=1000000000, the tensors are those of 1"),
-        ("language", "config.json", {"hidden_size": 10**9}, "hidden_size=1000000000, but no side of a tensor"),
+        (
+            "language",
+            "config.json",
+            {"hidden_size": 10**9},
+            r"shape \[489, 32\], config\.json says \[489, 1000000000\]",
+        ),
         ("language", "config.json", {"num_hidden_layers": "2"}, "num_hidden_layers='2', which must be"),
         ("language", "config.json", {"rope_scaling": [1]}, r"rope_scaling=\[1\], which must be an object"),
     ],
@@ -456,5 +462,5 @@ def test_an_empty_tensor_may_have_any_width(folder) -> None:
     save_file(weights | {"x": torch.zeros(0, 10**9)}, folder / "model.safetensors")
     assert read_headers(folder)["x"].shape == (0, 10**9)
     edit(folder / "config.json", lambda config: config["text_config"].update(hidden_size=10**8))
-    with pytest.raises(ValueError, match="no side of a tensor is longer than 287"):
+    with pytest.raises(ValueError, match=r"x \(unknown to config\.json\)|and \d+ more"):
         load_model(folder)

@@ -8,17 +8,16 @@ Their configs point to Python files ("auto_map"). Nothing here reads that key, r
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from emu3.checkpoints.inspect import read_picture_settings
-from emu3.checkpoints.model_config import build_config, check_factor
-from emu3.checkpoints.settings import VISION_KEYS, check_pictures
+from emu3.checkpoints.config import build_config, check_factor, parts_of
+from emu3.checkpoints.files import write_json
+from emu3.checkpoints.settings import PICTURES, VISION_KEYS, read_picture_settings
 from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.processing import Emu3Processor
@@ -48,40 +47,15 @@ _VISION_RULES = (
 _PROJECTION = re.compile(r"\.(?:[qkv]|out)_proj\.weight$")
 
 _TEXT_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "attention_dropout",
-    "tie_word_embeddings",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "tie_word_embeddings"),
 )
 # BAAI's key of an id -> the role in a `Vocabulary`.
 _ID_KEYS = {f"{role}_token_id": role for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
-# The image processor's settings where preprocessor_config.json leaves one out; those of its class in BAAI's code.
-_PICTURES = {
-    "do_resize": True,
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "do_convert_rgb": True,
-    "min_pixels": 512 * 512,
-    "max_pixels": 1024 * 1024,
-    "spatial_factor": 8,
-}
+# What its code has for settings that preprocessor_config.json leaves out, where the documented classes have others.
+_PICTURES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _IMAGE_AREA = 720 * 720
 
 
@@ -153,9 +127,7 @@ def documented_processor(
             number of pixels per token side than `config`.
     """
     given, file = read_picture_settings(vision)
-    settings = {key: given.get(key, default) for key, default in _PICTURES.items()}
-    check_pictures(settings, file)
-    pictures = Emu3ImageProcessor(**settings)
+    pictures = Emu3ImageProcessor(**_PICTURES | {key: value for key, value in given.items() if key in PICTURES})
     check_factor(pictures.spatial_factor, config, file)
     return Emu3Processor(pictures, tokenizer, image_area=language.get("image_area", _IMAGE_AREA))
 
@@ -166,7 +138,7 @@ def original_configs(config: Emu3Config, image_area: int) -> dict[Part, dict[str
     Raises:
         ValueError: the model has something that BAAI's layout has no place for.
     """
-    text, vq = cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)
+    text, vq = parts_of(config)
     rope = dict(text.rope_parameters or {})
     kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta", text.default_theta)
     unknown = [
@@ -210,21 +182,16 @@ def write_original_files(
     write_tiktoken(tokenizer, *(language / name for name in TOKENIZER_FILES))
     write_json(language / "tokenizer_config.json", {"tokenizer_class": "Emu3Tokenizer", "padding_side": "left"})
     generation_config(config).save_pretrained(language)
-    settings = {key: getattr(pictures, key) for key in _PICTURES}
+    settings = {key: getattr(pictures, key) for key in PICTURES if key != "do_pad"}
     write_json(vision / "preprocessor_config.json", settings | {"image_processor_type": "Emu3VisionVQImageProcessor"})
 
 
 def generation_config(config: Emu3Config) -> GenerationConfig:
     """The ids that generation needs."""
-    text = cast(Emu3TextConfig, config.text_config)
+    text = parts_of(config)[0]
     return GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """A JSON file as transformers writes its own: two spaces, characters as they are."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _dtype(config: PreTrainedConfig) -> str:

@@ -11,38 +11,39 @@ those of the target's. All of it is decided, and refused where need be, before a
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock, Timeout
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from emu3.checkpoints.baai import (
+    Shape,
     documented_config,
     documented_processor,
     generation_config,
     original_configs,
     original_tensor,
     read_tokenizer,
-    write_json,
     write_original_files,
 )
-from emu3.checkpoints.headers import FLOATS, INDEX, TensorHeader, read_headers
-from emu3.checkpoints.inspect import (
-    LAYOUTS,
-    LEGACY_PREFIXES,
-    Layout,
-    documented_name,
-    folders_of,
-    read_config,
-    read_original_config,
-)
+from emu3.checkpoints.config import build_config, check_tensors, expected_tensors, parts_of
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, write_json
+from emu3.checkpoints.info import LAYOUTS, Layout, folders_of
 from emu3.checkpoints.load import load_processor
-from emu3.checkpoints.model_config import build_config, expected_tensors
-from emu3.checkpoints.shards import MAX_SHARD_BYTES, Tensor, write_shards
-from emu3.checkpoints.staging import staged_folder
-from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.checkpoints.settings import ABILITIES, read_config, read_original_config
+from emu3.configuration import Emu3Config
+from emu3.modeling.legacy import documented_name, legacy_name
 from emu3.processing import Emu3Processor
+
+MAX_SHARD_BYTES = 2 * 10**9
 
 # What a folder of transformers' layouts holds besides weights; config.json is written apart.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
@@ -86,23 +87,13 @@ class Report:
         return {"renamed": self.renamed, "reshaped": self.reshaped, "bytes": self.bytes, **asdict(self)}
 
 
-class RefusedTensorsError(ValueError):
-    """The source's tensors are not those of its config. `refused` has all of them: name -> why."""
-
-    def __init__(self, source: str, refused: Mapping[str, str]) -> None:
-        self.refused = dict(refused)
-        first = ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
-        more = f", and {len(refused) - 5} more" if len(refused) > 5 else ""
-        super().__init__(f"{source} cannot be converted, {len(refused)} tensors are refused: {first}{more}")
-
-
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint to convert. Keys of `folders` and of `headers` are parts: "" or "language" and "vision"."""
+    """A checkpoint to convert. Keys of `folders` are parts: "" or "language" and "vision"; of `headers`, labels."""
 
     layout: Layout
     folders: Mapping[str, Path]
-    headers: Mapping[tuple[str, str], TensorHeader]
+    headers: Mapping[str, TensorHeader]
     raw_config: dict[str, Any]
     config: Emu3Config
     processor: Callable[[], Emu3Processor]
@@ -114,6 +105,7 @@ def convert(
     *,
     vision: str | Path | None = None,
     to: str = "documented",
+    abilities: Sequence[str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
@@ -126,21 +118,25 @@ def convert(
             folders `language` and `vision`.
         vision: the folder of BAAI's vision tokenizer, where `source` is the language model's.
         to: "documented", "legacy" or "baai".
+        abilities: what the weights were trained for, of "draw" and "read". It goes into config.json, and other uses are
+            refused. None keeps what the source's config.json says; where it says nothing, nothing is refused.
         max_shard_bytes: the largest file of weights, unless one tensor is larger.
-        on_progress: called with the bytes written so far, and in all.
+        on_progress: called after each file of weights, with the bytes written so far, and in all.
 
     Raises:
         ValueError: before a weight is written; what is wrong with the source, or `target` exists.
     """
     if to not in LAYOUTS:
         raise ValueError(f"unknown layout {to!r}; convert to {', '.join(LAYOUTS)}")
+    if abilities is not None and (not abilities or isinstance(abilities, str) or set(abilities) - set(ABILITIES)):
+        raise ValueError(f"abilities={abilities!r} must be a list of one or more of {', '.join(ABILITIES)}")
     layout: Layout = to
     found = _open_source(Path(source), None if vision is None else Path(vision))
     if found.layout == layout:
         raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
-    moves, tensors = _plan(found, layout, str(source))
+    moves = _plan(found, layout, str(source))
     processor = found.processor() if "baai" in (found.layout, layout) else None
-    configs = _target_configs(found, layout, processor)
+    configs = _target_configs(found, layout, processor, abilities)
     total = sum(move.bytes for move in moves)
     done = 0
 
@@ -156,23 +152,91 @@ def convert(
         # First, because a tokenizer may be refused here.
         _write_companions(found, layout, folders, processor)
         for part, place in folders.items():
-            write_shards(place, tensors[part], max_shard_bytes, advance)
+            prefix = _label(part, "")
+            own = [move for move in moves if move.target.startswith(prefix)]
+            tensors = {m.target.removeprefix(prefix): (found.headers[m.source], m.target_shape) for m in own}
+            write_shards(place, tensors, max_shard_bytes, advance)
         # Last, because nothing loads without it: what a killed process leaves behind is no checkpoint.
         for part, place in folders.items():
             write_json(place / "config.json", configs[part])
     return Report(found.layout, layout, str(target), tuple(moves))
 
 
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that is renamed to `target` when the block ends, and removed if it fails.
+
+    A process that is killed leaves it behind under its temporary name; the next one for the same target empties it.
+
+    Raises:
+        ValueError: `target` exists, or another process is writing it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder, lock = target.with_name(f".{target.name}.unfinished"), FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        # It ends with the process that holds it, however that ends: what is there without a lock is stale.
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another process is writing {target}; wait for it, or name another folder") from None
+    try:
+        if target.exists():
+            raise ValueError(f"{target} is there already; remove it, or name another folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # on Windows a file that is open stays, and releasing removes it
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, tuple[TensorHeader, Shape]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write `model.safetensors`, or numbered shards and their index where one file would pass `max_shard_bytes`.
+
+    No tensor is decoded, so every dtype keeps its bits, NaN included. Sources are memory-mapped, and memory does not
+    grow beyond one shard. `advance` is told the number of bytes after each.
+
+    Args:
+        folder: an empty one.
+        tensors: name to write -> where the tensor is, and the shape to write it in.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor[0].bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        # Opened anew for each shard, because pages once read count as memory until the file is closed.
+        with ExitStack() as stack:
+            sources = {tensors[name][0].file for name in names}
+            opened = {source: stack.enter_context(safe_open(source, framework="pt")) for source in sources}
+            shard = {
+                name: opened[header.file].get_tensor(header.name).view(shape)
+                for name, (header, shape) in ((name, tensors[name]) for name in names)
+            }
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        advance(sum(tensors[name][0].bytes for name in names))
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
 def _open_source(source: Path, vision: Path | None) -> _Source:
     folders = folders_of(source, vision)
     headers = {
-        (part, name): header for part, folder in folders.items() for name, header in read_headers(folder).items()
+        _label(part, name): header for part, folder in folders.items() for name, header in read_headers(folder).items()
     }
     if set(folders) == {""}:
         raw = read_config(source)
-        legacy = any(documented_name(name) != name for _, name in headers)
         return _Source(
-            layout="legacy" if legacy else "documented",
+            layout="legacy" if any(documented_name(name) != name for name in headers) else "documented",
             folders=folders,
             headers=headers,
             raw_config=raw,
@@ -195,61 +259,51 @@ def _open_source(source: Path, vision: Path | None) -> _Source:
     )
 
 
-def _place(layout: Layout, name: str, shape: tuple[int, ...]) -> tuple[str, str, tuple[int, ...]]:
-    """Part, name and shape in a layout of a tensor of the documented one."""
+def _place(layout: Layout, name: str, shape: Shape) -> tuple[str, Shape]:
+    """Label and shape in a layout of a tensor of the documented one."""
     if layout == "baai":
-        return original_tensor(name, shape)
-    if layout == "legacy":
-        for legacy, documented in LEGACY_PREFIXES.items():
-            if name.startswith(documented):
-                return "", legacy + name.removeprefix(documented), shape
-    return "", name, shape
+        part, original, shape = original_tensor(name, shape)
+        return _label(part, original), shape
+    return legacy_name(name) if layout == "legacy" else name, shape
 
 
-def _plan(source: _Source, layout: Layout, name: str) -> tuple[list[Move], dict[str, list[Tensor]]]:
+def _plan(source: _Source, layout: Layout, name: str) -> list[Move]:
     """What goes where. Raises `RefusedTensorsError` unless the tensors are exactly those of the config."""
-    headers = {_label(*key): header for key, header in source.headers.items()}
-    expected = expected_tensors(source.config, headers, Path(name) / "config.json")
-    moves: list[Move] = []
-    tensors: dict[str, list[Tensor]] = {part: [] for part in _PARTS[layout]}
-    refused: dict[str, str] = {}
-    unclaimed = dict(source.headers)
-    for documented, tensor in expected.items():
-        part, original, shape = _place(source.layout, documented, tuple(tensor.shape))
-        header = unclaimed.pop((part, original), None)
-        label = _label(part, original)
-        if header is None:
-            if not (documented == "lm_head.weight" and source.config.tie_word_embeddings):
-                refused[label] = "missing"
-        elif header.shape != shape:
-            refused[label] = f"shape {list(header.shape)}, config.json says {list(shape)}"
-        elif (header.dtype in FLOATS) != tensor.is_floating_point():
-            refused[label] = f"dtype {header.dtype}, which is another kind of number"
-        else:
-            target_part, target, target_shape = _place(layout, documented, tuple(tensor.shape))
-            tensors[target_part].append(Tensor(target, target_shape, header))
-            moves.append(Move(label, _label(target_part, target), shape, target_shape, header.bytes))
-    refused |= {_label(*key): "unknown to config.json" for key in unclaimed}
-    if refused:
-        raise RefusedTensorsError(name, refused)
-    return moves, tensors
+    wanted = expected_tensors(source.config, source.headers, Path(name) / "config.json")
+    places = {
+        documented: _place(source.layout, documented, tuple(tensor.shape)) for documented, tensor in wanted.items()
+    }
+    here = {label: wanted[documented].view(shape) for documented, (label, shape) in places.items()}
+    check_tensors(name, here, source.headers)
+    targets = {documented: _place(layout, documented, tuple(tensor.shape)) for documented, tensor in wanted.items()}
+    return [
+        Move(label, targets[documented][0], shape, targets[documented][1], source.headers[label].bytes)
+        for documented, (label, shape) in places.items()
+    ]
 
 
 def _label(part: str, name: str) -> str:
     return f"{part}/{name}" if part else name
 
 
-def _target_configs(source: _Source, layout: Layout, processor: Emu3Processor | None) -> Mapping[str, dict[str, Any]]:
+def _target_configs(
+    source: _Source, layout: Layout, processor: Emu3Processor | None, abilities: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    """config.json of each folder of the target."""
     if layout == "baai":
         assert processor is not None
-        return cast(dict[str, dict[str, Any]], original_configs(source.config, processor.image_area))
-    raw = json.loads(source.config.to_json_string()) if source.layout == "baai" else source.raw_config
-    return {"": _legacy_config(raw, source.config) if layout == "legacy" else raw}
+        configs = cast(dict[str, dict[str, Any]], original_configs(source.config, processor.image_area))
+    else:
+        raw = json.loads(source.config.to_json_string()) if source.layout == "baai" else dict(source.raw_config)
+        configs = {"": _legacy_config(raw, source.config) if layout == "legacy" else raw}
+    if known := abilities or source.raw_config.get("abilities"):
+        configs["language" if layout == "baai" else ""]["abilities"] = list(known)
+    return configs
 
 
 def _legacy_config(raw: dict[str, Any], config: Emu3Config) -> dict[str, Any]:
     """With the keys under which transformers 4 looks for the rotary embedding, which would else be the default."""
-    text = cast(Emu3TextConfig, config.text_config)
+    text = parts_of(config)[0]
     rope = dict(text.rope_parameters or {})
     theta = rope.pop("rope_theta", text.default_theta)
     scaling = None if rope.get("rope_type", "default") == "default" else rope

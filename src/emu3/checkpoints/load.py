@@ -9,18 +9,35 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from emu3.checkpoints.headers import INDEX, read_headers, read_index
-from emu3.checkpoints.inspect import check_tensors, read_config, read_picture_settings
-from emu3.checkpoints.json_file import read_json
-from emu3.checkpoints.model_config import build_config, check_factor, expected_tensors, vocabulary_of
-from emu3.checkpoints.settings import PICTURES, PROMPTS, TOKENIZER, check_fields, check_pictures
-from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.checkpoints.config import (
+    build_config,
+    check_factor,
+    check_tensors,
+    expected_tensors,
+    parts_of,
+    vocabulary_of,
+)
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_index, read_json
+from emu3.checkpoints.info import own_dtype
+from emu3.checkpoints.settings import (
+    PICTURES,
+    PROMPTS,
+    TOKENIZER,
+    check_fields,
+    check_pictures,
+    read_config,
+    read_picture_settings,
+)
+from emu3.configuration import Emu3Config
 from emu3.image_processing import Emu3ImageProcessor
+from emu3.modeling.legacy import documented_name
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
+from emu3.quantization import check_int8, quantize_layer
 from emu3.tokenization import CONTROL_TOKENS, encode_plain
 from emu3.vocabulary import SURFACES
 
@@ -38,37 +55,76 @@ _CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
     ],
 )
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _GENERATION, _TOKENIZER_FILES = "generation_config.json", ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    int8: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Emu3ForConditionalGeneration:
     """The model of a checkpoint folder, in eval mode.
 
+    Weights are mapped from their files, and converted, checked, quantized and moved piece by piece. Those that stay as
+    they are stored take no memory of their own on a CPU; otherwise the peak is the result and about one layer.
+
+    Args:
+        path: the folder.
+        dtype: of the language model's weights. "auto" is the checkpoint's own; see `own_dtype`. The vision tokenizer is
+            in float32 in any case.
+        device: where the model runs.
+        int8: whether its layers are in 8 bits, on a CPU; see `emu3.quantization`. They are the same as if the model was
+            loaded in `dtype` and quantized then.
+        device_map: in place of `device`, how transformers spreads the layers; needs accelerate.
+
     Raises:
         ValueError: the folder is no checkpoint, a file is damaged, a setting is none that a model can have, its tensors
-            are not exactly those of config.json, or hold NaN or infinity.
+            are not exactly those of config.json, or hold NaN or infinity; or int8 is asked for where it cannot be.
     """
     folder = Path(path)
-    config = build_config(read_config(folder), folder / "config.json")
+    raw = read_config(folder)
+    config = build_config(raw, folder / "config.json")
+    headers = read_headers(folder)
     # transformers fills missing tensors with random values and drops extra ones, with a warning; so look first.
-    tensors = expected_tensors(config, read_headers(folder), folder / "config.json")
-    check_tensors(
-        folder,
-        {name: tensor.shape for name, tensor in tensors.items()},
-        optional={"lm_head.weight"} if config.tie_word_embeddings else (),
-        counters={name for name, tensor in tensors.items() if not tensor.is_floating_point()},
-    )
-    _check_weight_files(folder)
-    _check_generation(folder, cast(Emu3TextConfig, config.text_config).vocab_size)
-    with _progress_bar(shown=sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LONG_LOAD):
-        model = Emu3ForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    model = model.to(device).eval()
-    _check_finite(model, folder)
-    return cast(Emu3ForConditionalGeneration, model)
+    tensors = {documented_name(name): header for name, header in headers.items()}
+    if len(tensors) < len(headers):
+        twice = next(name for name in headers if documented_name(name) != name and documented_name(name) in headers)
+        raise ValueError(f"{folder} holds {twice!r} and {documented_name(twice)!r}, two names of one tensor; keep one")
+    expected = expected_tensors(config, headers, folder / "config.json")
+    check_tensors(str(folder), expected, tensors)
+    _check_weight_files(folder, headers)
+    _check_generation(folder, parts_of(config)[0].vocab_size)
+    wanted = _dtype_named(own_dtype(raw, headers, device) if dtype == "auto" else dtype)
+    if int8:
+        if device_map is not None:
+            raise ValueError("int8 is for one CPU; leave out device_map")
+        check_int8(device)
+    # In the dtype in which they are stored, weights stay mapped until they are converted below.
+    stored = {_STORED.get(header.dtype) for name, header in tensors.items() if "vqmodel" not in name}
+    first = next(iter(stored)) if len(stored) == 1 and device_map is None else wanted
+    options = {"use_safetensors": True, "local_files_only": True, **({"device_map": device_map} if device_map else {})}
+    with _progress_bar(shown=sum(header.bytes for header in headers.values()) > LONG_LOAD):
+        model = Emu3ForConditionalGeneration.from_pretrained(folder, config=config, dtype=first or wanted, **options)
+        model = cast(Emu3ForConditionalGeneration, model.eval())
+        layers = {f"model.text_model.layers.{n}": layer for n, layer in enumerate(model.model.text_model.layers)}
+        pieces = ["model.vqmodel", "model.text_model.embed_tokens", *layers, "model.text_model.norm", "lm_head"]
+        for name in logging.tqdm([*pieces, "model.text_model.rotary_emb"], desc="Reading weights"):
+            piece = model.get_submodule(name)
+            for own, tensor in (*piece.named_parameters(), *piece.named_buffers()) if device_map is None else ():
+                # Vision tokenizer and counters as they are built, though transformers may have loaded them otherwise.
+                is_text = isinstance(tensor, nn.Parameter) and name != "model.vqmodel"
+                to = wanted if is_text else expected.get(f"{name}.{own}", tensor).dtype
+                tensor.data = tensor.data.to(device, to)
+            _check_finite(name, piece, folder)
+            if int8 and name in layers:
+                quantize_layer(piece)
+    for part in (model.config, parts_of(model.config)[0]):
+        part.dtype = wanted
+    return model
 
 
 def load_processor(path: str | Path) -> Emu3Processor:
@@ -93,9 +149,9 @@ def load_processor(path: str | Path) -> Emu3Processor:
     return processor
 
 
-def _check_weight_files(folder: Path) -> None:
+def _check_weight_files(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
     """ValueError where transformers would read other files than those whose headers were compared."""
-    read = {header.file.name for header in read_headers(folder).values()}
+    read = {header.file.name for header in headers.values()}
     index = folder / INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         if read != {"model.safetensors"}:
@@ -122,14 +178,21 @@ def _check_generation(folder: Path, vocab_size: int) -> None:
         raise ValueError(f"{file} cannot be used: {error}; correct it, or get the checkpoint again") from error
 
 
-def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+def _dtype_named(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be auto, float32, bfloat16 or float16, or one of torch's")
+    return found
+
+
+def _check_finite(name: str, piece: nn.Module, folder: Path) -> None:
     """ValueError where a weight is NaN or infinite, or the rotary positions come to that."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for own, tensor in (*piece.named_parameters(), *piece.named_buffers()):
         # A sum reads the numbers once and keeps none, and is finite only if they are. Only large ones sum to infinity.
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(
-                f"{folder}: {name} holds NaN or infinite values as {tensor.dtype}; get the checkpoint again, or load "
-                "it in a wider dtype"
+                f"{folder}: {name}.{own} holds NaN or infinite values as {tensor.dtype}; get the checkpoint again, or "
+                "load it in a wider dtype"
             )
 
 
@@ -156,7 +219,7 @@ def _check_pictures(processor: Emu3Processor, config: Emu3Config, file: Path) ->
     check_pictures(settings | {"resample": int(pictures.resample)}, file)
     check_fields({"image_area": processor.image_area}, PROMPTS, file)
     check_factor(pictures.spatial_factor, config, file)
-    context = cast(Emu3TextConfig, config.text_config).max_position_embeddings
+    context = parts_of(config)[0].max_position_embeddings
     if pictures.min_pixels > context * pictures.spatial_factor**2:
         raise ValueError(
             f"{file} says min_pixels={pictures.min_pixels}, which is more than the {context} tokens of the context; "
@@ -177,7 +240,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Emu3Config, fol
                 f"{files} say {attribute}={getattr(tokenizer, attribute)!r:.60} with id {found}, config.json has "
                 f"{surface!r} with id {expected}; give the tokenizer that belongs to the model"
             )
-    vocab_size = cast(Emu3TextConfig, config.text_config).vocab_size
+    vocab_size = parts_of(config)[0].vocab_size
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise ValueError(f"{files} have the id {largest}, but config.json says text_config.vocab_size={vocab_size}")

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emu3.checkpoints.files import read_json
+
+ABILITIES = ("draw", "read")
+"""What a checkpoint may be trained for: to draw pictures, and to read them and answer."""
+
+# `model_type` -> the part of BAAI's layout; "" for the documented one.
+_PARTS = {"emu3": "", "Emu3": "language", "Emu3VisionVQ": "vision"}
 # What torch indexes with 32 bits.
 _LARGEST = 2**31 - 1
 _MAX_STAGES = 12
@@ -71,45 +78,29 @@ _DTYPE = _or_null(_one_of("float64", "float32", "float16", "bfloat16"))
 _ATTENTION = _or_null(_one_of("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"))
 _COMMON = {
     "model_type": _NAME,
-    "dtype": _DTYPE,
-    "torch_dtype": _DTYPE,
+    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
     # Of every config in transformers.
-    "output_hidden_states": _FLAG,
-    "output_attentions": _FLAG,
-    "return_dict": _FLAG,
-    "id2label": _or_null(_OBJECT),
-    "label2id": _or_null(_OBJECT),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), _FLAG),
+    **dict.fromkeys(("id2label", "label2id"), _or_null(_OBJECT)),
     "num_labels": _or_null(_whole(0, 10_000)),
     # Any other name is one of the hub, from where code would come.
-    "attn_implementation": _ATTENTION,
-    "_attn_implementation": _ATTENTION,
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), _ATTENTION),
     # With these transformers reads other weights than those whose headers are compared.
     **dict.fromkeys(("quantization_config", "transformers_weights"), Kind("left out", lambda value: value is None)),
 }
 
 TEXT: Mapping[str, Kind] = _COMMON | {
-    "vocab_size": _SIZE,
-    "hidden_size": _SIZE,
-    "intermediate_size": _SIZE,
-    "num_hidden_layers": _SIZE,
-    "num_attention_heads": _SIZE,
-    "num_key_value_heads": _or_null(_SIZE),
-    "head_dim": _or_null(_SIZE),
-    "hidden_act": _NAME,
-    "max_position_embeddings": _SIZE,
-    "rms_norm_eps": _SHARE,
-    "use_cache": _FLAG,
-    "pad_token_id": _ID,
-    "bos_token_id": _ID,
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
+    **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), _or_null(_SIZE)),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), _or_null(_OBJECT)),
+    **dict.fromkeys(("use_cache", "mlp_bias", "attention_bias", "tie_word_embeddings"), _FLAG),
+    **dict.fromkeys(("rms_norm_eps", "attention_dropout"), _SHARE),
     "eos_token_id": _or_null(_or_list(_whole(0), 1, 100)),
-    "rope_parameters": _or_null(_OBJECT),
-    "rope_scaling": _or_null(_OBJECT),
+    "hidden_act": _NAME,
     "rope_theta": _or_null(_real(1, 1e12)),
-    "mlp_bias": _FLAG,
-    "attention_bias": _FLAG,
-    "attention_dropout": _SHARE,
     "initializer_range": _real(0, 1e6),
-    "tie_word_embeddings": _FLAG,
 }
 """`text_config`, and in BAAI's layout the language model's config."""
 
@@ -117,43 +108,32 @@ ROPE: Mapping[str, Kind] = {"rope_theta": _real(1, 1e12), "rope_type": _NAME, "t
 """`rope_parameters` and `rope_scaling`."""
 
 VISION: Mapping[str, Kind] = _COMMON | {
-    "codebook_size": _SIZE,
-    "embed_dim": _SIZE,
-    "latent_channels": _SIZE,
+    **dict.fromkeys(("codebook_size", "embed_dim", "latent_channels", "in_channels", "out_channels"), _SIZE),
+    **dict.fromkeys(("base_channels", "num_res_blocks", "hidden_size", "num_attention_heads"), _SIZE),
     "double_latent": _FLAG,
-    "in_channels": _SIZE,
-    "out_channels": _SIZE,
     "temporal_downsample_factor": _one_of(1, 2, 4, 8, 16, 32, 64),
-    "base_channels": _SIZE,
     "channel_multiplier": _list_of(_SIZE, 1, _MAX_STAGES),
-    "num_res_blocks": _SIZE,
     "attn_resolutions": _list_of(_whole(0), 0, _MAX_STAGES),
-    "hidden_size": _SIZE,
-    "num_attention_heads": _SIZE,
     "attention_dropout": _SHARE,
 }
 """`vq_config`."""
 
 VISION_KEYS = {
-    "codebook_size": "codebook_size",
-    "embed_dim": "embed_dim",
+    **{key: key for key in ("codebook_size", "embed_dim", "in_channels", "out_channels", "num_res_blocks")},
+    **{key: key for key in ("temporal_downsample_factor", "attn_resolutions")},
     "z_channels": "latent_channels",
     "double_z": "double_latent",
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "temporal_downsample_factor": "temporal_downsample_factor",
     "ch": "base_channels",
     "ch_mult": "channel_multiplier",
-    "num_res_blocks": "num_res_blocks",
-    "attn_resolutions": "attn_resolutions",
 }
 """Key in the config of BAAI's vision tokenizer -> the documented one."""
 
 WHOLE: Mapping[str, Kind] = _COMMON | {
-    "text_config": _or_null(_OBJECT),
-    "vq_config": _or_null(_OBJECT),
+    **dict.fromkeys(("text_config", "vq_config"), _or_null(_OBJECT)),
     "vocabulary_map": _or_null(_IDS),
     "tie_word_embeddings": _FLAG,
+    # What conversion and training say of the weights: of "draw" and "read". Without it nothing is known.
+    "abilities": _or_null(_list_of(_one_of(*ABILITIES), 1, len(ABILITIES))),
 }
 """config.json."""
 
@@ -162,6 +142,7 @@ _ORIGINAL = {
         **TEXT,
         **{f"{role}_token_id": _ID for role in ("img", "boi", "eoi", "eol", "eof")},
         "image_area": _SIZE,
+        "abilities": WHOLE["abilities"],
     },
     "vision": {**_COMMON, **{key: VISION[name] for key, name in VISION_KEYS.items()}},
 }
@@ -188,6 +169,59 @@ TOKENIZER: Mapping[str, Kind] = {
 """The tokenizer's settings; its tokens are those of the vocabulary, which is compared."""
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of an Emu3 checkpoint, its documented fields checked one by one.
+
+    Raises:
+        ValueError: it is missing, is no JSON, describes another model, or has a field of another type or out of range.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
+    config = read_json(file)
+    if part_of(config):
+        raise ValueError(f"{folder} is in BAAI's original layout; `emu3 convert` writes one that loads")
+    if part_of(config) is None:
+        raise ValueError(f"{file} describes a {config.get('model_type')!r:.60} model, not 'emu3'")
+    check_fields(config, WHOLE, file)
+    for holder, kinds in (("text_config", TEXT), ("vq_config", VISION)):
+        check_fields(config.get(holder) or {}, kinds, file, f"{holder}.")
+    _check_rope(config.get("text_config") or {}, file, "text_config.")
+    return config
+
+
+def read_original_config(folder: Path, part: str) -> dict[str, Any]:
+    """The same of BAAI's layout, "language" or "vision"."""
+    file = folder / "config.json"
+    config = read_json(file)
+    check_fields(config, _ORIGINAL[part], file)
+    _check_rope(config, file)
+    return config
+
+
+def read_picture_settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The image processor's settings and the file that holds them.
+
+    Raises:
+        ValueError: a file is no JSON, or a setting is of another type or out of range.
+    """
+    file = folder / "processor_config.json"
+    processor = read_json(file)
+    check_fields(processor, PROMPTS, file)
+    settings = processor.get("image_processor")
+    if not settings:
+        file = folder / "preprocessor_config.json"
+        settings = read_json(file)
+    check_pictures(settings, file)
+    return settings, file
+
+
+def part_of(config: Mapping[str, Any]) -> str | None:
+    """ "" for the documented layout, "language" or "vision" of BAAI's, None for another model."""
+    kind = config.get("model_type")
+    return _PARTS.get(kind) if isinstance(kind, str) else None
+
+
 def check_fields(values: Mapping[str, Any], kinds: Mapping[str, Kind], file: Path, holder: str = "") -> None:
     """Compare the settings that are given with their kinds; others are not looked at.
 
@@ -206,21 +240,6 @@ def check_fields(values: Mapping[str, Any], kinds: Mapping[str, Kind], file: Pat
                 f"{file} says {holder}{name}={values[name]!r:.60}, which must be {kind.words}; "
                 "correct it, or get the checkpoint again"
             )
-
-
-def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """`check_fields` of a config.json in the documented layout."""
-    check_fields(config, WHOLE, file)
-    text, vision = config.get("text_config") or {}, config.get("vq_config") or {}
-    check_fields(text, TEXT, file, "text_config.")
-    _check_rope(text, file, "text_config.")
-    check_fields(vision, VISION, file, "vq_config.")
-
-
-def check_original_config(config: Mapping[str, Any], part: str, file: Path) -> None:
-    """`check_fields` of a config.json in BAAI's layout, of "language" or "vision"."""
-    check_fields(config, _ORIGINAL[part], file)
-    _check_rope(config, file)
 
 
 def check_pictures(settings: Mapping[str, Any], file: Path) -> None:

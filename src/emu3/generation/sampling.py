@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emu3.options import check_probability, check_temperature, check_whole
+from emu3.options import MOST_TOP_K, check_probability, check_temperature, check_whole
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_temperature("temperature", self.temperature)
-        check_whole("top_k", self.top_k, 0)
-        check_probability("top_p", self.top_p)
+        object.__setattr__(self, "temperature", check_temperature("temperature", self.temperature))
+        object.__setattr__(self, "top_k", check_whole("top_k", self.top_k, 0, MOST_TOP_K))
+        object.__setattr__(self, "top_p", check_probability("top_p", self.top_p))
 
 
 GREEDY = Sampling(temperature=0.0)

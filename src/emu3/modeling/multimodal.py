@@ -4,6 +4,7 @@ both.
 Shapes: B batch, S sequence, E model width, V vocabulary, h w rows and columns of visual tokens.
 """
 
+import re
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -15,6 +16,7 @@ from transformers.utils import can_return_tuple, logging
 
 from emu3.configuration import Emu3Config, Emu3TextConfig
 from emu3.generation.grammar import GridGrammar, close_rows
+from emu3.modeling.legacy import LEGACY_PREFIXES
 from emu3.modeling.pretrained import CACHE, Kwargs
 from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, select_states
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
@@ -309,11 +311,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
 
     config: Emu3Config
     config_class = Emu3Config
-    renamed_weights: ClassVar[dict[str, str]] = {
-        r"^text_model\.model\.": "model.text_model.",
-        r"^text_model\.lm_head\.": "lm_head.",
-        r"^vqmodel\.": "model.vqmodel.",
-    }
+    renamed_weights: ClassVar[dict[str, str]] = {f"^{re.escape(old)}": new for old, new in LEGACY_PREFIXES.items()}
     output_modalities = ("image", "text")
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}

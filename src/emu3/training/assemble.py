@@ -46,6 +46,7 @@ def assemble(recipe: AssembleRecipe, folder: Path) -> None:
     language = Emu3ForCausalLM.from_pretrained(require_output(recipe.language / "language"))
     tokenizer = AutoTokenizer.from_pretrained((recipe.language / "tokenizer").resolve())
     config = Emu3Config(vq_config=vision.config, text_config=language.config, vocabulary_map=vocabulary_map(tokenizer))
+    config.abilities = ["draw", "read"]
     model = Emu3ForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vision.state_dict())
     model.model.text_model.load_state_dict(language.model.state_dict())

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from emu3.checkpoints.staging import staged_folder
+from emu3.checkpoints.convert import staged_folder
 
 
 def test_the_folder_appears_when_all_is_written(tmp_path: Path) -> None:

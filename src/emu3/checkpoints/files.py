@@ -1,0 +1,139 @@
+"""The files of a checkpoint: JSON, and the headers of safetensors files. They are checked before anything relies on
+them; no weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+"""The file that says which shard holds which tensor."""
+
+FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
+"""The dtypes of real numbers that are read."""
+
+_MAX_JSON_BYTES = 100_000_000
+# Real ones nest to about ten levels. Far fewer than Python's recursion takes, because what copies a setting recurses.
+_MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as its file announces it; `dtype` as in safetensors, "F32"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return self.elements * (int(bits[0]) if bits else 8) // 8  # only BOOL has no number
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Every tensor announced by the safetensors files of a folder, under the name it is saved with.
+
+    Raises:
+        ValueError: no safetensors file, a damaged index, a file that an index names is missing, a file that is cut
+            short, damaged or not safetensors at all, or a tensor that two files hold.
+    """
+    index = read_index(folder)
+    files = [folder / name for name in sorted(set(index.values()))] or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors file; weights in other formats are not read: convert them")
+    headers: dict[str, TensorHeader] = {}
+    for file in files:
+        for header in _read_header(file):
+            if header.name in headers:
+                raise ValueError(f"tensor {header.name!r} is in {file} and in another file of the folder; keep one")
+            headers[header.name] = header
+    strays = [name for name in index if name not in headers or headers[name].file.name != index[name]]
+    if strays:
+        raise ValueError(
+            f"{folder / INDEX} says that {strays[0]!r:.100} is in {index[strays[0]]}, which does not hold it; "
+            "get the checkpoint again"
+        )
+    return headers
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Name of each tensor -> its file, as the index of a folder says; empty without an index.
+
+    Raises:
+        ValueError: the index is no such map, or names a file outside the folder.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        return {}
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{file} has no "weight_map" of tensors and their files; get the checkpoint again')
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{file} names {name!r:.100}, which is no *.safetensors file of its folder")
+    return weight_map
+
+
+def _read_header(file: Path) -> list[TensorHeader]:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, though the index of the checkpoint names it; get the checkpoint again")
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return [TensorHeader(name, tuple(s.get_shape()), s.get_dtype(), file) for name, s in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is damaged, cut short or no safetensors file ({error}); get the checkpoint again"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty without the file.
+
+    Raises:
+        ValueError: it is too large, is no JSON in UTF-8, holds NaN or infinity, nests deeper than any setting, or is
+            no object.
+    """
+    if not file.is_file():
+        return {}
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, no JSON file of a checkpoint is that large")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        too_deep = _depth(content) > _MAX_DEPTH
+    except RecursionError:
+        too_deep = True
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); get the checkpoint again") from error
+    if too_deep:
+        raise ValueError(f"{file} is not JSON (nested deeper than {_MAX_DEPTH} levels); get the checkpoint again")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object; get the checkpoint again")
+    return content
+
+
+def write_json(file: Path, value: object) -> None:
+    """A JSON file as transformers writes its own: two spaces, characters as they are."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _depth(value: object) -> int:
+    if isinstance(value, dict | list):
+        return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+    return 0
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,232 @@
+"""What a checkpoint holds, read from its headers: no weight is loaded, no module is built, no torch imported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+from emu3.checkpoints.files import TensorHeader, read_headers, read_json
+from emu3.checkpoints.settings import part_of, read_config, read_original_config, read_picture_settings
+from emu3.modeling.legacy import documented_name
+
+Layout = Literal["documented", "legacy", "baai"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+# How names begin -> part of the model; by part of BAAI's layout, "" for the documented one.
+_PARTS: Mapping[str, Mapping[str, str]] = {
+    "": {
+        "model.text_model.embed_tokens.": "embedding",
+        "model.text_model.": "language model",
+        "model.vqmodel.": "vision tokenizer",
+        "lm_head.": "head",
+    },
+    "language": {"model.embed_tokens.": "embedding", "model.": "language model", "lm_head.": "head"},
+    "vision": {"": "vision tokenizer"},
+}
+# A quantized matrix has a bfloat16 scale for each row (8 bits), or scale and zero for each 128 weights (4 bits).
+_GROUP = 128
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint's contents. Counts are elements, memory is bytes of weights, picture areas are pixels.
+
+    Attributes:
+        memory_bfloat16: with the vision tokenizer in float32, as loading keeps it.
+        memory_int8, memory_int4: the same with the matrices of the decoder layers in 8 or 4 bits.
+        abilities: of "draw" and "read", what config.json says that the weights were trained for; None for unknown.
+        missing: what has to be added before it loads, such as BAAI's other repository.
+    """
+
+    path: str
+    layout: Layout
+    tensors: int
+    parameters: int
+    parameters_by_part: Mapping[str, int]
+    parameters_by_dtype: Mapping[str, int]
+    bytes_on_disk: int
+    memory_float32: int
+    memory_bfloat16: int
+    memory_int8: int
+    memory_int4: int
+    context: int | None
+    vocabulary_size: int | None
+    codebook_size: int | None
+    pixels_per_token_side: int | None
+    min_pixels: int | None
+    max_pixels: int | None
+    tokenizer_files: tuple[str, ...]
+    abilities: tuple[str, ...] | None
+    missing: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values for JSON."""
+        return asdict(self)
+
+
+def inspect(folder: Path) -> CheckpointInfo:
+    """Read what a checkpoint holds. Raises ValueError where it is incomplete, damaged or no Emu3 checkpoint."""
+    folders = folders_of(folder)
+    headers = {part: read_headers(place) for part, place in folders.items()}
+    files = [file for place in folders.values() for file in place.iterdir() if file.is_file()]
+    return _summarize(str(folder), folders, headers, [(file.name, file.stat().st_size) for file in files])
+
+
+def inspect_hub(name: str) -> CheckpointInfo:
+    """The same of a hub id `owner/name`. Fetches settings and the headers of weights, a few megabytes, and keeps none.
+
+    Raises:
+        ValueError: as of `inspect`, or the hub has no such repository or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, RepositoryNotFoundError
+
+    hub = HfApi()
+    with TemporaryDirectory() as folder:
+        try:
+            found = hub.model_info(name, files_metadata=True).siblings or []
+            metadata = hub.get_safetensors_metadata(name)
+            hub.snapshot_download(name, allow_patterns="*config.json", local_dir=folder)
+        except RepositoryNotFoundError as error:
+            raise ValueError(f"the hub has no model {name!r} that is open to you") from error
+        except NotASafetensorsRepoError as error:
+            raise ValueError(f"{name!r} holds no model.safetensors; weights in other formats are not read") from error
+        except HfHubHTTPError as error:
+            raise ValueError(f"the hub refused {name!r}: {error}") from error
+        # Which class says so depends on the HTTP library, which the hub's client has changed.
+        except Exception as error:
+            raise ValueError(f"cannot reach the hub for {name!r}: {error}") from error
+        headers = {
+            tensor: TensorHeader(tensor, tuple(entry.shape), entry.dtype, Path(file))
+            for file, content in metadata.files_metadata.items()
+            for tensor, entry in content.tensors.items()
+        }
+        folders = folders_of(Path(folder))
+        files = [(file.rfilename, file.size or 0) for file in found if "/" not in file.rfilename]
+        return _summarize(name, folders, dict.fromkeys(folders, headers), files)
+
+
+def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
+    """The folders of a checkpoint: {"": folder}, or in BAAI's layout "language", "vision" or both.
+
+    Args:
+        source: a folder with config.json, or with the folders "language" and "vision" of BAAI's layout.
+        vision: where BAAI's vision tokenizer lies, if not in `source`.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or `vision` does not go with `source`.
+    """
+    if not (source / "config.json").is_file() and (source / "language" / "config.json").is_file():
+        folders = {"language": source / "language", "vision": source / "vision"}
+    else:
+        part = part_of(read_json(source / "config.json")) or ""
+        if not part:
+            read_config(source)
+        folders = {part: source}
+    if vision is not None:
+        if set(folders) != {"language"}:
+            raise ValueError(f"{vision} is not needed: {source} is not BAAI's language model on its own")
+        folders["vision"] = vision
+    for part, folder in folders.items():
+        config = read_json(folder / "config.json")
+        if part_of(config) != part:
+            raise ValueError(
+                f"{folder} is not the {part} part of BAAI's layout: its model_type is {config.get('model_type')!r:.60}"
+            )
+    return folders
+
+
+def _summarize(
+    path: str,
+    folders: Mapping[str, Path],
+    headers: Mapping[str, Mapping[str, TensorHeader]],
+    files: list[tuple[str, int]],
+) -> CheckpointInfo:
+    """Of the folders that hold the settings, the headers in each, and names and sizes of all files."""
+    tensors = [tensor for part in headers for tensor in tensors_by_part(path, part, headers[part])]
+    by_part = Counter(dict.fromkeys(_PARTS[""].values(), 0))
+    by_dtype: Counter[str] = Counter()
+    for part, header in tensors:
+        by_part[part] += header.elements
+        by_dtype[header.dtype] += header.elements
+    text, vision, pictures, abilities = _settings(folders)
+    # What a config leaves out has the documented default; a part that is not there has none.
+    has_text, has_vision = set(folders) != {"vision"}, set(folders) != {"language"}
+    context, vocabulary = text.get("max_position_embeddings", 9216), text.get("vocab_size", 184622)
+    stages = vision.get("channel_multiplier", vision.get("ch_mult", (1, 2, 2, 4)))
+    is_legacy = any(documented_name(name) != name for name in headers.get("", ()))
+    return CheckpointInfo(
+        path=path,
+        layout="baai" if "" not in folders else "legacy" if is_legacy else "documented",
+        tensors=len(tensors),
+        parameters=by_part.total(),
+        parameters_by_part=dict(by_part),
+        parameters_by_dtype=dict(by_dtype),
+        bytes_on_disk=sum(size for _, size in files),
+        memory_float32=sum(tensor_bytes(*tensor, 32) for tensor in tensors),
+        memory_bfloat16=sum(tensor_bytes(*tensor, 16) for tensor in tensors),
+        memory_int8=sum(tensor_bytes(*tensor, 16, 8) for tensor in tensors),
+        memory_int4=sum(tensor_bytes(*tensor, 16, 4) for tensor in tensors),
+        context=context if has_text else None,
+        vocabulary_size=vocabulary if has_text else None,
+        codebook_size=vision.get("codebook_size", 32768) if has_vision else None,
+        pixels_per_token_side=2 ** (len(stages) - 1) if has_vision else None,
+        min_pixels=pictures.get("min_pixels"),
+        max_pixels=pictures.get("max_pixels"),
+        tokenizer_files=tuple(sorted(name for name, _ in files if "token" in name)),
+        abilities=None if abilities is None else tuple(abilities),
+        missing=("language model",) * (not has_text) + ("vision tokenizer",) * (not has_vision),
+    )
+
+
+def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]) -> list[tuple[str, TensorHeader]]:
+    """Each tensor with the part of the model that it belongs to."""
+    found = []
+    for name, header in headers.items():
+        known = name if folder else documented_name(name)
+        part = next((part for prefix, part in _PARTS[folder].items() if known.startswith(prefix)), None)
+        if part is None:
+            raise ValueError(f"{path} holds tensor {name!r}, which is in no layout of Emu3 checkpoints")
+        found.append((part, header))
+    return found
+
+
+def tensor_bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | None = None) -> int:
+    """Memory of a tensor that is loaded in so many bits, and in others if it is a matrix of a decoder layer."""
+    if "F" not in header.dtype:
+        return header.bytes
+    if matrix_bits and part == "language model" and len(header.shape) == 2:
+        scales = 2 * header.shape[0] if matrix_bits == 8 else 4 * (header.elements // _GROUP)
+        return header.elements * matrix_bits // 8 + scales
+    return header.elements * (32 if part == "vision tokenizer" else bits) // 8
+
+
+def own_dtype(config: Mapping[str, Any], headers: Mapping[str, TensorHeader], device: object = "cpu") -> str:
+    """In which dtype to load a checkpoint that is asked for none: what its config.json says, or how it is stored.
+
+    In float16 a CPU computes slowly. There it is bfloat16, which is as small and loses three of eleven bits: ask for
+    float32 to keep them.
+
+    Returns:
+        "float32", "bfloat16" or "float16".
+    """
+    stored = next((header.dtype for name, header in headers.items() if name.endswith("embed_tokens.weight")), "")
+    name = config.get("dtype") or config.get("torch_dtype") or {"BF16": "bfloat16", "F16": "float16"}.get(stored)
+    if name == "float16" and str(device).startswith("cpu"):
+        return "bfloat16"
+    return name if name in ("bfloat16", "float16") else "float32"
+
+
+def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[str] | None]:
+    """The configs of language model, vision tokenizer and image processor, and the abilities."""
+    if "" in folders:
+        config = read_config(folders[""])
+        pictures = read_picture_settings(folders[""])[0]
+        return config.get("text_config") or {}, config.get("vq_config") or {}, pictures, config.get("abilities")
+    text, vision = (read_original_config(folders[key], key) if key in folders else {} for key in ("language", "vision"))
+    pictures = read_picture_settings(folders["vision"])[0] if "vision" in folders else {}
+    return text, vision, pictures, text.get("abilities")

@@ -1,0 +1,115 @@
+"""Whether a checkpoint fits into memory, from the headers of its files and before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emu3.checkpoints.files import TensorHeader, read_headers
+from emu3.checkpoints.info import own_dtype, tensor_bytes, tensors_by_part
+from emu3.checkpoints.settings import read_config
+
+if TYPE_CHECKING:
+    import torch
+
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+
+def memory_needed(folder: Path) -> dict[str, int]:
+    """Bytes of a checkpoint's weights in "float32", in "bfloat16", and in "int8" with the rest in bfloat16.
+
+    The vision tokenizer is in float32 in each. What a picture needs beside the weights is not counted.
+
+    Raises:
+        ValueError: the folder is no checkpoint that loads, or a file is damaged.
+    """
+    read_config(folder)
+    headers = read_headers(folder)
+    ways = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "int8": ("bfloat16", True)}
+    return {name: _needed(folder, headers, *way) for name, way in ways.items()}
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that can still be taken: of a GPU, or of this machine within the limits of the process's control group.
+
+    Memory that only caches files counts as free. Where the system does not tell, it is all that the machine has, and on
+    Windows any number.
+    """
+    if not str(device).startswith("cpu"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else sys.maxsize
+    try:
+        meminfo = _read_numbers(Path("/proc/meminfo"))
+        return min([meminfo["MemAvailable:"] * 1024, *_free_in_groups()])
+    except (OSError, KeyError):
+        if hasattr(os, "sysconf"):
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return sys.maxsize
+
+
+def check_fits(
+    folder: Path, dtype: torch.dtype | str = "auto", int8: bool = False, device: torch.device | str = "cpu"
+) -> None:
+    """Refuse to load what would not fit. Takes milliseconds.
+
+    Args:
+        folder: a checkpoint that loads.
+        dtype: of the weights; "auto" is the checkpoint's own.
+        int8: whether the layers are loaded in 8 bits.
+        device: where it will run.
+
+    Raises:
+        ValueError: it does not fit; what would is named, if anything would.
+    """
+    config, headers = read_config(folder), read_headers(folder)
+    name = own_dtype(config, headers, device) if dtype == "auto" else str(dtype).removeprefix("torch.")
+    if name not in _BITS:
+        raise ValueError(f"dtype {name!r} is unknown; it is one of auto, {', '.join(_BITS)}")
+    needed, free = _needed(folder, headers, name, int8), free_memory(device)
+    if needed <= free:
+        return
+    ways = {"--dtype bfloat16": _needed(folder, headers, "bfloat16", False)}
+    if str(device).startswith("cpu"):
+        ways["--int8"] = _needed(folder, headers, "bfloat16", True)
+    fitting = [f"{way} needs {count / 1e9:.1f} GB" for way, count in ways.items() if count <= free and count < needed]
+    raise ValueError(
+        f"{folder} needs {needed / 1e9:.1f} GB in {'int8 and ' * int8}{name}, {free / 1e9:.1f} GB are free: "
+        + (", ".join(fitting) or "in no other way does it fit; free some memory, or use a larger machine")
+    )
+
+
+def _needed(folder: Path, headers: Mapping[str, TensorHeader], dtype: str, int8: bool) -> int:
+    tensors = tensors_by_part(str(folder), "", headers)
+    return sum(tensor_bytes(*tensor, _BITS[dtype], 8 if int8 else None) for tensor in tensors)
+
+
+def _free_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Of each control group that this process is in and that has a limit, what is left of it."""
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        # The second version of control groups has no controllers in this line, and other names.
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        prefix = "total_" if controllers else ""
+        place = root / controllers / path.lstrip("/")
+        for group in (place, *place.parents):
+            if not group.is_relative_to(root / controllers):
+                break
+            try:
+                limit, used = ((group / name).read_text().strip() for name in names)
+                stat = _read_numbers(group / "memory.stat")
+            except OSError:  # such as the root, which has no limit
+                continue
+            if limit != "max":
+                cached = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
+                yield int(limit) - int(used) + cached
+
+
+def _read_numbers(file: Path) -> dict[str, int]:
+    """The first two words of each line: a name and a whole number."""
+    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}

@@ -1,0 +1,55 @@
+"""Checkpoints by name: the shipped one, a folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+NANO = Path(__file__).parent.parent / "assets" / "nano"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.tiktoken"]
+
+
+def resolve(name: str | Path, download: bool = False) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+        name: "nano" (shipped with the package), a folder, or a hub id `owner/name`.
+        download: whether a hub id may be fetched. Without it only the local cache of the hub is looked at.
+
+    Raises:
+        ValueError: the name is none of these, or a hub id that is not at hand.
+    """
+    if str(name) == "nano":
+        return NANO
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{str(name)!r} is a file; a checkpoint is the folder that holds config.json")
+    if isinstance(name, str) and is_hub_id(name):
+        return _from_hub(name, download)
+    raise ValueError(f"unknown checkpoint {str(name)!r}: give 'nano', an existing folder, or a hub id 'owner/name'")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name means a repository of the hub: `owner/name`, and no folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
+
+
+def _from_hub(name: str, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=not download))
+    except LocalEntryNotFoundError as error:
+        if download:
+            raise ValueError(f"cannot reach the hub for {name!r}, and its local cache holds no copy") from error
+        raise ValueError(
+            f"{name!r} is no folder here and not in the local cache of the hub; "
+            f"fetch it with `emu3 pull {name}`, or allow it with --download, in Python with `download=True`"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"the hub refused {name!r}: {error}") from error
