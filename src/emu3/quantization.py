@@ -27,8 +27,8 @@ _ZERO = 128
 # Up to here a plain product of 8-bit matrices is faster, and can be compiled; beyond, that of a matrix brought in the
 # order in which the kernels read it.
 _SMALL_MATRIX = 2**20
-# Weights that are quantized at a time.
-_CHUNK = 2**20
+# Weights that are quantized at a time: a megabyte in float32.
+_CHUNK = 2**18
 
 
 class Int8Linear(nn.Module):
