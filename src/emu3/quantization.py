@@ -25,8 +25,8 @@ _LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
 _ACTIVATION_OFFSET = 128
 # Elements of a matrix. Up to here `_int_mm` is faster; above, oneDNN on a matrix packed in the order its kernels read.
 _LARGEST_UNPACKED = 2**20
-# Weights that are quantized at a time.
-_CHUNK = 2**20
+# Weights that are quantized at a time: a megabyte in float32.
+_CHUNK = 2**18
 
 
 class Int8Linear(nn.Module):

@@ -281,10 +281,12 @@ def test_abilities_are_written_and_kept(checkpoints, tmp_path: Path, to: str) ->
 def test_the_command_converts_and_reports(original, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     language, vision = original.parts
     target = tmp_path / "there"
-    cli.app(["convert", str(language), str(target), "--vision", str(vision)], standalone_mode=False)
+    options = ["--vision", str(vision), "--abilities", "draw,read"]
+    cli.app(["convert", str(language), str(target), *options], standalone_mode=False)
     printed = capsys.readouterr()
     assert printed.err == ""
     assert printed.out.startswith(f"{target}  baai to documented: ") and "20 reshaped, none refused" in printed.out
+    assert inspect(target).abilities == ("draw", "read")
     cli.app(["convert", str(target), str(tmp_path / "back"), "--to", "baai", "--json"], standalone_mode=False)
     report = json.loads(capsys.readouterr().out)
     assert (report["target_layout"], len(report["moves"])) == ("baai", len(tensors(original.folder)))

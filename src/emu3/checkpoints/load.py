@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -36,6 +36,7 @@ from emu3.configuration import Emu3Config
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.legacy import documented_name
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.modeling.text import Emu3DecoderLayer
 from emu3.processing import Emu3Processor
 from emu3.quantization import check_int8, quantize_layer
 from emu3.tokenization import CONTROL_TOKENS, encode_plain
@@ -103,24 +104,19 @@ def load_model(
         if device_map is not None:
             raise ValueError("int8 is for one CPU; leave out device_map")
         check_int8(device)
-    # In the dtype in which they are stored, weights stay mapped until they are converted below.
+    # In the dtype in which they are stored, weights stay mapped until they are converted.
     stored = {_STORED.get(header.dtype) for name, header in tensors.items() if "vqmodel" not in name}
-    first = next(iter(stored)) if len(stored) == 1 and device_map is None else wanted
+    first = stored.pop() if len(stored) == 1 and device_map is None else None
     options = {"use_safetensors": True, "local_files_only": True, **({"device_map": device_map} if device_map else {})}
     with _progress_bar(shown=sum(header.bytes for header in headers.values()) > LONG_LOAD):
         model = Emu3ForConditionalGeneration.from_pretrained(folder, config=config, dtype=first or wanted, **options)
         model = cast(Emu3ForConditionalGeneration, model.eval())
-        layers = {f"model.text_model.layers.{n}": layer for n, layer in enumerate(model.model.text_model.layers)}
-        pieces = ["model.vqmodel", "model.text_model.embed_tokens", *layers, "model.text_model.norm", "lm_head"]
-        for name in logging.tqdm([*pieces, "model.text_model.rotary_emb"], desc="Reading weights"):
+        for name in logging.tqdm(_pieces(model), desc="Reading weights"):
             piece = model.get_submodule(name)
-            for own, tensor in (*piece.named_parameters(), *piece.named_buffers()) if device_map is None else ():
-                # Vision tokenizer and counters as they are built, though transformers may have loaded them otherwise.
-                is_text = isinstance(tensor, nn.Parameter) and name != "model.vqmodel"
-                to = wanted if is_text else expected.get(f"{name}.{own}", tensor).dtype
-                tensor.data = tensor.data.to(device, to)
+            if device_map is None:
+                _convert(name, piece, wanted, torch.device(device), expected)
             _check_finite(name, piece, folder)
-            if int8 and name in layers:
+            if int8 and isinstance(piece, Emu3DecoderLayer):
                 quantize_layer(piece)
     for part in (model.config, parts_of(model.config)[0]):
         part.dtype = wanted
@@ -185,11 +181,34 @@ def _dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def _pieces(model: Emu3ForConditionalGeneration) -> list[str]:
+    """Names of the modules that are converted one by one: every layer, and what is beside the layers."""
+    text = [name for name, _ in model.model.text_model.named_children() if name != "layers"]
+    layers = [f"layers.{number}" for number in range(len(model.model.text_model.layers))]
+    return ["model.vqmodel", *(f"model.text_model.{name}" for name in (*text, *layers)), "lm_head"]
+
+
+def _convert(
+    name: str, piece: nn.Module, dtype: torch.dtype, device: torch.device, built: Mapping[str, Tensor]
+) -> None:
+    """Weights of the language model to `dtype`, all others to that in which the model is `built`."""
+    for own, tensor in (*piece.named_parameters(), *piece.named_buffers()):
+        # transformers makes counters of the vision tokenizer real numbers where it loads in 16 bits.
+        is_text = isinstance(tensor, nn.Parameter) and name != "model.vqmodel"
+        tensor.data = tensor.data.to(device, dtype if is_text else built.get(f"{name}.{own}", tensor).dtype)
+
+
 def _check_finite(name: str, piece: nn.Module, folder: Path) -> None:
     """ValueError where a weight is NaN or infinite, or the rotary positions come to that."""
     for own, tensor in (*piece.named_parameters(), *piece.named_buffers()):
         # A sum reads the numbers once and keeps none, and is finite only if they are. Only large ones sum to infinity.
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        # With a device map, what does not fit is left on disk, as "meta".
+        if (
+            tensor.is_floating_point()
+            and not tensor.is_meta
+            and not tensor.sum().isfinite()
+            and not tensor.isfinite().all()
+        ):
             raise ValueError(
                 f"{folder}: {name}.{own} holds NaN or infinite values as {tensor.dtype}; get the checkpoint again, or "
                 "load it in a wider dtype"
