@@ -19,7 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedTokenizerBase
 
 from emu3 import Emu3Config, Emu3ForConditionalGeneration, Emu3ImageProcessor, Emu3Processor
-from emu3.tokenization import RELEASED_TOKENS, tiktoken_tokenizer, visual_token
+from emu3.tokenization import RELEASED_TOKENS, read_tiktoken, visual_token
 
 RANKS = 151_643
 CODES = 32_768
@@ -49,7 +49,7 @@ def write_tokenizer() -> PreTrainedTokenizerBase:
         ranks.write_bytes(b"".join(lines))
         surfaces = ("<|image token|>", "<|image start|>", "<|image end|>", *map(visual_token, range(CODES)))
         visual.write_text("\n".join(surfaces), encoding="utf-8")
-        tokenizer = tiktoken_tokenizer(ranks, visual)
+        tokenizer = read_tiktoken(ranks, visual)
     assert len(tokenizer) == RANKS + len(RELEASED_TOKENS) + len(surfaces)
     return tokenizer
 

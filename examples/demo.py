@@ -33,7 +33,7 @@ def main() -> None:
     looked_at = pictures[1]
     print(f"\nnano looks at {FOLDER / '2.png'}:")
     for request in ("Describe the picture.", "What color is the cat?"):
-        print(f"  {request}  ->  {pipeline.chat((request, [looked_at]))}")
+        print(f"  {request}  ->  {pipeline.chat(request, [looked_at])}")
 
 
 if __name__ == "__main__":
