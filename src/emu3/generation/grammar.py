@@ -184,9 +184,9 @@ class GridGrammar(Grid):
     def ids_of(self, codes_THW: Any) -> Any:
         """Ids (length,) of a picture or clip with these codes, an array (T, H, W): the reverse of `codes_of`."""
         ids = self.vocabulary
-        ids_TX = close_rows(ids.ids_of(codes_THW), ids.eol).reshape(self.frames, -1)
-        frames_TX = np.concatenate((ids_TX, np.full((self.frames, 1), ids.eof)), -1)
-        return np.concatenate((frames_TX.flatten(), [ids.eoi, ids.eos]))
+        rows = close_rows(ids.ids_of(codes_THW), ids.eol).reshape(self.frames, -1)
+        frames = np.concatenate((rows, np.full((self.frames, 1), ids.eof)), -1)
+        return np.concatenate((frames.flatten(), [ids.eoi, ids.eos]))
 
     def rows_of(self, ids: Any) -> Any:
         """Rows (..., frames, height, width + 1), EOL included, of a whole picture's ids (..., length).
