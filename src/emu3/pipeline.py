@@ -17,6 +17,7 @@ import torch
 
 from emu3.chat import Message
 from emu3.checkpoints import resolve
+from emu3.checkpoints.memory import check_fits, free_memory
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
 from emu3.generation.events import Event, Failed, Finished
@@ -95,7 +96,6 @@ class Emu3Pipeline:
         if not isinstance(name, str | Path) or not str(name):
             raise ValueError(f'name must be that of a checkpoint, as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor
-        from emu3.checkpoints.memory import check_fits
 
         device = _pick_device(load)
         folder = resolve(name, download=load.download)
@@ -107,8 +107,11 @@ class Emu3Pipeline:
 
     @cached_property
     def engine(self) -> Engine:
-        """Runs what is asked for; threads may share it."""
-        return Engine(self.model, compiled=self.compiled)
+        """Runs what is asked for; threads may share it. Its cache takes at most half of the memory that is free now."""
+        engine = Engine(self.model, compiled=self.compiled)
+        room = free_memory(self.model.lm_head.weight.device) // 2 // engine.bytes_per_token
+        engine.tokens = max(2 * engine.context, room)
+        return engine
 
     @cached_property
     def layout(self) -> Layout:

@@ -1,7 +1,9 @@
 """The decode loop: legality, independence of neighbours, seeds, and self-consistency."""
 
+import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from emu3.generation.events import Finished, FrameDone, RowDone, Started, Steppe
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import GREEDY, Sampling, choose, guide, uniform_noise
-from emu3.vocabulary import EMU3
+from emu3.vocabulary import EMU3, Vocabulary
 
 
 def prompt(vocabulary, *text):
@@ -173,6 +175,19 @@ def test_requests_that_cannot_run_are_refused(model, vocabulary, text):
 def test_text_without_a_limit_fills_the_context(model, vocabulary, text):
     (ids,) = finished(model, [Request((vocabulary.bos,) * 250, text)])
     assert len(ids) == 6 or ids[-1] == vocabulary.eos
+
+
+def test_a_picture_whose_every_token_is_forced(model, vocabulary):
+    """A codebook of one code leaves nothing to decide, and takes no forward."""
+    one = Vocabulary(visual_base=vocabulary.visual_base, codebook_size=1, control=vocabulary.control)
+    model = copy.deepcopy(model)
+    model.model.vocabulary = one
+    grammar = GridGrammar(2, 3, vocabulary=one)
+    events = list(Engine(model).stream([Request(prompt(one, 5), grammar, GREEDY)]))
+    expected = tuple(grammar.ids_of(np.zeros((1, 2, 3), dtype=int)).tolist())
+    assert [type(event) for event in events] == [Started, Tokens, RowDone, RowDone, FrameDone, Finished]
+    assert events[1] == Tokens(0, 0, expected, (True,) * grammar.length)
+    assert events[-1] == Finished(0, expected, "stop")
 
 
 def test_no_requests_no_events(model):

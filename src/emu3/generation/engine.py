@@ -21,7 +21,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,14 @@ class Engine:
     def context(self) -> int:
         """The most tokens of a prompt and its answer."""
         return int(self._text_model.config.max_position_embeddings)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a slot of the cache takes: keys and values of all layers."""
+        config, dtype = self._text_model.config, working_dtype(self._head)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_key_value_heads or config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
     def submit(self, request: Request) -> int:
         """Take a request on; returns the number by which events name it.
@@ -256,12 +264,17 @@ class Engine:
             self._waiting.extendleft(reversed(admitted))
             raise
         for sequence in admitted:
-            for lane in sequence.lanes:
-                lane.index = self.lanes_in_use + sequence.lanes.index(lane)
-                self._prefixes.add(lane)
-            self._prefilling.append(sequence)
             yield Started(sequence.number, len(sequence.request.prompt_ids), sequence.budget)
             yield from sequence.report_opening()
+            events, reason = sequence.advance()
+            yield from events
+            if reason is not None:  # nothing was left to decide
+                yield self._finish(sequence, reason)
+                continue
+            for index, lane in enumerate(sequence.lanes, self.lanes_in_use):
+                lane.index = index
+                self._prefixes.add(lane)
+            self._prefilling.append(sequence)
 
     def _make_room(self, lanes: int, slots: int) -> None:
         """Give the cache at least so many lanes of so many slots."""
@@ -365,12 +378,15 @@ class Engine:
             events += more
             decided += sequence.emitted - before
             if reason is not None:
-                events.append(Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason))
+                events.append(self._finish(sequence, reason))
                 ended.add(sequence.number)
         self._remove(ended | failed.keys())
         yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
         yield from events
         yield from (Failed(number, error) for number, error in failed.items())
+
+    def _finish(self, sequence: Sequence, reason: Literal["stop", "length"]) -> Finished:
+        return Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason)
 
     def _remove(self, numbers: set[int]) -> None:
         """Drop some of the sequences, and close the gaps that their lanes leave."""
