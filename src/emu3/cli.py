@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from emu3.options import Answer, Draw, Load, parse_decoding
+from emu3.options import Answer, Draw, Load, check_text, parse_decoding
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,6 +106,8 @@ def image(
     as_json: JsonOption = False,
 ) -> None:
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
+    for prompt in prompts:
+        check_text("prompt", prompt)
     paths = _output_paths(output, len(prompts))
     seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
     settings = asdict(replace(draw, seed=seed))
@@ -136,6 +138,7 @@ def chat(
     as_json: JsonOption = False,
 ) -> None:
     """Ask about a picture."""
+    check_text("question", question)
     opened = _read_picture(picture)
     pipeline = _load_pipeline(model, load)
     said = pipeline.chat(question, [opened], **asdict(answer))

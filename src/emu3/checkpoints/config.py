@@ -152,10 +152,8 @@ class RefusedTensorsError(ValueError):
         )
 
 
-def expected_tensors(config: Emu3Config, headers: Mapping[str, TensorHeader], file: Path) -> dict[str, Tensor]:
-    """Name in the documented layout -> tensor on the meta device, of every tensor that a config asks for.
-
-    A head that is tied to the embedding is asked for only if it is there.
+def build_on_meta(config: Emu3Config, headers: Mapping[str, TensorHeader], file: Path) -> Emu3ForConditionalGeneration:
+    """The model of a config, without its weights.
 
     Args:
         config: as of `build_config`.
@@ -177,11 +175,19 @@ def expected_tensors(config: Emu3Config, headers: Mapping[str, TensorHeader], fi
             )
     try:
         with torch.device("meta"):
-            tensors = dict(Emu3ForConditionalGeneration(config).state_dict())
+            return Emu3ForConditionalGeneration(config)
     # What it raises depends on which of the settings is odd, of some of which only transformers knows.
     except Exception as error:
         raise ValueError(f"{file} describes a model that cannot be built: {error}; get the checkpoint again") from error
-    if config.tie_word_embeddings and not any(name.endswith("lm_head.weight") for name in headers):
+
+
+def expected_tensors(model: Emu3ForConditionalGeneration, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:
+    """Name in the documented layout -> tensor on the meta device, of every tensor that a model on it asks for.
+
+    A head that is tied to the embedding is asked for only if `headers`, of any layout, have it.
+    """
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings and not any(name.endswith("lm_head.weight") for name in headers):
         del tensors["lm_head.weight"]
     return tensors
 

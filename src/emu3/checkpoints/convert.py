@@ -34,7 +34,7 @@ from emu3.checkpoints.baai import (
     read_tokenizer,
     write_original_files,
 )
-from emu3.checkpoints.config import build_config, check_tensors, expected_tensors, parts_of
+from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, expected_tensors, parts_of
 from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, write_json
 from emu3.checkpoints.info import LAYOUTS, Layout, folders_of
 from emu3.checkpoints.load import load_processor
@@ -269,7 +269,7 @@ def _place(layout: Layout, name: str, shape: Shape) -> tuple[str, Shape]:
 
 def _plan(source: _Source, layout: Layout, name: str) -> list[Move]:
     """What goes where. Raises `RefusedTensorsError` unless the tensors are exactly those of the config."""
-    wanted = expected_tensors(source.config, source.headers, Path(name) / "config.json")
+    wanted = expected_tensors(build_on_meta(source.config, source.headers, Path(name) / "config.json"), source.headers)
     places = {
         documented: _place(source.layout, documented, tuple(tensor.shape)) for documented, tensor in wanted.items()
     }

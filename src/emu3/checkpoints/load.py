@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from emu3.checkpoints.config import (
     build_config,
+    build_on_meta,
     check_factor,
     check_tensors,
     expected_tensors,
@@ -56,7 +58,6 @@ _CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
     ],
 )
-_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _GENERATION, _TOKENIZER_FILES = "generation_config.json", ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -95,7 +96,8 @@ def load_model(
     if len(tensors) < len(headers):
         twice = next(name for name in headers if documented_name(name) != name and documented_name(name) in headers)
         raise ValueError(f"{folder} holds {twice!r} and {documented_name(twice)!r}, two names of one tensor; keep one")
-    expected = expected_tensors(config, headers, folder / "config.json")
+    model = build_on_meta(config, headers, folder / "config.json")
+    expected = expected_tensors(model, headers)
     check_tensors(str(folder), expected, tensors)
     _check_weight_files(folder, headers)
     _check_generation(folder, parts_of(config)[0].vocab_size)
@@ -104,12 +106,13 @@ def load_model(
         if device_map is not None:
             raise ValueError("int8 is for one CPU; leave out device_map")
         check_int8(device)
-    # In the dtype in which they are stored, weights stay mapped until they are converted.
-    stored = {_STORED.get(header.dtype) for name, header in tensors.items() if "vqmodel" not in name}
-    first = stored.pop() if len(stored) == 1 and device_map is None else None
-    options = {"use_safetensors": True, "local_files_only": True, **({"device_map": device_map} if device_map else {})}
     with _progress_bar(shown=sum(header.bytes for header in headers.values()) > LONG_LOAD):
-        model = Emu3ForConditionalGeneration.from_pretrained(folder, config=config, dtype=first or wanted, **options)
+        if device_map is None:
+            _map_weights(model, tensors, folder)
+        else:
+            model = Emu3ForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=wanted, device_map=device_map, use_safetensors=True, local_files_only=True
+            )
         model = cast(Emu3ForConditionalGeneration, model.eval())
         for name in logging.tqdm(_pieces(model), desc="Reading weights"):
             piece = model.get_submodule(name)
@@ -121,6 +124,24 @@ def load_model(
     for part in (model.config, parts_of(model.config)[0]):
         part.dtype = wanted
     return model
+
+
+def _map_weights(model: Emu3ForConditionalGeneration, tensors: Mapping[str, TensorHeader], folder: Path) -> None:
+    """Put the tensors of a folder into a model on the meta device. They are mapped from their files, not read."""
+    by_file: dict[Path, list[str]] = {}
+    for name, header in tensors.items():
+        by_file.setdefault(header.file, []).append(name)
+    mapped: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            mapped |= {name: opened.get_tensor(tensors[name].name) for name in names}
+    model.load_state_dict(mapped, strict=False, assign=True)  # a tied head may be missing
+    text_model = model.model.text_model
+    text_model.rotary_emb = type(text_model.rotary_emb)(text_model.config)  # its buffers are in no file
+    model.tie_weights()
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / _GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def load_processor(path: str | Path) -> Emu3Processor:

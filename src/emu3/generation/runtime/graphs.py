@@ -1,9 +1,9 @@
-"""Forwards recorded once and replayed: on a GPU a step of a small batch waits for its launches otherwise.
+"""Forwards recorded once and replayed (CUDA graphs): without them, a step of a small batch waits for kernel launches.
 
-A recording fits one shape only, so lengths are rounded up: tokens a row to a power of two, the slots that attention
-reads to a multiple of `SLOTS`.
+A recording fits one shape only. So lengths are rounded up: tokens of a lane to a power of two, and the slots that
+attention reads to a multiple of `SLOTS`.
 
-B rows, S tokens a row, E model width.
+Shapes: B lanes, S tokens of a lane, E model width.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Recording:
 
 @dataclass(frozen=True, eq=False)
 class RecordedForward:
-    """A forward over one cache, with the call of `Forward`. The result is overwritten by the next call."""
+    """Called like a `Forward`, for one cache. The next call overwrites the result of this one."""
 
     forward: Forward
     recordings: dict[tuple[int, int, int], Recording] = field(default_factory=dict)
