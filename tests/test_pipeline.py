@@ -18,7 +18,7 @@ from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, RowDone, Started
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.pipeline import Emu3Pipeline
+from emu3.pipeline import Emu3Pipeline, Result
 from emu3.processing import Emu3Processor
 from emu3.tokenization import train_tokenizer, vocabulary_map
 
@@ -260,6 +260,33 @@ def test_chat_at_a_temperature_follows_its_seed(pipeline):
 def test_what_cannot_be_drawn_is_refused(pipeline, wrong, message):
     with pytest.raises(ValueError, match=message):
         pipeline.image(**{"prompts": "a cat"} | wrong)
+
+
+def test_a_call_that_ends_early_leaves_nothing_behind(pipeline):
+    """A schedule that fails, a listener that raises, and a stream that nobody reads to its end."""
+    prompts = ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="guidance schedule fails at token 4"):
+        pipeline.image(prompts, **SMALL, guidance_scale=lambda progress: 2 if progress < 0.15 else 1 / 0)
+    assert pipeline.engine.idle
+
+    def interrupt(event):
+        if isinstance(event, RowDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.image(prompts, **SMALL, on_event=interrupt)
+    assert pipeline.engine.idle
+    stream = pipeline.stream(prompts, **SMALL, seed=1)
+    next(stream)
+    stream.close()
+    assert pipeline.engine.idle
+    results = [event for event in pipeline.stream(prompts, **SMALL, seed=1) if isinstance(event, Result)]
+    expected = pipeline.image(prompts, **SMALL, seed=1)
+    assert arrays([event.output for event in sorted(results, key=lambda event: event.request)]) == arrays(expected)
+    (answer,) = [
+        event.output for event in pipeline.stream("what?", [picture(3)], max_new_tokens=4) if isinstance(event, Result)
+    ]
+    assert answer == pipeline.chat("what?", [picture(3)], max_new_tokens=4)
 
 
 def test_what_cannot_be_answered_is_refused(pipeline):

@@ -37,7 +37,7 @@ Message = Mapping[str, Any]
 """`{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": picture}]}`.
 
 In place of "image", the keys "url", "path" and "base64" name where a picture lies, as
-`emu3.image_processing.open_picture` reads it.
+`emu3.pictures.open_picture` reads it.
 """
 
 STAND_IN = re.compile("\ue000(\\d+)\ue001")

@@ -6,7 +6,8 @@ What a user writes is plain text: "<image>" or "<|image start|>" in it are chara
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -208,22 +209,24 @@ class Emu3Pipeline:
             other = {"draw": "Emu3-Gen", "read": "Emu3-Chat"}[ability]
             raise ValueError(f"this checkpoint does not {what}, says its config.json; load one that does, as {other}")
 
-    def _run(self, requests: list[Request]) -> Iterator[Event | Result]:
-        for event in self.engine.stream(requests):
-            yield event
-            if isinstance(event, Failed):
-                raise ValueError(event.error)
-            if isinstance(event, Finished):
-                yield Result(event.request, self._decode(requests[event.request], event.ids))
+    def _run(self, requests: list[Request]) -> Generator[Event | Result]:
+        with closing(self.engine.stream(requests)) as events:  # what is under way is cancelled where this ends early
+            for event in events:
+                yield event
+                if isinstance(event, Failed):
+                    raise ValueError(event.error)
+                if isinstance(event, Finished):
+                    yield Result(event.request, self._decode(requests[event.request], event.ids))
 
     def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
         """What each request comes to."""
         outputs: dict[int, Any] = {}
-        for event in self._run(requests):
-            if isinstance(event, Result):
-                outputs[event.request] = event.output
-            elif on_event is not None:
-                on_event(event)
+        with closing(self._run(requests)) as events:
+            for event in events:
+                if isinstance(event, Result):
+                    outputs[event.request] = event.output
+                elif on_event is not None:
+                    on_event(event)
         return [outputs[number] for number in range(len(requests))]
 
     def _drawings(self, prompts: str | Sequence[str], draw: Draw) -> list[Request]:

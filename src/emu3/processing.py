@@ -34,7 +34,7 @@ Parts = list[str | int]
 
 # Every control and visual token is spelled <...> without further angle brackets inside.
 _SURFACE = re.compile(r"(<[^<>]*>)")
-# What only the tokenizer itself can tell of a text: then it reads the whole prompt, pictures written out.
+# Options that only the tokenizer can serve. It then gets the whole prompt as a string, with pictures written out.
 _BY_TOKENIZER = {
     "is_split_into_words",
     "return_length",
@@ -61,7 +61,7 @@ class Emu3TextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]  # its 
 class Emu3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
     """What a call of the processor may say beside texts and pictures."""
 
-    # Older releases read it; as an annotation it would be an argument.
+    # Older releases of transformers read `_defaults`. With an annotation it would become an argument of the call.
     _defaults = {}  # type: ignore[var-annotated]  # noqa: RUF012
 
     text_kwargs: Emu3TextKwargs
@@ -118,7 +118,7 @@ class Emu3Processor(ProcessorMixin):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        # No argument by name: an option of calls has its default as an attribute in transformers.
+        # In `kwargs`, as transformers takes the default of a call's option from an attribute of that name.
         self.image_area = kwargs.pop("image_area", self.image_area)
         self.image_token: str = tokenizer.image_token
         self.image_token_id: int = tokenizer.image_token_id
@@ -135,7 +135,7 @@ class Emu3Processor(ProcessorMixin):
             **kwargs,
         )
 
-    # transformers saves and loads what `__init__` names, and there no option of calls may have a name.
+    # transformers saves and loads only what `__init__` names. `image_area` is not named there, so these methods add it.
     def to_dict(self) -> dict[str, Any]:
         own = {} if self.image_area == type(self).image_area else {"image_area": self.image_area}
         return dict(super().to_dict()) | own
@@ -168,7 +168,7 @@ class Emu3Processor(ProcessorMixin):
 
         Args:
             images: pictures in the order of their marks, flat or one list per text. An address, a path or base64 is
-                read, see `emu3.image_processing.open_picture`.
+                read, see `emu3.pictures.open_picture`.
             text: one prompt, or B of them; None gives the pictures alone.
             videos: left out, which is logged.
             return_for_image_generation: end each prompt where its picture begins; takes no `images`.
@@ -387,7 +387,7 @@ class Emu3Processor(ProcessorMixin):
         tokens = [(height // ratio) * (width // ratio + 1) for height, width in sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
 
-    def _encoded(
+    def _process_pictures(
         self, images: Any, marks: Sequence[int], for_images: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
         """The image processor's output, and the sizes in tokens of the pictures, one for each mark."""
@@ -407,7 +407,7 @@ class Emu3Processor(ProcessorMixin):
         for_images: Mapping[str, Any],
     ) -> BatchFeature:
         """As `_assemble`, by the tokenizer itself, which is given whole prompts as strings."""
-        data, _ = self._encoded(images, [text.count(self.image_token) for text in texts], for_images)
+        data, _ = self._process_pictures(images, [text.count(self.image_token) for text in texts], for_images)
         replacements = [self.replace_image_token(data, index) for index in range(len(data.get("image_sizes", ())))]
         if for_text.get("add_special_tokens", True):
             texts = [text if text.startswith(self.bos_token) else self.bos_token + text for text in texts]
@@ -441,7 +441,8 @@ class Emu3Processor(ProcessorMixin):
         for_images: Mapping[str, Any],
     ) -> BatchFeature:
         """Ids of `prompts` with `images` at their marks; `sizes` in tokens of the pictures that they ask for."""
-        data, picture_sizes = self._encoded(images, [parts.count(self.image_token_id) for parts in prompts], for_images)
+        marks = [parts.count(self.image_token_id) for parts in prompts]
+        data, picture_sizes = self._process_pictures(images, marks, for_images)
         rows: list[list[int]] = []
         remaining = iter(picture_sizes)
         for parts in prompts:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -42,7 +42,7 @@ from emu3.options import check_whole
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
-# With more tokens than this in a forward, it is arithmetic that takes the time, and wrong guesses cost it.
+# Above this many tokens, each token makes a forward slower, so wrong guesses cost time.
 _MOST_TOKENS = 128
 # Prompts of so many tokens or fewer may be padded to one another: a forward of its own costs more.
 _SHORT_CHUNK = 32
@@ -81,7 +81,7 @@ class Engine:
     Args:
         model: in evaluation mode. Call `refresh` after its weights were changed.
         lanes: most prompts in the cache; a request under guidance takes two. What does not fit waits.
-        tokens: most slots of the cache, lanes times the longest of them; None: as many as the lanes may need.
+        tokens: most slots of the cache: the number of lanes times the slots of the longest. None: no limit but `lanes`.
         chunk: most tokens of a prompt that one step feeds.
         compiled: whether to compile the layers for the steps, and on a GPU to record them (CUDA graphs); takes a
             while at first, and needs a C++ compiler on a CPU.
@@ -186,7 +186,7 @@ class Engine:
                 stream.hear(events)
             return events
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def stream(self, requests: Iterable[Request]) -> Generator[Event]:
         """Run requests and report as tokens come. Events name a request by its place in the list.
 
         What is not finished when the iterator is closed is cancelled.
@@ -309,7 +309,7 @@ class Engine:
         self._run = RecordedForward(self._forward) if recorded else self._forward
 
     def _prefill(self) -> Iterator[Event]:
-        """2. Feed the next chunk of every prompt that does not wait for another one to share its beginning."""
+        """2. Feed a chunk of every prompt, except those whose beginning another lane is still computing."""
         chunks: list[tuple[Lane, int]] = []
         ready = [(lane, lane.source is None or lane.source.filled >= lane.shared or not lane.source.alive)
                  for sequence in self._prefilling for lane in sequence.lanes]  # fmt: skip
@@ -333,6 +333,7 @@ class Engine:
             yield Stepped(len(group), hidden_BSE.shape[0] * hidden_BSE.shape[1], 0, prefill=True)
         for lane, end in chunks:
             lane.filled = end
+        # Only from the front, so that lanes that decode stay first: a short prompt may wait for a longer one.
         while self._prefilling and self._prefilling[0].prefilled:
             self._decoding.append(self._prefilling.pop(0))
 
@@ -360,6 +361,7 @@ class Engine:
         drawn, finite = self._draw(hidden_BSE, targets)
         events: list[Event] = []
         ended, decided, first = set(failed), 0, 0
+        # `drawn` has one table for each way to draw; `taken` counts its rows that earlier sequences have used.
         taken: defaultdict[Draw, int] = defaultdict(int)
         for sequence, step in planned:
             target, count, part, before = targets[first], len(step.targets), sequence.part, sequence.emitted
@@ -428,8 +430,7 @@ class Engine:
         return self._run(self._cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
 
     def _draw(self, hidden_BSE: Tensor, targets: list[Target]) -> tuple[dict[Draw, Tensor], list[bool]]:
-        """5. Draw: for each way to draw the rows of its targets, in their order; and whether each target's logits are
-        finite."""
+        """5. Draw: for each draw function the rows of its targets, in order; and which targets have finite logits."""
         groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
             groups[target.draw, *target.alike].append(n)
@@ -447,7 +448,10 @@ class Engine:
         return drawn, _sorted_rows(torch.cat(finite), everything).tolist()
 
     def _logits(self, hidden_BSE: Tensor, targets: list[Target], span: tuple[int, int], scale: float | None) -> Tensor:
-        """Logits (B, V) in float32 of the ids lo..hi-1 only, guided by the lane behind each if there is a scale."""
+        """Logits (B, V) in float32 of the ids lo..hi-1 only.
+
+        With a scale, each is guided by the next lane, which holds the negative prompt.
+        """
         lanes, places = [target.lane for target in targets], [target.place for target in targets]
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
@@ -473,7 +477,7 @@ def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, 
 
 
 def _sorted_rows(rows: Tensor, numbers: list[int]) -> Tensor:
-    """Rows in the order of their numbers. Single values come to the CPU: one wait for the device in a step."""
+    """Rows in the order of their numbers. Single values move to the CPU first: one wait for the device in a step."""
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     rows = rows.cpu() if rows.ndim == 1 else rows
     return rows if order == list(range(len(order))) else rows[order]

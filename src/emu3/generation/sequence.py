@@ -23,7 +23,7 @@ from emu3.generation.sampling import uniform_noise
 
 @dataclass(eq=False)
 class Lane:
-    """One prompt of a request in the cache, where its answer goes in behind it.
+    """One prompt of a request and its lane in the cache; the answer's tokens follow it there.
 
     Attributes:
         prompt: ids.
@@ -59,8 +59,8 @@ class Part:
         decoder: decides it.
         state: what the decoder keeps.
         start: where it begins in the answer.
-        pending: tokens of the part before that are not in the cache yet, but for its last one.
-        turn: of everything before this part in the cache.
+        pending: how many of the previous part's tokens are not in the cache yet, its last token not counted.
+        turn: all that lies before this part counts as this turn; the part's own turns are added to it.
         last_turn: the latest turn in this part so far.
     """
 
@@ -85,7 +85,7 @@ class Sequence:
         ids: the answer; UNDECIDED where nothing is decided. Ids that a grammar forces are known when its part begins.
         lanes: one for each prompt.
         part: the part that is being written.
-        emitted: how many tokens have been reported.
+        emitted: how many tokens have been reported; not always the first ones, as ZipAR decides several rows at once.
         newest: the position that was decided last.
     """
 
@@ -124,6 +124,7 @@ class Sequence:
 
     def inputs(self, step: Step) -> list[Inputs]:
         """What the step feeds into each lane."""
+        # Position -1 is the prompt's last token, so negative positions index the prompt from its end.
         part = self.part
         before = range(-1 - part.pending, -1) if part.pending else ()
         positions = [part.start + k for k in (*before, *step.inputs)]

@@ -9,8 +9,8 @@ The temporal part turns each group of `temporal_downsample_factor` frames into o
 A single picture is, by definition, a clip that repeats it. The 2-D parts treat frames independently, so they run once:
 encoding repeats the latents and not the pixels, and decoding keeps only the first frame for the 2-D part.
 
-Letters: B, C, T, H, W, see CONTRIBUTING.md. Each name counts in its own units, pixels or codes. Codes and their latents
-are fewer: in H and W by `spatial_scale_factor`, in T by `temporal_downsample_factor`.
+Letters: B, C, T, H, W, see CONTRIBUTING.md. H and W count pixels for pictures, and codes for codes and latents. Codes
+and their latents are fewer: in H and W by `spatial_scale_factor`, in T by `temporal_downsample_factor`.
 """
 
 from __future__ import annotations
@@ -265,8 +265,8 @@ class Emu3VQVAE(AnyLayoutModel):
         """Codes of pictures or clips.
 
         Args:
-            pixel_values: pictures (B, C, H, W) or clips (B, T, C, H, W). Samples smaller than H x W are padded at the
-                bottom and on the right.
+            pixel_values: pictures (B, C, H, W) or clips (B, T, C, H, W). Samples smaller than H x W come padded at
+                the bottom and on the right.
             image_sizes: (B, 2), height and width in pixels of each sample without its padding.
             **kwargs: `output_hidden_states` gives the input of the first residual block and the output of each;
                 `output_attentions` the weights of every attention, if it is eager. A picture then counts as a clip of

@@ -1,7 +1,10 @@
-"""Guesses of tokens to come, several verified by one forward. `predictive` and `zipar` differ in the order only.
+"""Guesses of tokens to come, several verified by one forward: what `predictive` and `zipar` share.
 
-Input j is the token at position j - 1, and it decides position j. Everything here that is indexed by j is about that
-pair. For a picture of rows of three tokens:
+The two differ in the order, and in how many positions a step may decide.
+
+Input j is the token at position j - 1, and it decides position j. `turns` and `cached` are indexed by input. `ids`,
+`guesses`, and the inputs and targets of a `Step` are positions; position k goes in as input k + 1. For a picture of
+rows of three tokens:
 
     j                 0     1    2    3    4
     input           <img>   v0   v1   v2  EOL       the token at position j - 1
@@ -18,6 +21,8 @@ tokens that it saw, and a guess is right exactly if it equals the id that is dra
     drawn             a    b    x    y    z         all by one forward
     decided           a    b    x                   x saw a and b, which are right
     next guess                       y    z         y and z saw c, which is wrong
+
+What went in wrong stays in the cache until it is fed again. A step feeds every such input that its targets see.
 
 Source: Wiggers and Hoogeboom, arXiv 2002.09928.
 """
@@ -41,7 +46,7 @@ from emu3.generation.grammar import Grammar, Grid
 _WEIGHT_OF_LAST_STEP = 0.1
 # Positions that are tried for each one that turned out right lately. Each costs a little.
 _TRIED_PER_RIGHT_GUESS = 3
-# Where guesses lately failed, none is tried. Such a step adds this to the average, so that one is tried now and then.
+# A step without guesses adds this to the average, so that guessing is tried again after some steps.
 _RECOVERY = 0.01
 
 
@@ -51,7 +56,7 @@ def turns_of(grid: Grid, lag: int) -> NDArray[np.int64]:
 
     Args:
         grid: frames follow one another.
-        lag: turns by which a row is behind the row above. As many as a row has tokens: raster order.
+        lag: turns by which a row is behind the row above. `grid.width`, the visual tokens of a row, is raster order.
     """
     lag = min(lag, grid.width)
     frame_turns = (grid.height - 1) * lag + grid.width
@@ -64,7 +69,10 @@ def turns_of(grid: Grid, lag: int) -> NDArray[np.int64]:
 def guess_from_neighbour(
     grid: Grid, k: int, ids: NDArray[np.int64], guesses: Mapping[int, int] | NDArray[np.int64]
 ) -> int:
-    """The id that position k probably has: that of the same place in the frame before, else on the left, else above.
+    """The id that position k probably has: that of its neighbour, as areas are alike.
+
+    The neighbour is the same place in the frame before, else the one on the left, else the one above. The first
+    position has none, and gets the lowest legal id.
 
     Args:
         grid: of the picture.
@@ -111,7 +119,7 @@ class Guesses:
         return cls(grid, turns, np.full(grid.length, UNDECIDED), np.zeros(len(turns), dtype=bool))
 
     def propose(self, ids: NDArray[np.int64], most: int) -> Step:
-        """Decide the positions of the next turn, and about `most` positions in all. See `Decoder.propose`."""
+        """Targets: the positions of the next turn, and more where guesses were right lately, up to about `most`."""
         undecided = (ids == UNDECIDED).nonzero()[0]
         turns = self.turns[undecided]
         ahead = _TRIED_PER_RIGHT_GUESS * self.right_lately
@@ -132,7 +140,7 @@ class Guesses:
         """Compare guesses with what was drawn: the positions that are decided, with their ids.
 
         A wrong guess at position w went in as input w + 1. Position k saw it if w < k and `turns[w + 1] <= turns[k]`.
-        With `window=1` two rows go on at once, so a wrong guess spoils its own row and the row below it, from there on:
+        Two rows with `window=1`: a wrong guess spoils the rest of its row, and the row below from the same column on:
 
             guess   a b c d      drawn   a x c d      decided   a x . .      b went in at turn 2: c and d saw it,
                     e f g h              e f g h                e . . .      and so did f; e is of turn 1

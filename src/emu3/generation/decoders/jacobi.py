@@ -1,6 +1,6 @@
 """Speculative Jacobi decoding: draft a window of tokens, verify all of it in one forward, keep what passes.
 
-1. Draft the next tokens: at first each like its neighbour, later as step 4 left them.
+1. Draft the next tokens: first those that step 4 left, then each new position like its neighbour.
 2. One forward gives the model's distribution p of every position in the window.
 3. A draft x that was drawn from q is kept with probability min(1, p(x) / q(x)). Else it is replaced by a draw from what
    p has more than q: max(0, p - q), normalised. Either way the token is distributed as p.
@@ -8,8 +8,8 @@
    they become the drafts of the next step. Their q is the p of step 2, also for a draft that was kept.
 
 Lossless: the tokens have the distribution of raster decoding with the same guidance and sampling, but a seed gives
-another picture. At temperature 0 it is the same picture. Step 4 makes drafts change rarely, so that long runs of them
-pass at once. With the old q of a kept draft the tokens would drift from p.
+another picture. At temperature 0 it is the same picture. Step 3 replaces few drafts, so those handed on are mostly
+settled, and long runs pass at once. With the old q of a kept draft the tokens would drift from p.
 
 Sources: the rule of step 3 is Leviathan et al., arXiv 2211.17192; drafts of the forward before are SJD, arXiv
 2410.01699; verifying the whole window is SCD, arXiv 2510.24211; the new q for kept drafts is SJD-PAC, arXiv 2603.18599.
@@ -98,7 +98,7 @@ class JacobiDecoder(Decoder[Drafts]):
         return Drafts(grammar, torch.Generator().manual_seed(seed))
 
     def propose(self, state: Drafts, ids: NDArray[np.int64], most: int) -> Step:
-        """Step 1: draft the next undecided positions, and decide all of them."""
+        """Step 1: drafts for the next `window` undecided positions, all of which are targets. `most` is not used."""
         start = max(0, state.next_input)
         targets: list[int] = ((ids[start:] == UNDECIDED).nonzero()[0][: self.window] + start).tolist()
         drafts = dict(zip(targets, state.ids, strict=False))

@@ -54,7 +54,7 @@ class Decoder(ABC, Generic[State]):
 
     @abstractmethod
     def propose(self, state: State, ids: NDArray[np.int64], most: int) -> Step:
-        """The next step.
+        """The next step. All of its targets have the same legal ids.
 
         Args:
             state: of this part.

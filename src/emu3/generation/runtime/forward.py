@@ -5,9 +5,9 @@ A step of a small batch is mostly the overhead of its operations. So, compared w
 - Linear layers that share their input are one product (`fuse_linears`).
 - Cosines and sines are looked up for all slots. Queries and keys are rotated together.
 - Query heads that share a key-value head become further queries of that head. So no key is copied.
-- On a CPU with weights of 16 bits, only the products with weights are in 16 bits: its other kernels are slower in them.
+- On a CPU with 16-bit weights only products with weights use 16 bits; all else is faster in float32.
 
-A test holds the two together, layer by layer.
+Tests compare the two: greedy decoding by the engine and by `generate`, token for token.
 
 Shapes: B lanes, S tokens of a lane, E model width, N query heads, K key-value heads, L slots, D width of a head.
 """
@@ -37,7 +37,8 @@ _ANGLES_CHANGE = ("dynamic", "longrope")
 _MANY_QUERIES = 256
 # Up to so many layers are compiled as one, which is faster but takes minutes for many; else layer by layer.
 FEW_LAYERS = 8
-# Up to so many weights, a matrix is kept in oneDNN's own order: to reorder it costs as much as a product of a few rows.
+# Matrices up to this size are stored a second time, in oneDNN's order. Reordering at each call would cost as much as
+# a product of a few rows.
 SMALL_MATRIX = 2**20
 
 
@@ -223,7 +224,7 @@ class Forward:
         bias = (bias_BSL.repeat(1, groups, 1) if groups > 1 else bias_BSL)[:, None]
         if bias.shape[2] < _MANY_QUERIES:
             bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
-        run = self.run if lanes is None else run_layers
+        run = self.run if lanes is None else run_layers  # prompts run uncompiled, as their shapes hardly come back
         hidden_BSE = run(
             self.layers,
             hidden_BSE,
