@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from emu3.generation.broken import cause_of_broken_logits
-from emu3.generation.decoders.protocol import Step
 from emu3.generation.events import Event, Failed, Finished, Started, Stepped
 from emu3.generation.grammar import Grid
 from emu3.generation.prefixes import Prefixes
@@ -35,8 +34,8 @@ from emu3.generation.request import Request
 from emu3.generation.runtime.cache import SlotCache
 from emu3.generation.runtime.forward import Forward, linear, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
-from emu3.generation.sampling import Sampling, guide
-from emu3.generation.sequence import Inputs, Lane, Sequence
+from emu3.generation.sampling import guide
+from emu3.generation.sequence import Draw, Inputs, Lane, Plan, Sequence
 from emu3.options import check_whole
 
 if TYPE_CHECKING:
@@ -48,26 +47,6 @@ _MOST_TOKENS = 128
 _SHORT_CHUNK = 32
 # The cache grows to a multiple of so many slots.
 _SLOT_STEP = 64
-
-Draw = Callable[[Tensor, Sampling, Tensor], Tensor]
-
-
-class Target(NamedTuple):
-    """A position to decide, of one of the sequences that decode.
-
-    Attributes:
-        lane: of its conditional prompt.
-        place: in that lane's inputs.
-        noise: the position's own number.
-        alike: targets with equal values share the head, the sorting and the draw: span, guidance scale, sampling.
-        draw: of its decoder; see `Decoder.draw`.
-    """
-
-    lane: int
-    place: int
-    noise: float
-    alike: tuple[tuple[int, int], float | None, Sampling]
-    draw: Draw
 
 
 class Engine:
@@ -339,58 +318,43 @@ class Engine:
 
     def _decode(self) -> Iterator[Event]:
         """3. to 6. One forward of all sequences that decode."""
-        planned: list[tuple[Sequence, Step]] = []
-        inputs: list[Inputs] = []
-        targets: list[Target] = []
+        planned: list[tuple[Sequence, Plan]] = []
         failed: dict[int, str] = {}
         most = max(1, _MOST_TOKENS // max(1, sum(len(sequence.lanes) for sequence in self._decoding)))
         for sequence in self._decoding:
-            step = sequence.propose(most)
-            # A sequence whose guidance fails still runs in this forward, so that lanes stay in place.
             try:
-                scales = [sequence.request.scale(sequence.part.grammar, k) for k in step.targets]
-            except ValueError as error:
+                planned.append((sequence, sequence.plan(most)))
+            except ValueError as error:  # its guidance schedule
                 failed[sequence.number] = str(error)
-                scales = [None] * len(step.targets)
-            targets += self._targets(sequence, step, scales, lane=len(inputs))
-            inputs += sequence.inputs(step)
-            planned.append((sequence, step))
-        if not planned:
-            return
-        hidden_BSE = self._feed(inputs)
-        drawn, finite = self._draw(hidden_BSE, targets)
-        events: list[Event] = []
-        ended, decided, first = set(failed), 0, 0
-        # `drawn` has one table for each way to draw; `taken` counts its rows that earlier sequences have used.
-        taken: defaultdict[Draw, int] = defaultdict(int)
-        for sequence, step in planned:
-            target, count, part, before = targets[first], len(step.targets), sequence.part, sequence.emitted
-            own_finite, first = finite[first : first + count], first + count
-            row, taken[target.draw] = taken[target.draw], taken[target.draw] + count
-            if sequence.number in failed:
-                continue
-            if not all(own_finite):
-                position = part.start + step.targets[own_finite.index(False)]
-                why = cause_of_broken_logits(self._text_model, self.model.lm_head, sequence.request.prompt_ids)
-                failed[sequence.number] = f"the model gives no finite logits for token {position}: {why}"
-                continue
-            rows = drawn[target.draw][row : row + count]
-            events += sequence.decide(step, part.decoder.accept(part.state, step, rows, lo=target.alike[0][0]))
-            more, reason = sequence.advance()
-            events += more
-            decided += sequence.emitted - before
-            if reason is not None:
-                events.append(self._finish(sequence, reason))
-                ended.add(sequence.number)
+        self._remove(failed.keys())
+        ended: set[int] = set()
+        if planned:
+            inputs = [lane for _, plan in planned for lane in plan.inputs]
+            hidden_BSE = self._feed(inputs)
+            events, decided = [], 0
+            drawn = self._draw(hidden_BSE, planned)
+            for (sequence, plan), (rows, finite) in zip(planned, drawn, strict=True):
+                if not all(finite):
+                    position = sequence.part.start + plan.step.targets[finite.index(False)]
+                    why = cause_of_broken_logits(self._text_model, self.model.lm_head, sequence.request.prompt_ids)
+                    failed[sequence.number] = f"the model gives no finite logits for token {position}: {why}"
+                    continue
+                before = sequence.emitted
+                more, reason = sequence.accept(plan.step, rows)
+                decided += sequence.emitted - before
+                events += more
+                if reason is not None:
+                    events.append(self._finish(sequence, reason))
+                    ended.add(sequence.number)
+            yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
+            yield from events
         self._remove(ended | failed.keys())
-        yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
-        yield from events
         yield from (Failed(number, error) for number, error in failed.items())
 
     def _finish(self, sequence: Sequence, reason: Literal["stop", "length"]) -> Finished:
         return Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason)
 
-    def _remove(self, numbers: set[int]) -> None:
+    def _remove(self, numbers: Set[int]) -> None:
         """Drop some of the sequences, and close the gaps that their lanes leave."""
         kept: list[Lane] = []
         for sequence in self._admitted:
@@ -410,14 +374,6 @@ class Engine:
         self._decoding = [sequence for sequence in self._decoding if sequence.number not in numbers]
         self._prefilling = [sequence for sequence in self._prefilling if sequence.number not in numbers]
 
-    def _targets(self, sequence: Sequence, step: Step, scales: list[float | None], lane: int) -> Iterator[Target]:
-        part, request = sequence.part, sequence.request
-        sampling, draw = request.sampling_of(part.grammar.kind), part.decoder.draw
-        for k, scale in zip(step.targets, scales, strict=True):
-            noise = float(sequence.noise[part.start + k])
-            alike = (part.grammar.span(k), scale, sampling)
-            yield Target(lane, sequence.place(step, k), noise, alike, draw)
-
     def _feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
         """4. Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
         assert self._run is not None and self._cache is not None, "something was admitted"
@@ -429,30 +385,38 @@ class Engine:
         )
         return self._run(self._cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
 
-    def _draw(self, hidden_BSE: Tensor, targets: list[Target]) -> tuple[dict[Draw, Tensor], list[bool]]:
-        """5. Draw: for each draw function the rows of its targets, in order; and which targets have finite logits."""
+    def _draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[tuple[Tensor, list[bool]]]:
+        """5. Draw the targets of each sequence: their rows, and which of them have finite logits."""
+        lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
+        everyone = [target for _, plan in planned for target in plan.targets]
+        # Targets that choose alike share the head, the sorting and the draw.
         groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for n, target in enumerate(targets):
-            groups[target.draw, *target.alike].append(n)
-        found: defaultdict[Draw, list[Tensor]] = defaultdict(list)
-        order: defaultdict[Draw, list[int]] = defaultdict(list)
-        finite: list[Tensor] = []
+        for n, target in enumerate(everyone):
+            groups[target.draw, target.span, target.scale, target.sampling].append(n)
+        found: defaultdict[Draw, list[tuple[list[int], Tensor]]] = defaultdict(list)
+        finite: list[tuple[list[int], Tensor]] = []
         for (draw, span, scale, sampling), members in groups.items():
-            logits_BV = self._logits(hidden_BSE, [targets[n] for n in members], span, scale)
-            noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
-            found[draw].append(draw(logits_BV, sampling, noise_B))
-            order[draw] += members
-            finite.append(logits_BV.sum(-1).isfinite())
-        drawn = {draw: _sorted_rows(torch.cat(rows), order[draw]) for draw, rows in found.items()}
-        everything = [n for members in groups.values() for n in members]
-        return drawn, _sorted_rows(torch.cat(finite), everything).tolist()
+            own_lanes, places = [lanes[n] for n in members], [everyone[n].place for n in members]
+            logits_BV = self._logits(hidden_BSE, own_lanes, places, span, scale)
+            noise_B = torch.tensor([everyone[n].noise for n in members], device=logits_BV.device)
+            found[draw].append((members, draw(logits_BV, sampling, noise_B)))
+            finite.append((members, logits_BV.sum(-1).isfinite()))
+        is_finite = iter(_in_order(finite).tolist())
+        # All targets of a sequence are drawn by one function, so its rows lie together among the rows of that function.
+        targets = [plan.targets for _, plan in planned]
+        rows = {
+            draw: iter(_in_order(parts).split([len(own) for own in targets if own[0].draw is draw]))
+            for draw, parts in found.items()
+        }
+        return [(next(rows[own[0].draw]), [next(is_finite) for _ in own]) for own in targets]
 
-    def _logits(self, hidden_BSE: Tensor, targets: list[Target], span: tuple[int, int], scale: float | None) -> Tensor:
+    def _logits(
+        self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
+    ) -> Tensor:
         """Logits (B, V) in float32 of the ids lo..hi-1 only.
 
         With a scale, each is guided by the next lane, which holds the negative prompt.
         """
-        lanes, places = [target.lane for target in targets], [target.place for target in targets]
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
         head_VE = self._head[slice(*span)]  # a view
@@ -476,10 +440,11 @@ def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, 
     return groups
 
 
-def _sorted_rows(rows: Tensor, numbers: list[int]) -> Tensor:
-    """Rows in the order of their numbers. Single values move to the CPU first: one wait for the device in a step."""
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """The rows of all parts, sorted by their numbers. Single values move to the CPU: one wait for the device a step."""
+    numbers, rows = [number for part, _ in parts for number in part], torch.cat([rows for _, rows in parts])
     rows = rows.cpu() if rows.ndim == 1 else rows
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
     return rows if order == list(range(len(order))) else rows[order]
 
 

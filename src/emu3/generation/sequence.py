@@ -6,19 +6,20 @@ An answer is one part after the other, each with its grammar and the state of it
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.events import Event, FrameDone, RowDone, Tokens
 from emu3.generation.grammar import Grammar, Grid
 from emu3.generation.request import Request
-from emu3.generation.sampling import uniform_noise
+from emu3.generation.sampling import Sampling, uniform_noise
 
 
 @dataclass(eq=False)
@@ -48,6 +49,35 @@ class Inputs(NamedTuple):
     ids: list[int]
     slots: list[int]
     turns: list[int]
+
+
+Draw = Callable[[Tensor, Sampling, Tensor], Tensor]
+"""How a decoder draws; see `Decoder.draw`."""
+
+
+class Target(NamedTuple):
+    """A position to decide.
+
+    Attributes:
+        place: of the input that decides it, among the inputs of a lane.
+        noise: the position's own number.
+        span, scale, sampling, draw: legal ids lo..hi-1, guidance, and how an id is chosen.
+    """
+
+    place: int
+    noise: float
+    span: tuple[int, int]
+    scale: float | None
+    sampling: Sampling
+    draw: Draw
+
+
+class Plan(NamedTuple):
+    """A step of a decoder, as the engine runs it: inputs for each lane, and targets in the order of the step's."""
+
+    step: Step
+    inputs: list[Inputs]
+    targets: list[Target]
 
 
 @dataclass(eq=False)
@@ -117,14 +147,26 @@ class Sequence:
         """Whether its prompts are in the cache."""
         return all(lane.filled == len(lane.prompt) - 1 for lane in self.lanes)
 
-    def propose(self, most: int) -> Step:
-        """The next step; positions are those of the part."""
-        part = self.part
-        return part.decoder.propose(part.state, self._ids_of_part(), most)
+    def plan(self, most: int) -> Plan:
+        """The next step of the part's decoder; see `Decoder.propose`. ValueError where the guidance schedule fails."""
+        part, request = self.part, self.request
+        step: Step = part.decoder.propose(part.state, self._ids_of_part(), most)
+        sampling = request.sampling_of(part.grammar.kind)
+        targets = [
+            Target(
+                part.pending + bisect_left(step.inputs, k - 1),
+                float(self.noise[part.start + k]),
+                part.grammar.span(k),
+                request.scale(part.grammar, k),
+                sampling,
+                part.decoder.draw,
+            )
+            for k in step.targets
+        ]
+        return Plan(step, self._inputs(step), targets)
 
-    def inputs(self, step: Step) -> list[Inputs]:
+    def _inputs(self, step: Step) -> list[Inputs]:
         """What the step feeds into each lane."""
-        # Position -1 is the prompt's last token, so negative positions index the prompt from its end.
         part = self.part
         before = range(-1 - part.pending, -1) if part.pending else ()
         positions = [part.start + k for k in (*before, *step.inputs)]
@@ -133,25 +175,30 @@ class Sequence:
         turns = [part.turn] * len(positions)
         if step.turns is not None:
             turns[part.pending :] = [part.turn + turn for turn in step.turns]
+        # Position -1 is the prompt's last token, so negative positions index the prompt from its end.
         return [
             Inputs([lane.prompt[k] for k in positions if k < 0] + ids, [len(lane.prompt) + k for k in positions], turns)
             for lane in self.lanes
         ]
 
-    def place(self, step: Step, target: int) -> int:
-        """Where the input that decides a target stands among the inputs of its lanes."""
-        return self.part.pending + bisect_left(step.inputs, target - 1)
+    def accept(self, step: Step, drawn: Tensor) -> tuple[list[Event], Literal["stop", "length"] | None]:
+        """Take what the decoder decides: events, with the forced ids after each id, and why the answer ends if it does.
 
-    def decide(self, step: Step, decided: list[tuple[int, int]]) -> Iterator[Event]:
-        """Take what the decoder decided, and report it, with the forced ids behind each."""
-        part = self.part
-        part.pending = 0
-        part.last_turn = max(part.last_turn, max(step.turns or (0,)))
-        ids = self._ids_of_part()
-        for k, id_ in decided:
+        Args:
+            step: what was run.
+            drawn: see `Decoder.accept`.
+        """
+        part, ids = self.part, self._ids_of_part()
+        events: list[Event] = []
+        lo, _ = part.grammar.span(step.targets[0])
+        for k, id_ in part.decoder.accept(part.state, step, drawn, lo):
             ids[k] = id_
             self.newest = part.start + k
-            yield from self._report(k, forced=False)
+            events += self._report(k, forced=False)
+        part.pending = 0
+        part.last_turn = max(part.last_turn, max(step.turns or (0,)))
+        more, reason = self.advance()
+        return events + more, reason
 
     def advance(self) -> tuple[list[Event], Literal["stop", "length"] | None]:
         """Go on to the next part where this one is complete: events, and why the answer ends, if it does."""
