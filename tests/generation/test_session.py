@@ -46,7 +46,7 @@ def run(engine):
 
 
 def is_empty(engine):
-    return engine.lanes_in_use == engine.tokens_in_use == 0 and bool((engine._cache.turns_BL == EMPTY).all())
+    return engine.lanes_in_use == engine.tokens_in_use == 0 and bool((engine._runner.cache.turns_BL == EMPTY).all())
 
 
 def test_what_does_not_fit_waits_for_its_turn(model, vocabulary):
@@ -190,9 +190,9 @@ def test_one_engine_for_five_hundred_requests(model, vocabulary, text):
         assert engine.lanes_in_use == sum(len(asked[s.number].prompts) for s in admitted) <= 9
         longest = max((asked[s.number].reserved(256) for s in admitted), default=0)
         assert engine.tokens_in_use == engine.lanes_in_use * longest <= 9 * 60
-        if engine._cache is not None:
-            sizes.add(engine._cache.turns_BL.numel())
-            assert (engine._cache.turns_BL[engine.lanes_in_use :] == EMPTY).all()
+        if engine._runner.cache is not None:
+            sizes.add(engine._runner.cache.turns_BL.numel())
+            assert (engine._runner.cache.turns_BL[engine.lanes_in_use :] == EMPTY).all()
     assert max(sizes) <= 9 * 60
     assert is_empty(engine)
     assert not engine._prefixes._lanes

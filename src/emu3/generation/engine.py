@@ -12,30 +12,26 @@ An engine lives as long as its model. Requests come and go while others run, eac
     5. draw       logits of the legal ids, guided; targets that choose alike together
     6. accept     each decoder decides; the request reports, goes on to its next part, or ends
 
-Shapes: B lanes, S tokens of a lane, E model width, V vocabulary.
+Shapes: B lanes, S tokens of a lane, E model width.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from emu3.generation.broken import cause_of_broken_logits
 from emu3.generation.events import Event, Failed, Finished, Started, Stepped
 from emu3.generation.grammar import Grid
 from emu3.generation.prefixes import Prefixes
 from emu3.generation.request import Request
-from emu3.generation.runtime.cache import SlotCache
-from emu3.generation.runtime.forward import Forward, linear, working_dtype
-from emu3.generation.runtime.graphs import RecordedForward
-from emu3.generation.sampling import guide
-from emu3.generation.sequence import Draw, Inputs, Lane, Plan, Sequence
+from emu3.generation.runtime.runner import ModelRunner
+from emu3.generation.sequence import Inputs, Lane, Plan, Sequence
 from emu3.options import check_whole
 
 if TYPE_CHECKING:
@@ -45,8 +41,6 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 128
 # Prompts of so many tokens or fewer may be padded to one another: a forward of its own costs more.
 _SHORT_CHUNK = 32
-# The cache grows to a multiple of so many slots.
-_SLOT_STEP = 64
 
 
 class Engine:
@@ -77,9 +71,7 @@ class Engine:
         for name, value in (("lanes", lanes), ("tokens", 1 if tokens is None else tokens), ("chunk", chunk)):
             check_whole(name, value)
         self.model, self.lanes, self.tokens, self.chunk, self.compiled = model, lanes, tokens, chunk, compiled
-        self._cache: SlotCache | None = None
-        self._forward: Forward | None = None
-        self._run: Forward | RecordedForward | None = None  # a recording belongs to one cache
+        self._runner = ModelRunner(model, compiled)
         self._waiting: deque[Sequence] = deque()
         # Their lanes lie in this order in the cache, those that decode in front.
         self._decoding: list[Sequence] = []
@@ -107,15 +99,12 @@ class Engine:
     @property
     def context(self) -> int:
         """The most tokens of a prompt and its answer."""
-        return int(self._text_model.config.max_position_embeddings)
+        return self._runner.context
 
     @property
     def bytes_per_token(self) -> int:
         """What a slot of the cache takes: keys and values of all layers."""
-        config, dtype = self._text_model.config, working_dtype(self._head)
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_key_value_heads or config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
+        return self._runner.bytes_per_token
 
     def submit(self, request: Request) -> int:
         """Take a request on; returns the number by which events name it.
@@ -128,7 +117,7 @@ class Engine:
             raise ValueError(f"a request must be a Request, got {request!r:.80}")
         if self.model.training:
             raise ValueError("the model is in training mode, with dropout; call model.eval() first")
-        size, grammar = len(self._head), request.grammar
+        size, grammar = len(self._runner.head), request.grammar
         if isinstance(grammar, Grid) and grammar.vocabulary != self.model.model.vocabulary:
             raise ValueError("the grammar has another vocabulary than the model; give it model.model.vocabulary")
         for prompt in request.prompts:
@@ -207,15 +196,7 @@ class Engine:
         with self._lock:
             if not self.idle:
                 raise RuntimeError("requests are under way; run or cancel them before refresh()")
-            self._forward = self._run = self._cache = None
-
-    @property
-    def _text_model(self) -> Any:
-        return self.model.model.text_model
-
-    @property
-    def _head(self) -> Tensor:
-        return self.model.lm_head.weight
+            self._runner = ModelRunner(self.model, self.compiled)
 
     @property
     def _admitted(self) -> list[Sequence]:
@@ -238,7 +219,7 @@ class Engine:
         if not admitted:
             return
         try:
-            self._make_room(lanes, slots)
+            self._runner.make_room(lanes, slots, self.lanes_in_use, self.lanes, self.tokens)
         except (RuntimeError, MemoryError):  # no memory; whoever asked may wait or cancel
             self._waiting.extendleft(reversed(admitted))
             raise
@@ -255,38 +236,6 @@ class Engine:
                 self._prefixes.add(lane)
             self._prefilling.append(sequence)
 
-    def _make_room(self, lanes: int, slots: int) -> None:
-        """Give the cache at least so many lanes of so many slots."""
-        if self._cache is not None and lanes <= self._cache.lanes and slots <= self._cache.slots:
-            return
-        slots = min(self.context, -(-slots // _SLOT_STEP) * _SLOT_STEP) if self.tokens is None else slots
-        if self._cache is None:
-            config = self._text_model.config
-            self._cache = SlotCache.allocate(
-                layers=config.num_hidden_layers,
-                lanes=lanes,
-                heads=config.num_key_value_heads or config.num_attention_heads,
-                slots=slots,
-                width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-                dtype=working_dtype(self._head),
-                device=self._head.device,
-            )
-            self._forward = Forward.pack(self._text_model, slots, self.compiled)
-        else:
-            old = self._cache
-            # Lanes by doubling, so that many small requests that come one by one copy little.
-            size = (
-                min(self.lanes, max(lanes, 2 * old.lanes)) if lanes > old.lanes else old.lanes,
-                max(slots, old.slots),
-            )
-            if self.tokens is not None and size[0] * size[1] > self.tokens:
-                size = (lanes, slots)
-            self._cache = old.resized(*size, kept=self.lanes_in_use)
-            assert self._forward is not None
-            self._forward = self._forward.for_slots(size[1])
-        recorded = self.compiled and self._head.device.type == "cuda"
-        self._run = RecordedForward(self._forward) if recorded else self._forward
-
     def _prefill(self) -> Iterator[Event]:
         """2. Feed a chunk of every prompt, except those whose beginning another lane is still computing."""
         chunks: list[tuple[Lane, int]] = []
@@ -296,8 +245,8 @@ class Engine:
             if not is_ready:
                 continue
             if lane.source is not None and lane.source.alive:
-                assert self._cache is not None
-                self._cache.copy_prefix(lane.source.index, lane.index, lane.shared)
+                assert self._runner.cache is not None
+                self._runner.cache.copy_prefix(lane.source.index, lane.index, lane.shared)
                 lane.filled = lane.shared
             lane.source = None
             end = min(len(lane.prompt) - 1, lane.filled + self.chunk)
@@ -308,7 +257,7 @@ class Engine:
                 Inputs(list(lane.prompt[lane.filled : end]), list(range(lane.filled, end)), [0] * (end - lane.filled))
                 for lane, end in group
             ]
-            hidden_BSE = self._feed(inputs, [lane.index for lane, _ in group])
+            hidden_BSE = self._runner.feed(inputs, [lane.index for lane, _ in group])
             yield Stepped(len(group), hidden_BSE.shape[0] * hidden_BSE.shape[1], 0, prefill=True)
         for lane, end in chunks:
             lane.filled = end
@@ -330,13 +279,15 @@ class Engine:
         ended: set[int] = set()
         if planned:
             inputs = [lane for _, plan in planned for lane in plan.inputs]
-            hidden_BSE = self._feed(inputs)
+            hidden_BSE = self._runner.feed(inputs)
             events, decided = [], 0
-            drawn = self._draw(hidden_BSE, planned)
+            drawn = self._runner.draw(hidden_BSE, planned)
             for (sequence, plan), (rows, finite) in zip(planned, drawn, strict=True):
                 if not all(finite):
                     position = sequence.part.start + plan.step.targets[finite.index(False)]
-                    why = cause_of_broken_logits(self._text_model, self.model.lm_head, sequence.request.prompt_ids)
+                    why = cause_of_broken_logits(
+                        self._runner.text_model, self.model.lm_head, sequence.request.prompt_ids
+                    )
                     failed[sequence.number] = f"the model gives no finite logits for token {position}: {why}"
                     continue
                 before = sequence.emitted
@@ -366,65 +317,13 @@ class Engine:
                     kept.append(lane)
         if len(kept) == self.lanes_in_use:
             return
-        assert self._cache is not None
+        assert self._runner.cache is not None
         with torch.inference_mode():
-            self._cache.compact([lane.index for lane in kept])
+            self._runner.cache.compact([lane.index for lane in kept])
         for index, lane in enumerate(kept):
             lane.index = index
         self._decoding = [sequence for sequence in self._decoding if sequence.number not in numbers]
         self._prefilling = [sequence for sequence in self._prefilling if sequence.number not in numbers]
-
-    def _feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
-        """4. Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
-        assert self._run is not None and self._cache is not None, "something was admitted"
-        longest = max(len(each.ids) for each in inputs)
-        # A shorter lane repeats its last token, which writes the same again.
-        ids_BS, slots_BS, turns_BS = (
-            torch.tensor([[*lane, *[lane[-1]] * (longest - len(lane))] for lane in each])
-            for each in zip(*inputs, strict=True)
-        )
-        return self._run(self._cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
-
-    def _draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[tuple[Tensor, list[bool]]]:
-        """5. Draw the targets of each sequence: their rows, and which of them have finite logits."""
-        lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
-        everyone = [target for _, plan in planned for target in plan.targets]
-        # Targets that choose alike share the head, the sorting and the draw.
-        groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for n, target in enumerate(everyone):
-            groups[target.draw, target.span, target.scale, target.sampling].append(n)
-        found: defaultdict[Draw, list[tuple[list[int], Tensor]]] = defaultdict(list)
-        finite: list[tuple[list[int], Tensor]] = []
-        for (draw, span, scale, sampling), members in groups.items():
-            own_lanes, places = [lanes[n] for n in members], [everyone[n].place for n in members]
-            logits_BV = self._logits(hidden_BSE, own_lanes, places, span, scale)
-            noise_B = torch.tensor([everyone[n].noise for n in members], device=logits_BV.device)
-            found[draw].append((members, draw(logits_BV, sampling, noise_B)))
-            finite.append((members, logits_BV.sum(-1).isfinite()))
-        is_finite = iter(_in_order(finite).tolist())
-        # All targets of a sequence are drawn by one function, so its rows lie together among the rows of that function.
-        targets = [plan.targets for _, plan in planned]
-        rows = {
-            draw: iter(_in_order(parts).split([len(own) for own in targets if own[0].draw is draw]))
-            for draw, parts in found.items()
-        }
-        return [(next(rows[own[0].draw]), [next(is_finite) for _ in own]) for own in targets]
-
-    def _logits(
-        self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
-    ) -> Tensor:
-        """Logits (B, V) in float32 of the ids lo..hi-1 only.
-
-        With a scale, each is guided by the next lane, which holds the negative prompt.
-        """
-        if scale is not None:
-            lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
-        head_VE = self._head[slice(*span)]  # a view
-        logits_BV = linear(hidden_BSE[lanes, places], head_VE).float()
-        if scale is None:
-            return logits_BV
-        conditional_BV, unconditional_BV = logits_BV.chunk(2)
-        return guide(conditional_BV, unconditional_BV, scale)
 
 
 def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, int]]]:
@@ -438,14 +337,6 @@ def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, 
             longest = length
         groups[-1].append((lane, end))
     return groups
-
-
-def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    """The rows of all parts, sorted by their numbers. Single values move to the CPU: one wait for the device a step."""
-    numbers, rows = [number for part, _ in parts for number in part], torch.cat([rows for _, rows in parts])
-    rows = rows.cpu() if rows.ndim == 1 else rows
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return rows if order == list(range(len(order))) else rows[order]
 
 
 class _Stream:

@@ -1,0 +1,157 @@
+"""The model as the engine runs it: its layers packed, its cache, and the draw of ids from its logits.
+
+Shapes: B lanes, S tokens of a lane, E model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from emu3.generation.runtime.cache import SlotCache
+from emu3.generation.runtime.forward import Forward, linear, working_dtype
+from emu3.generation.runtime.graphs import RecordedForward
+from emu3.generation.sampling import guide
+from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
+
+if TYPE_CHECKING:
+    from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+
+# The cache grows to a multiple of so many slots.
+_SLOT_STEP = 64
+
+
+class ModelRunner:
+    """Runs a model on a cache that grows as needed.
+
+    Args:
+        model: in evaluation mode.
+        compiled: see `Engine`.
+    """
+
+    def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool) -> None:
+        self.model, self.compiled = model, compiled
+        self.cache: SlotCache | None = None
+        self._forward: Forward | None = None
+        self._run: Forward | RecordedForward | None = None  # a recording belongs to one cache
+
+    @property
+    def text_model(self) -> Any:
+        """The decoder layers."""
+        return self.model.model.text_model
+
+    @property
+    def head(self) -> Tensor:
+        """Of the vocabulary: (V, E)."""
+        return self.model.lm_head.weight
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self.text_model.config.max_position_embeddings)
+
+    @property
+    def _shape(self) -> dict[str, int]:
+        """What a lane's slot holds: layers, key-value heads, and the width of a head."""
+        config = self.text_model.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_key_value_heads or config.num_attention_heads
+        return {"layers": config.num_hidden_layers, "heads": heads, "width": width}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a slot of the cache takes: keys and values of all layers."""
+        shape = self._shape
+        return 2 * shape["layers"] * shape["heads"] * shape["width"] * working_dtype(self.head).itemsize
+
+    def make_room(self, lanes: int, slots: int, kept: int, most_lanes: int, most_tokens: int | None) -> None:
+        """Give the cache at least so many lanes of so many slots.
+
+        Args:
+            lanes, slots: needed.
+            kept: lanes in use, whose content stays.
+            most_lanes, most_tokens: limits of the engine.
+        """
+        if self.cache is not None and lanes <= self.cache.lanes and slots <= self.cache.slots:
+            return
+        if most_tokens is None:
+            slots = min(self.context, -(-slots // _SLOT_STEP) * _SLOT_STEP)
+        if self.cache is None:
+            dtype, device = working_dtype(self.head), self.head.device
+            self.cache = SlotCache.allocate(lanes=lanes, slots=slots, dtype=dtype, device=device, **self._shape)
+            self._forward = Forward.pack(self.text_model, slots, self.compiled)
+        else:
+            old = self.cache
+            # Lanes by doubling, so that many small requests that come one by one copy little.
+            wanted = min(most_lanes, max(lanes, 2 * old.lanes)) if lanes > old.lanes else old.lanes
+            size = wanted, max(slots, old.slots)
+            if most_tokens is not None and size[0] * size[1] > most_tokens:
+                size = lanes, slots
+            self.cache = old.resized(*size, kept=kept)
+            assert self._forward is not None
+            self._forward = self._forward.for_slots(size[1])
+        recorded = self.compiled and self.head.device.type == "cuda"
+        self._run = RecordedForward(self._forward) if recorded else self._forward
+
+    def feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
+        """Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
+        assert self._run is not None and self.cache is not None, "something was admitted"
+        longest = max(len(each.ids) for each in inputs)
+        # A shorter lane repeats its last token, which writes the same again.
+        ids_BS, slots_BS, turns_BS = (
+            torch.tensor([[*lane, *[lane[-1]] * (longest - len(lane))] for lane in each])
+            for each in zip(*inputs, strict=True)
+        )
+        return self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
+
+    def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[tuple[Tensor, list[bool]]]:
+        """Draw the targets of each sequence: their rows, and which of them have finite logits."""
+        lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
+        everyone = [target for _, plan in planned for target in plan.targets]
+        # Targets that choose alike share the head, the sorting and the draw.
+        groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for n, target in enumerate(everyone):
+            groups[target.draw, target.span, target.scale, target.sampling].append(n)
+        found: defaultdict[Draw, list[tuple[list[int], Tensor]]] = defaultdict(list)
+        finite: list[tuple[list[int], Tensor]] = []
+        for (draw, span, scale, sampling), members in groups.items():
+            own_lanes, places = [lanes[n] for n in members], [everyone[n].place for n in members]
+            logits_BV = self._logits(hidden_BSE, own_lanes, places, span, scale)
+            noise_B = torch.tensor([everyone[n].noise for n in members], device=logits_BV.device)
+            found[draw].append((members, draw(logits_BV, sampling, noise_B)))
+            finite.append((members, logits_BV.sum(-1).isfinite()))
+        is_finite = iter(_in_order(finite).tolist())
+        # All targets of a sequence are drawn by one function, so its rows lie together among the rows of that function.
+        targets = [plan.targets for _, plan in planned]
+        rows = {
+            draw: iter(_in_order(parts).split([len(own) for own in targets if own[0].draw is draw]))
+            for draw, parts in found.items()
+        }
+        return [(next(rows[own[0].draw]), [next(is_finite) for _ in own]) for own in targets]
+
+    def _logits(
+        self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
+    ) -> Tensor:
+        """Logits (B, V) in float32 of the ids lo..hi-1 only.
+
+        With a scale, each is guided by the next lane, which holds the negative prompt.
+        """
+        if scale is not None:
+            lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
+        head_VE = self.head[slice(*span)]  # a view
+        logits_BV = linear(hidden_BSE[lanes, places], head_VE).float()
+        if scale is None:
+            return logits_BV
+        conditional_BV, unconditional_BV = logits_BV.chunk(2)
+        return guide(conditional_BV, unconditional_BV, scale)
+
+
+def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """The rows of all parts, sorted by their numbers. Single values move to the CPU: one wait for the device a step."""
+    numbers, rows = [number for part, _ in parts for number in part], torch.cat([rows for _, rows in parts])
+    rows = rows.cpu() if rows.ndim == 1 else rows
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    return rows if order == list(range(len(order))) else rows[order]
