@@ -117,12 +117,12 @@ def test_other_formats_than_png_are_refused(capsys: pytest.CaptureFixture[str], 
 
 
 def test_output_paths(tmp_path: Path) -> None:
-    assert cli._output_paths(Path("a/out.png"), 1) == [Path("a/out.png")]
-    assert cli._output_paths(Path("a/out.PNG"), 2) == [Path("a/out-1.PNG"), Path("a/out-2.PNG")]
-    assert cli._output_paths(Path("new"), 2) == [Path("new/1.png"), Path("new/2.png")]
+    assert cli.output_paths(Path("a/out.png"), 1) == [Path("a/out.png")]
+    assert cli.output_paths(Path("a/out.PNG"), 2) == [Path("a/out-1.PNG"), Path("a/out-2.PNG")]
+    assert cli.output_paths(Path("new"), 2) == [Path("new/1.png"), Path("new/2.png")]
     folder = tmp_path / "v1.0"
     folder.mkdir()
-    assert cli._output_paths(folder, 1) == [folder / "1.png"]
+    assert cli.output_paths(folder, 1) == [folder / "1.png"]
 
 
 def test_an_unreadable_picture_is_one_line(capsys: pytest.CaptureFixture[str], picture: Path) -> None:

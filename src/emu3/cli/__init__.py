@@ -8,7 +8,6 @@ import gc
 import inspect
 import json
 import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from emu3.cli.files import output_paths, read_picture, write_picture
 from emu3.options import Answer, Draw, Load, check_text, parse_decoding
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from emu3.generation.events import Event
     from emu3.pipeline import Emu3Pipeline
 
@@ -108,7 +106,7 @@ def image(
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
     for prompt in prompts:
         check_text("prompt", prompt)
-    paths = _output_paths(output, len(prompts))
+    paths = output_paths(output, len(prompts))
     seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
     settings = asdict(replace(draw, seed=seed))
     pipeline = _load_pipeline(model, load)
@@ -139,7 +137,7 @@ def chat(
 ) -> None:
     """Ask about a picture."""
     check_text("question", question)
-    opened = _read_picture(picture)
+    opened = read_picture(picture)
     pipeline = _load_pipeline(model, load)
     said = pipeline.chat(question, [opened], **asdict(answer))
     if as_json:
@@ -313,78 +311,6 @@ def train(
     typer.echo(str(run_recipe(recipe)))
 
 
-def write_picture(picture: "Image.Image", path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG with `record` as JSON in its text chunk "emu3": wholly, or not at all."""
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    text.add_text("emu3", json.dumps(record))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short, as a name may be as long as the system takes
-    try:
-        picture.save(unfinished, format="PNG", pnginfo=text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _output_paths(output: Path, count: int) -> list[Path]:
-    """Where pictures go: out.png, or out-1.png, out-2.png, ...; in a folder 1.png, 2.png, ...
-
-    Raises:
-        ValueError: a picture could not be written there.
-    """
-    if output == Path() or output.name.lower() in (".png", ".."):
-        raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in .png, or a folder")
-    if output.suffix and output.suffix.lower() != ".png" and not _is_folder(output):
-        raise ValueError(f"cannot write {str(output)!r}: pictures are PNG files; end the name in .png or name a folder")
-    if _is_folder(output) or not output.suffix:
-        paths = [output / f"{number}.png" for number in range(1, count + 1)]
-    elif count == 1:
-        paths = [output]
-    else:
-        paths = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
-    for path in paths:
-        if problem := _why_not_written(path):
-            raise ValueError(f"cannot write {str(path)!r:.120}: {problem}; give -o another name")
-    return paths
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _why_not_written(path: Path) -> str | None:
-    """Why no file can be written at a path; None if it can."""
-    if max(len(os.fsencode(part)) for part in path.parts) > 255:
-        return "a name in it is longer than 255 bytes"
-    if path.is_dir():
-        return "there is a folder of that name"
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir():
-        return f"{str(there)!r} is no folder"
-    return None if os.access(there, os.W_OK) else f"{str(there)!r} may not be written to"
-
-
-def _read_picture(path: Path) -> "Image.Image":
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened
-    except FileNotFoundError:
-        raise ValueError(f"no picture at {str(path)!r}; name the picture first, then the question") from None
-    except IsADirectoryError:
-        raise ValueError(f"{str(path)!r} is a folder; name a picture") from None
-    # What Pillow raises depends on the format and on where the file breaks.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error
-
-
 def _load_pipeline(model: str, load: Load) -> "Emu3Pipeline":
     from emu3.checkpoints import resolve
 
@@ -456,7 +382,3 @@ def _version() -> str:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,6 @@
+"""`python -m emu3.cli`."""
+
+from emu3.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The files of the command line: where pictures are written to and read from."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG with `record` as JSON in its text chunk "emu3": wholly, or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("emu3", json.dumps(record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short, as a name may be as long as the system takes
+    try:
+        picture.save(unfinished, format="PNG", pnginfo=text)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """Where pictures go: out.png, or out-1.png, out-2.png, ...; in a folder 1.png, 2.png, ...
+
+    Raises:
+        ValueError: a picture could not be written there.
+    """
+    if output == Path() or output.name.lower() in (".png", ".."):
+        raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in .png, or a folder")
+    if output.suffix and output.suffix.lower() != ".png" and not _is_folder(output):
+        raise ValueError(f"cannot write {str(output)!r}: pictures are PNG files; end the name in .png or name a folder")
+    if _is_folder(output) or not output.suffix:
+        paths = [output / f"{number}.png" for number in range(1, count + 1)]
+    elif count == 1:
+        paths = [output]
+    else:
+        paths = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+    for path in paths:
+        if problem := _why_not_written(path):
+            raise ValueError(f"cannot write {str(path)!r:.120}: {problem}; give -o another name")
+    return paths
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _why_not_written(path: Path) -> str | None:
+    """Why no file can be written at a path; None if it can."""
+    if max(len(os.fsencode(part)) for part in path.parts) > 255:
+        return "a name in it is longer than 255 bytes"
+    if path.is_dir():
+        return "there is a folder of that name"
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        return f"{str(there)!r} is no folder"
+    return None if os.access(there, os.W_OK) else f"{str(there)!r} may not be written to"
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture to look at. ValueError where there is none, or it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError:
+        raise ValueError(f"no picture at {str(path)!r}; name the picture first, then the question") from None
+    except IsADirectoryError:
+        raise ValueError(f"{str(path)!r} is a folder; name a picture") from None
+    # What Pillow raises depends on the format and on where the file breaks.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error
