@@ -159,7 +159,7 @@ def damaged():
     ("picture", "named"),
     [
         ("cat.png", "nor a file here"),
-        (object(), "PIL.Image.open"),
+        (object(), "a file.s path or an address"),
         ([], "at least one"),
         (np.zeros((0, 4, 3), np.uint8), "0, 4, 3"),
         (np.zeros((5, 6, 7), np.uint8), "5, 6, 7"),

@@ -1,5 +1,6 @@
 """Words to pictures and pictures to words with a tiny random model: what is asked for is what the model is fed."""
 
+import copy
 import json
 import os
 import shutil
@@ -262,6 +263,16 @@ def test_what_cannot_be_drawn_is_refused(pipeline, wrong, message):
         pipeline.image(**{"prompts": "a cat"} | wrong)
 
 
+def test_a_pipeline_can_be_copied_when_it_has_drawn(pipeline, tmp_path):
+    expected = pipeline.image("a cat", **SMALL, seed=2)
+    again = copy.deepcopy(pipeline)
+    assert again.engine is not pipeline.engine
+    assert arrays(again.image("a cat", **SMALL, seed=2)) == arrays(expected)
+    path = tmp_path / "picture.png"
+    picture(3).save(path)
+    assert pipeline.chat("what?", [path], max_new_tokens=4) == pipeline.chat("what?", [picture(3)], max_new_tokens=4)
+
+
 def test_a_call_that_ends_early_leaves_nothing_behind(pipeline):
     """A schedule that fails, a listener that raises, and a stream that nobody reads to its end."""
     prompts = ["a cat", "a dog"]
@@ -309,6 +320,7 @@ def test_a_question_about_one_picture_needs_no_list(pipeline):
         pipeline.chat("what?", [picture(3)], max_new_tokens=8),
         pipeline.chat(("what?", picture(3)), max_new_tokens=8),
         pipeline.chat([("what?", [picture(3)])], max_new_tokens=8)[0],
+        pipeline.chat((("what?", [picture(3)]), ("who?", None)), max_new_tokens=8)[0],
     ]
     assert len(set(answers)) == 1
     assert pipeline.chat("what?", max_new_tokens=8) == pipeline.chat(

@@ -6,6 +6,7 @@ Letters: B, C, H, W, see CONTRIBUTING.md.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from typing import Any, ClassVar
 
 import numpy as np
@@ -136,9 +137,9 @@ class Emu3ImageProcessor(BaseImageProcessor):
         return saved
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Replace each string in nested lists by the picture that `open_picture` opens."""
-        if isinstance(image_url_or_urls, str):
-            return open_picture(image_url_or_urls)
+        """Replace each string or path in nested lists by the picture that `open_picture` opens."""
+        if isinstance(image_url_or_urls, str | PathLike):
+            return open_picture(str(image_url_or_urls))
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
         return image_url_or_urls

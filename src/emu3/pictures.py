@@ -54,7 +54,7 @@ def to_array(picture: Any) -> Array:
     if not isinstance(picture, np.ndarray):
         raise ValueError(
             f"{picture!r:.80} is no picture but a {type(picture).__name__}; "
-            "give a PIL.Image.Image (PIL.Image.open reads a file), a numpy array or a torch tensor"
+            "give a PIL.Image.Image, a numpy array, a torch tensor, or a file's path or an address as a string"
         )
     if picture.size == 0 or picture.ndim not in (2, 3):
         raise ValueError(f"an array of shape {picture.shape} is no picture; give (H, W), (H, W, C) or (C, H, W)")

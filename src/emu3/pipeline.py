@@ -6,7 +6,8 @@ What a user writes is plain text: "<image>" or "<|image start|>" in it are chara
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
+
+
+_MAKING_ENGINE = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +110,21 @@ class Emu3Pipeline:
         model = load_model(folder, dtype=load.dtype, device=device, int8=load.int8, device_map=load.device_map)
         return cls(model, processor, compiled=load.compiled)
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
-        """Runs what is asked for; threads may share it. Its cache takes at most half of the memory that is free now."""
-        engine = Engine(self.model, compiled=self.compiled)
-        room = free_memory(self.model.lm_head.weight.device) // 2 // engine.bytes_per_token
-        engine.tokens = max(2 * engine.context, room)
-        return engine
+        """Runs what is asked for; threads may share it. Its cache takes at most half of the memory that is free."""
+        with _MAKING_ENGINE:
+            if "_engine" not in self.__dict__:
+                engine = Engine(self.model, compiled=self.compiled)
+                room = free_memory(self.model.lm_head.weight.device) // 2 // engine.bytes_per_token
+                engine.tokens = max(2 * engine.context, room)
+                self.__dict__["_engine"] = engine
+            found: Engine = self.__dict__["_engine"]
+            return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the engine, which each makes anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
 
     @cached_property
     def layout(self) -> Layout:
@@ -121,7 +133,7 @@ class Emu3Pipeline:
 
     @takes(Draw)
     def image(
-        self, prompts: str | Sequence[str], on_event: Callable[[Event], object] | None = None, **options: Any
+        self, prompts: str | Sequence[str], *, on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> list[Image.Image]:
         """Draw one picture for each prompt, together in one batch.
 
@@ -145,13 +157,14 @@ class Emu3Pipeline:
             ValueError: a checkpoint that only reads, a size that cannot be drawn or does not fit the context with its
                 prompt, an option that cannot be used, or seeds that are not as many as the prompts.
         """
-        return cast("list[Image.Image]", self._results(self._drawings(prompts, make(Draw, options)), on_event))
+        return cast("list[Image.Image]", self._results(self.draw_requests(prompts, **options), on_event))
 
     @takes(Answer)
     def chat(
         self,
         messages: Any,
         pictures: Any = None,
+        *,
         on_event: Callable[[Event], object] | None = None,
         **options: Any,
     ) -> Any:
@@ -178,16 +191,18 @@ class Emu3Pipeline:
         answers = self._results(self._answers(conversations, make(Answer, options)), on_event)
         return answers if _are_several(messages) else answers[0]
 
-    def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Iterator[Event | Result]:
+    def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Generator[Event | Result]:
         """Draw or answer, and report as tokens come.
 
         Args:
-            asked: as for `image`: one or more prompts. Or as for `chat`: messages, or a question with its pictures.
+            asked: as for `image` or as for `chat`. Words without `pictures` are drawn; with pictures, or with an empty
+                list of them, they are a question.
             pictures: of the question.
             **options: see `emu3.options.Draw` or `emu3.options.Answer`.
 
         Yields:
-            The engine's events, and behind each `Finished` a `Result` with the picture or the answer.
+            The engine's events, and after each `Finished` a `Result` with the picture or the answer. To stop, close the
+            generator.
 
         Raises:
             ValueError: as `image` and `chat`.
@@ -196,7 +211,7 @@ class Emu3Pipeline:
             isinstance(asked, list | tuple) and all(isinstance(a, str) for a in asked)
         )
         if is_words and pictures is None:
-            requests = self._drawings(asked, make(Draw, options))
+            requests = self.draw_requests(asked, **options)
         else:
             requests = self._answers(_conversations(asked, pictures), make(Answer, options))
         return self._run(requests)
@@ -220,6 +235,8 @@ class Emu3Pipeline:
 
     def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
         """What each request comes to."""
+        if on_event is not None and not callable(on_event):
+            raise ValueError(f"on_event must be a function that takes an event, got {on_event!r:.80}")
         outputs: dict[int, Any] = {}
         with closing(self._run(requests)) as events:
             for event in events:
@@ -229,8 +246,10 @@ class Emu3Pipeline:
                     on_event(event)
         return [outputs[number] for number in range(len(requests))]
 
-    def _drawings(self, prompts: str | Sequence[str], draw: Draw) -> list[Request]:
-        """The requests for pictures."""
+    @takes(Draw)
+    def draw_requests(self, prompts: str | Sequence[str], **options: Any) -> list[Request]:
+        """What `image` asks the engine for: one request for each prompt. Arguments and errors as there."""
+        draw = make(Draw, options)
         self.require("draw")
         texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -336,7 +355,7 @@ def _pick_device(load: Load) -> str:
 
 def _are_several(messages: Any) -> bool:
     """Whether there is a list of conversations, and not one."""
-    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], list | tuple)
+    return isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
 
 
 def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
@@ -344,7 +363,10 @@ def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
     if isinstance(messages, str):
         messages = (messages, () if pictures is None else pictures)
     elif pictures is not None:
-        raise ValueError("pictures go with one question; put those of a conversation into its messages")
+        raise ValueError(
+            "pictures go with one question, a string; put those of a conversation into its messages, or give several "
+            "questions as [(question, [picture]), ...]"
+        )
     return [_conversation(each) for each in (messages if _are_several(messages) else [messages])]
 
 
@@ -352,6 +374,7 @@ def _conversation(messages: Any) -> list[Message]:
     """The messages of one conversation, which may be given as a pair (question, pictures)."""
     if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
         text, pictures = messages
+        pictures = () if pictures is None else pictures
         pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
         content = [
             *({"type": "image", "image": picture} for picture in pictures),

@@ -22,6 +22,8 @@ from emu3.cli.files import output_paths, read_picture, write_picture
 from emu3.options import Answer, Draw, Load, check_text, parse_decoding
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from emu3.generation.events import Event
     from emu3.pipeline import Emu3Pipeline
 
@@ -110,19 +112,28 @@ def image(
     seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
     settings = asdict(replace(draw, seed=seed))
     pipeline = _load_pipeline(model, load)
+    from emu3.pipeline import Result
+
+    weight = pipeline.model.lm_head.weight
+    loaded: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "device": str(weight.device)}
+    loaded |= {"int8": load.int8, "compiled": load.compiled}
+    records: dict[int, dict[str, Any]] = {}
     with _progress("drawing") as progress:
-        pictures = pipeline.image(prompts, **settings, on_event=progress)
-    records = []
-    for number, (path, prompt, picture) in enumerate(zip(paths, prompts, pictures, strict=True)):
-        record = {"prompt": prompt, "model": model, "version": _version(), **settings}
-        # What draws this picture again on its own: its own seed, and the size that ratio and model came to.
-        record |= {"seed": seed + number, "height": picture.height, "width": picture.width}
-        write_picture(picture, path, record)
-        records.append({"path": str(path), **record})
-    for record in records if not as_json else ():
+        for event in pipeline.stream(prompts, **settings):
+            if not isinstance(event, Result):
+                progress(event)
+                continue
+            number, picture = event.request, cast("Image.Image", event.output)
+            record = {"prompt": prompts[number], "model": model, "version": _version(), **loaded, **settings}
+            # What draws this picture again on its own: its own seed, and the size that ratio and model came to.
+            record |= {"seed": seed + number, "height": picture.height, "width": picture.width}
+            write_picture(picture, paths[number], record)
+            records[number] = {"path": str(paths[number]), **record}
+    in_order = [records[number] for number in sorted(records)]
+    for record in in_order if not as_json else ():
         typer.echo(f"{record['path']}  seed {record['seed']}  {record['width']}x{record['height']}  {record['prompt']}")
     if as_json:
-        _print_json(records)
+        _print_json(in_order)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 
 def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
@@ -17,7 +18,16 @@ def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> N
 
     text = PngInfo()
     text.add_text("emu3", json.dumps(record))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(picture, path, text)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; mend that, or give -o another name"
+        ) from error
+
+
+def _write_whole(picture: Image.Image, path: Path, text: PngInfo) -> None:
     unfinished = path.with_name(f".{os.getpid()}.tmp")  # short, as a name may be as long as the system takes
     try:
         picture.save(unfinished, format="PNG", pnginfo=text)

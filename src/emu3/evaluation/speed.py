@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from emu3.generation.events import Event, Finished, Stepped
+from emu3.generation.events import Finished, Stepped
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
 
@@ -142,18 +142,13 @@ def measure(
 def _draw(
     pipeline: Emu3Pipeline, prompts: list[str], decoding: str, height: int | None, width: int | None
 ) -> tuple[float, int, int, int]:
-    """Seconds from the first event to the last picture's tokens, tokens in all, forwards, and tokens fed."""
-    times: list[float] = []
-    events: list[Event] = []
-
-    def hear(event: Event) -> None:
-        times.append(time.perf_counter())
-        events.append(event)
-
-    pipeline.image(prompts, seed=0, decoding=decoding, height=height, width=width, on_event=hear)
+    """Seconds up to the last picture's tokens, tokens in all, forwards, and tokens fed."""
+    requests = pipeline.draw_requests(prompts, seed=0, decoding=decoding, height=height, width=width)
+    start, events = time.perf_counter(), list(pipeline.engine.stream(requests))
+    seconds = time.perf_counter() - start
     stepped = [event for event in events if isinstance(event, Stepped) and not event.prefill]
     tokens = sum(len(event.ids) for event in events if isinstance(event, Finished))
-    return times[-1] - times[0], tokens, len(stepped), sum(event.tokens for event in stepped)
+    return seconds, tokens, len(stepped), sum(event.tokens for event in stepped)
 
 
 def processor_name() -> str:

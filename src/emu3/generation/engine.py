@@ -125,7 +125,10 @@ class Engine:
                 wrong = next(id_ for id_ in prompt if not 0 <= id_ < size)
                 raise ValueError(f"the prompt holds the id {wrong}; the model's ids are 0 to {size - 1}")
         if len(request.prompts) > self.lanes:
-            raise ValueError(f"the request takes {len(request.prompts)} lanes, this engine has {self.lanes}")
+            raise ValueError(
+                f"the request takes {len(request.prompts)} lanes, this engine has {self.lanes}; make one with more, or "
+                "leave out guidance"
+            )
         needed = len(request.prompts) * request.reserved(self.context)
         if self.tokens is not None and needed > self.tokens:
             raise ValueError(
@@ -154,7 +157,7 @@ class Engine:
                 stream.hear(events)
             return events
 
-    def stream(self, requests: Iterable[Request]) -> Generator[Event]:
+    def stream(self, requests: Request | Iterable[Request]) -> Generator[Event]:
         """Run requests and report as tokens come. Events name a request by its place in the list.
 
         What is not finished when the iterator is closed is cancelled.
@@ -162,7 +165,7 @@ class Engine:
         Raises:
             ValueError: see `submit`; then none of the requests runs.
         """
-        requests = list(requests)
+        requests = [requests] if isinstance(requests, Request) else list(requests)
         with self._lock:
             numbers: list[int] = []
             try:
