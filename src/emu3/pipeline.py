@@ -280,7 +280,7 @@ class Emu3Pipeline:
             shape = Shape(*self.processor.calculate_generate_size(draw.ratio, area, factor))
         else:
             shape = Shape(_tokens("height", draw.height, factor), _tokens("width", draw.width, factor))
-        if max(shape) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
+        if max(shape.height, shape.width) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
             raise ValueError(
                 f"a picture of {shape.width * factor}x{shape.height * factor} pixels is more than {MAX_ASPECT_RATIO} "
                 "times longer than wide; ask for a squarer one"

@@ -1,7 +1,7 @@
 """Which prompt in the cache begins like a new one, so that what they share is computed once.
 
-A prompt is cut into blocks of `BLOCK` tokens. Each block is known by a hash of itself and of all before it, so finding
-the longest match takes one look-up a block, however many prompts there are.
+A prompt is cut into blocks of `BLOCK` tokens. A block's key is a hash of the block and of all before it. So the longest
+match takes one look-up for each block, however many prompts there are.
 """
 
 from __future__ import annotations

@@ -72,13 +72,13 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_ids("prompt_ids", self.prompt_ids)
-        for name, value, kind in (
-            ("guidance", self.guidance, Guidance | None),
-            ("decoder", self.decoder, Decoder),
-            ("sampling", self.sampling, Sampling | Mapping),
+        for name, value, kind, wanted in (
+            ("guidance", self.guidance, Guidance | None, "a Guidance or None"),
+            ("decoder", self.decoder, Decoder, "a decoder, such as RasterDecoder()"),
+            ("sampling", self.sampling, Sampling | Mapping, "a Sampling, or one for each kind of part"),
         ):
             if not isinstance(value, kind):
-                raise ValueError(f"{name} must be a {kind}, got {value!r:.80}")
+                raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
         if isinstance(self.sampling, Mapping):
             for part in ("text", "visual"):
                 if not isinstance(self.sampling.get(part), Sampling):

@@ -13,8 +13,8 @@ rows of three tokens:
 `turns[j]` is when position j would be decided if nothing were guessed: one after the other in raster order, or several
 rows at once. Input j goes in at that turn. It sees the inputs before it whose turns are not later.
 
-Each position has its own number of noise from the start. So the id that is drawn at a position depends only on the
-tokens that it saw, and a guess is right exactly if it equals the id that is drawn in its place:
+Each position has its own number of noise from the start. So the id that is drawn there depends only on the tokens that
+the position saw. A guess is right if it equals the id that is drawn in its place:
 
     position          0    1    2    3    4
     guess             a    b    c    d    .         fed as inputs 1 to 4

@@ -3,8 +3,8 @@
     lane 0 (prompt of 3)   p p p g g g . .      p prompt, g generated, . free
     lane 1 (prompt of 5)   p p p p p g . g      a slot may be skipped, and filled later
 
-Lanes of different lengths need no padding mask. A token is written in a turn, and a query sees a slot of its lane if
-the slot is not behind its own, and was written in the same turn or an earlier one.
+Lanes of different lengths need no padding mask. Every token is written in a turn. A query sees a slot of its lane if
+two things hold: the slot does not come after its own, and its turn is not later.
 
 Shapes: B lanes, K key-value heads, S new tokens, L slots, D width of a head.
 """
