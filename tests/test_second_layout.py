@@ -71,7 +71,7 @@ class SizeGrammar:
     kind: ClassVar[Kind] = "text"
     length: ClassVar[int] = 6
     final: ClassVar[bool] = False
-    opener: ClassVar[None] = None
+    must_follow: ClassVar[None] = None
 
     def span(self, k: Any) -> tuple[Any, Any]:
         digit, star, img = self.layout.digit, self.layout.star, self.layout.vocabulary.img
@@ -95,7 +95,7 @@ class InterleavedText:
     kind: ClassVar[Kind] = "text"
     length: ClassVar[None] = None
     final: ClassVar[bool] = False
-    opener: ClassVar[None] = None
+    must_follow: ClassVar[None] = None
 
     def span(self, k: Integers) -> tuple[Integers, Integers]:
         return k * 0, k * 0 + self.layout.vocabulary.visual_base
@@ -296,7 +296,7 @@ def test_scoring_an_answer_reproduces_every_choice(layout, model, requests, answ
         noise = uniform_noise(request.seed, request.budget(CONTEXT))
         for grammar, start, end in parts(layout, ids):
             for k in range(start, end):
-                scale, row = request.scale(grammar, k - start), logits[k : k + 1]
+                scale, row = request.guidance_at(grammar, k - start), logits[k : k + 1]
                 if scale is not None:
                     row = guide(row, negative_logits[k : k + 1], scale)
                 lo, hi = grammar.span(k - start)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3 import quantization
-from emu3.generation.decoders.guesses import Guesses, guess_from_neighbour, turns_of
+from emu3.generation.decoders.guesses import guess_from_neighbour, turns_of
 from emu3.generation.decoders.jacobi import JacobiDecoder, couple
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.decoders.predictive import PredictiveDecoder
@@ -20,7 +20,7 @@ from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.decoders.zipar import ZipARDecoder
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, FrameDone, RowDone, Stepped, Tokens
-from emu3.generation.grammar import GridGrammar, TextGrammar
+from emu3.generation.grammar import GridGrammar, TextGrammar, is_forced
 from emu3.generation.request import Guidance, Request
 from emu3.generation.runtime import forward
 from emu3.generation.sampling import GREEDY, Sampling
@@ -65,7 +65,7 @@ def test_turns_are_those_of_a_wavefront(height, width, frames, window):
     grammar = GridGrammar(height, width, frames, vocabulary=EMU3)
     turns, lag = turns_of(grammar, window), min(window, width)
     for k in range(grammar.length):
-        if not grammar.is_forced(k):
+        if not is_forced(grammar, k):
             frame, in_frame = divmod(k, grammar.frame_length)
             row, column = divmod(in_frame, width + 1)
             assert turns[k] == frame * ((height - 1) * lag + width) + row * lag + column
@@ -92,7 +92,7 @@ def test_guesses_change_no_decision(height, width, frames, window, most, size, s
     lo, turns = grammar.vocabulary.visual_base, turns_of(grammar, window)
 
     def id_after(k, state):
-        return grammar.span(k)[0] if grammar.is_forced(k) else lo + hash((seed, state)) % size
+        return grammar.span(k)[0] if is_forced(grammar, k) else lo + hash((seed, state)) % size
 
     expected = {}
 
@@ -102,9 +102,10 @@ def test_guesses_change_no_decision(height, width, frames, window, most, size, s
 
     answers(grammar, turns, decide)
     ids = Sequence.begin(Request((grammar.vocabulary.img,), grammar), 0, 999).ids
-    guesses, cache, steps = Guesses.begin(grammar, window), {}, 0
+    decoder = ZipARDecoder(window, guesses=most)
+    state, cache, steps = decoder.begin(grammar, 0), {}, 0
     while (ids == UNDECIDED).any():
-        step, steps = guesses.propose(ids, most), steps + 1
+        step, steps = decoder.propose(state, ids, 99), steps + 1
         assert step.inputs == sorted(set(step.inputs))
         for q, turn in zip(step.inputs, step.turns, strict=True):
             assert turn == turns[q + 1]
@@ -113,7 +114,8 @@ def test_guesses_change_no_decision(height, width, frames, window, most, size, s
             assert id_ != UNDECIDED
             cache[q] = hash((q, id_, tuple(seen)))
         assert {k - 1 for k in step.targets} <= set(step.inputs)
-        for k, id_ in guesses.settle(step, [id_after(k, cache[k - 1]) for k in step.targets]):
+        drawn = torch.tensor([id_after(k, cache[k - 1]) for k in step.targets])
+        for k, id_ in decoder.accept(state, step, drawn, lo=0):
             assert ids[k] == UNDECIDED
             ids[k] = id_
     assert all(ids[k] == id_ for k, id_ in expected.items())
@@ -165,7 +167,7 @@ def test_rows_are_reported_as_they_are_done(model, vocabulary):
         assert [event.frame for event in events if isinstance(event, FrameDone)] == [0]
         for event in tokens:
             positions = range(event.position, event.position + len(event.ids))
-            assert event.forced == tuple(drawn.grammar.is_forced(k) for k in positions)
+            assert event.forced == tuple(is_forced(drawn.grammar, k) for k in positions)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 40])

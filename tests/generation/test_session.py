@@ -24,6 +24,12 @@ WARM = Sampling(1.3, top_k=12)
 DECODERS = [RasterDecoder(), PredictiveDecoder(4), ZipARDecoder(1), JacobiDecoder(4)]
 
 
+class FirstPicture(GridGrammar):
+    """More may follow it."""
+
+    final = False
+
+
 def picture(vocabulary, text, height=2, width=3, scale=3.0, seed=0, negative=(), decoder=DECODERS[0]):
     prompts = [(vocabulary.bos, *words, vocabulary.boi, 1, vocabulary.img) for words in (text, negative)]
     grammar = GridGrammar(height, width, vocabulary=vocabulary)
@@ -241,6 +247,26 @@ def test_a_request_that_fails_ends_alone(model, vocabulary):
     assert errors[2].startswith("the guidance schedule fails at token 0: ZeroDivisionError")
 
 
+def test_a_request_that_fails_leaves_nothing_behind(model, vocabulary):
+    """The token 9 has a NaN in its embedding. Lanes that it was in are clean for those that come after."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.text_model.embed_tokens.weight[9, 0] = torch.nan
+    short, long = picture(vocabulary, (5,), 3, 3), picture(vocabulary, tuple(range(10, 40)), 3, 3)
+    broken = picture(vocabulary, (9,) * 40, 3, 3)
+    engine = Engine(model)
+    expected = finished(engine.stream([short, long]))
+    (failed,) = (event for event in engine.stream([broken]) if isinstance(event, Failed))
+    assert "embed_tokens.weight holds NaN" in failed.error
+    assert finished(engine.stream([short, long])) == expected
+    # Dropped before it was in the cache as a whole.
+    chunked = Engine(model, chunk=8)
+    number = chunked.submit(broken)
+    chunked.step()
+    chunked.cancel(number)
+    assert finished(chunked.stream([short, long])) == expected
+
+
 def test_weights_that_were_changed_are_read_after_refresh(model, vocabulary):
     model = copy.deepcopy(model)
     request = replace(picture(vocabulary, (5,), 4, 4), sampling=GREEDY)
@@ -289,6 +315,12 @@ def test_what_never_fits_is_refused(model, vocabulary, text):
     assert engine.idle
     with pytest.raises(ValueError, match="schedule of guidance needs a picture"):
         replace(good, guidance=Guidance((1,), lambda progress: 2.0), grammar=text)
+    with pytest.raises(ValueError, match="schedule of guidance needs a picture"):
+        replace(
+            good,
+            guidance=Guidance(good.prompt_ids, lambda progress: 2.0),
+            grammar=FirstPicture(2, 2, vocabulary=vocabulary),
+        )
     with pytest.raises(ValueError, match="lanes must be a whole number, at least 1, got 0"):
         Engine(model, lanes=0)
 

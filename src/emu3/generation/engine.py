@@ -21,12 +21,12 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from emu3.generation.broken import cause_of_broken_logits
-from emu3.generation.events import Event, Failed, Finished, Started, Stepped
+from emu3.generation.events import Event, Failed, Finished, Reason, Started, Stepped
 from emu3.generation.grammar import Grid
 from emu3.generation.prefixes import Prefixes
 from emu3.generation.request import Request
@@ -37,7 +37,7 @@ from emu3.options import check_whole
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
-# Above this many tokens, each token makes a forward slower, so wrong guesses cost time.
+# A forward of so many tokens takes about as long as one of few. Above, wrong guesses cost time.
 _MOST_TOKENS = 128
 # Prompts of so many tokens or fewer may be padded to one another: a forward of its own costs more.
 _SHORT_CHUNK = 32
@@ -54,7 +54,8 @@ class Engine:
     Args:
         model: in evaluation mode. Call `refresh` after its weights were changed.
         lanes: most prompts in the cache; a request under guidance takes two. What does not fit waits.
-        tokens: most slots of the cache: the number of lanes times the slots of the longest. None: no limit but `lanes`.
+        tokens: most slots of the cache, which are the lanes in use times the slots of the longest. None: only `lanes`
+            limits them.
         chunk: most tokens of a prompt that one step feeds.
         compiled: whether to compile the layers for the steps, and on a GPU to record them (CUDA graphs); takes a
             while at first, and needs a C++ compiler on a CPU.
@@ -73,7 +74,7 @@ class Engine:
         self.model, self.lanes, self.tokens, self.chunk, self.compiled = model, lanes, tokens, chunk, compiled
         self._runner = ModelRunner(model, compiled)
         self._waiting: deque[Sequence] = deque()
-        # Their lanes lie in this order in the cache, those that decode in front.
+        # Their lanes in the cache are 0, 1, ... in this order, those that decode first. The runner relies on it.
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._prefixes = Prefixes()
@@ -94,7 +95,7 @@ class Engine:
     @property
     def tokens_in_use(self) -> int:
         """Slots that are reserved: every lane in use has as many as the longest of them needs."""
-        return self.lanes_in_use * max((self._slots(sequence) for sequence in self._admitted), default=0)
+        return self.lanes_in_use * max(map(self._slots, self._admitted), default=0)
 
     @property
     def context(self) -> int:
@@ -144,10 +145,10 @@ class Engine:
     def cancel(self, number: int) -> bool:
         """Drop a request and free its lanes; no event of it follows. False if it is not under way (any more)."""
         with self._lock:
-            everything = len(self._waiting) + len(self._admitted)
+            before = len(self._waiting) + len(self._admitted)
             self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
             self._remove({number})
-            return len(self._waiting) + len(self._admitted) < everything
+            return len(self._waiting) + len(self._admitted) < before
 
     def step(self) -> list[Event]:
         """Admit what fits, feed a chunk of prompts, and run one forward of all that decode."""
@@ -206,7 +207,7 @@ class Engine:
         return [*self._decoding, *self._prefilling]
 
     def _slots(self, sequence: Sequence) -> int:
-        return max(len(lane.prompt) for lane in sequence.lanes) + sequence.budget
+        return sequence.request.reserved(self.context)
 
     def _admit(self) -> Iterator[Event]:
         """1. Admit what fits, first come, first served."""
@@ -222,7 +223,7 @@ class Engine:
         if not admitted:
             return
         try:
-            self._runner.make_room(lanes, slots, self.lanes_in_use, self.lanes, self.tokens)
+            self._runner.make_room(lanes, slots, kept=self.lanes_in_use, most_lanes=self.lanes, most_tokens=self.tokens)
         except (RuntimeError, MemoryError):  # no memory; whoever asked may wait or cancel
             self._waiting.extendleft(reversed(admitted))
             raise
@@ -242,14 +243,11 @@ class Engine:
     def _prefill(self) -> Iterator[Event]:
         """2. Feed a chunk of every prompt, except those whose beginning another lane is still computing."""
         chunks: list[tuple[Lane, int]] = []
-        ready = [(lane, lane.source is None or lane.source.filled >= lane.shared or not lane.source.alive)
-                 for sequence in self._prefilling for lane in sequence.lanes]  # fmt: skip
-        for lane, is_ready in ready:
-            if not is_ready:
-                continue
+        for lane in (lane for sequence in self._prefilling for lane in sequence.lanes):
             if lane.source is not None and lane.source.alive:
-                assert self._runner.cache is not None
-                self._runner.cache.copy_prefix(lane.source.index, lane.index, lane.shared)
+                if lane.source.filled < lane.shared:
+                    continue
+                self._runner.copy_prefix(lane.source.index, lane.index, lane.shared)
                 lane.filled = lane.shared
             lane.source = None
             end = min(len(lane.prompt) - 1, lane.filled + self.chunk)
@@ -281,7 +279,7 @@ class Engine:
         self._remove(failed.keys())
         ended: set[int] = set()
         if planned:
-            inputs = [lane for _, plan in planned for lane in plan.inputs]
+            inputs = [own for _, plan in planned for own in plan.inputs]
             hidden_BSE = self._runner.feed(inputs)
             events, decided = [], 0
             drawn = self._runner.draw(hidden_BSE, planned)
@@ -305,7 +303,7 @@ class Engine:
         self._remove(ended | failed.keys())
         yield from (Failed(number, error) for number, error in failed.items())
 
-    def _finish(self, sequence: Sequence, reason: Literal["stop", "length"]) -> Finished:
+    def _finish(self, sequence: Sequence, reason: Reason) -> Finished:
         return Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason)
 
     def _remove(self, numbers: Set[int]) -> None:
@@ -320,9 +318,8 @@ class Engine:
                     kept.append(lane)
         if len(kept) == self.lanes_in_use:
             return
-        assert self._runner.cache is not None
         with torch.inference_mode():
-            self._runner.cache.compact([lane.index for lane in kept])
+            self._runner.compact([lane.index for lane in kept], used=self.lanes_in_use)
         for index, lane in enumerate(kept):
             lane.index = index
         self._decoding = [sequence for sequence in self._decoding if sequence.number not in numbers]

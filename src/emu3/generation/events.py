@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Reason = Literal["stop", "length"]
+"""Why an answer ends: it came to its end, or to its limit of tokens."""
+
 
 @dataclass(frozen=True)
 class Started:
@@ -47,11 +50,11 @@ class FrameDone:
 
 @dataclass(frozen=True)
 class Finished:
-    """A request is done: all its ids, and whether it came to its end or to its limit."""
+    """A request is done; here are all its ids."""
 
     request: int
     ids: tuple[int, ...]
-    reason: Literal["stop", "length"]
+    reason: Reason
 
 
 @dataclass(frozen=True)

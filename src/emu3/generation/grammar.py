@@ -30,8 +30,8 @@ class Grammar(Protocol):
     Attributes:
         kind: what is written. It picks sampling and guidance.
         length: in tokens; None: the ids decide where it ends.
-        final: whether the answer ends with this part.
-        opener: the id that must stand before the first position, if one must.
+        final: whether nothing follows this part, known without its ids. At its end, `then` says the same.
+        must_follow: the id that must stand before the first position, if one must.
     """
 
     @property
@@ -41,18 +41,24 @@ class Grammar(Protocol):
     @property
     def final(self) -> bool: ...
     @property
-    def opener(self) -> int | None: ...
+    def must_follow(self) -> int | None: ...
 
     def span(self, k: Integers) -> tuple[Integers, Integers]:
-        """The legal ids lo..hi-1 at position k >= 0; an integer, or an array or tensor of them."""
+        """The legal ids lo..hi-1 at position k >= 0, which may be an integer, or an array or tensor of them."""
         ...
 
     def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
-        """What rules the position behind `ids`, which are all of this part so far.
+        """The grammar of the next position, after `ids`, which are all ids of this part so far.
 
-        This grammar while the part goes on, else the next one; None at the end of the answer.
+        It is this grammar while the part goes on, then the next part's; None at the end of the answer.
         """
         ...
+
+
+def is_forced(grammar: Grammar, k: int) -> bool:
+    """Whether only one id is legal at position k."""
+    lo, hi = grammar.span(k)
+    return hi == lo + 1
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,17 @@ class TextGrammar:
     kind: ClassVar[Kind] = "text"
     length: ClassVar[None] = None
     final: ClassVar[bool] = True
-    opener: ClassVar[None] = None
+    must_follow: ClassVar[None] = None
 
     def span(self, k: Integers) -> tuple[Integers, Integers]:
-        """See `Grammar.span`."""
-        return k * 0, k * 0 + self.size
+        return k * 0, k * 0 + self.size  # `k * 0` gives a number the shape of k
 
     def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
-        """See `Grammar.then`."""
         return None if ids[-1] in self.ends else self
 
 
 @dataclass(frozen=True)
-class Grid(ABC):
+class Grid(Grammar, ABC):
     """Where the tokens of a picture or clip stand, for every family that closes rows by a token.
 
     Args:
@@ -111,19 +115,10 @@ class Grid(ABC):
 
     @property
     @abstractmethod
-    def length(self) -> int:
-        """See `Grammar`."""
-
-    @abstractmethod
-    def span(self, k: Integers) -> tuple[Integers, Integers]:
-        """See `Grammar.span`."""
-
-    @abstractmethod
-    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
-        """See `Grammar.then`."""
+    def length(self) -> int: ...
 
     @property
-    def opener(self) -> int:
+    def must_follow(self) -> int:
         """The image start stands before the first visual token."""
         return self.vocabulary.img
 
@@ -155,7 +150,6 @@ class GridGrammar(Grid):
         return self.frames * self.frame_length + 2
 
     def span(self, k: Integers) -> tuple[Integers, Integers]:
-        """See `Grammar.span`."""
         ids = self.vocabulary
         in_frame = k % self.frame_length
         # Of two rules that apply, the later one wins.
@@ -173,13 +167,7 @@ class GridGrammar(Grid):
         return lo, hi
 
     def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
-        """See `Grammar.then`."""
         return self if len(ids) < self.length else None
-
-    def is_forced(self, k: int) -> bool:
-        """Whether only one id is legal at position k."""
-        lo, hi = self.span(k)
-        return hi == lo + 1
 
     def ids_of(self, codes_THW: Any) -> Any:
         """Ids (length,) of a picture or clip with these codes, an array (T, H, W): the reverse of `codes_of`."""
@@ -193,7 +181,8 @@ class GridGrammar(Grid):
 
         EOI and EOS may be missing. Raises ValueError where the ids are too few.
         """
-        needed, (*outer, given) = self.length - 2, ids.shape
+        *outer, given = ids.shape
+        needed = self.length - 2
         if given < needed:
             size = f"{self.frames}x{self.height}x{self.width}"
             raise ValueError(f"{size} visual tokens take {needed} ids, got {given}")

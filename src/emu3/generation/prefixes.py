@@ -12,7 +12,7 @@ from itertools import takewhile
 from emu3.generation.sequence import Lane
 
 BLOCK = 16
-"""Tokens. What is shorter is computed again, rather than waited for."""
+"""Tokens. Shorter beginnings are computed again, because waiting for them would cost more."""
 
 
 class Prefixes:
@@ -26,7 +26,7 @@ class Prefixes:
         for key in _keys(lane.prompt):
             source = self._lanes.setdefault(key, lane)
             if source is not lane:
-                lane.source = source
+                lane.source = source  # the last one that is found shares most
         if lane.source is not None:
             pairs = zip(lane.prompt[:-1], lane.source.prompt[:-1], strict=False)
             lane.shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -45,7 +45,7 @@ def _check_ids(name: str, ids: object) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """An answer to a prompt: a picture or clip, a text, or several of them.
+    """Asks for an answer to a prompt: a picture or clip, a text, or several of them.
 
     Args:
         prompt_ids: ids of the prompt, with the visual tokens of the pictures in it; no padding.
@@ -72,28 +72,30 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_ids("prompt_ids", self.prompt_ids)
-        for name, value, kind, wanted in (
+        for name, value, type_, wanted in (
             ("guidance", self.guidance, Guidance | None, "a Guidance or None"),
             ("decoder", self.decoder, Decoder, "a decoder, such as RasterDecoder()"),
             ("sampling", self.sampling, Sampling | Mapping, "a Sampling, or one for each kind of part"),
         ):
-            if not isinstance(value, kind):
+            if not isinstance(value, type_):
                 raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
         if isinstance(self.sampling, Mapping):
             for part in ("text", "visual"):
                 if not isinstance(self.sampling.get(part), Sampling):
                     raise ValueError(f"sampling must hold a Sampling for {part!r}, got {self.sampling!r:.80}")
-        if not all(hasattr(self.grammar, name) for name in ("kind", "length", "span", "then")):
+        if not all(hasattr(self.grammar, name) for name in ("kind", "length", "final", "must_follow", "span", "then")):
             raise ValueError(f"grammar must be a grammar, such as one of a layout, got {self.grammar!r:.80}")
         for ids in self.prompts:
-            if self.grammar.opener is not None and ids[-1] != self.grammar.opener:
+            if self.grammar.must_follow not in (None, ids[-1]):
                 raise ValueError(
-                    f"a prompt to draw after ends with the image start {self.grammar.opener}, not {ids[-1]}"
+                    f"a prompt to draw after ends with the image start {self.grammar.must_follow}, not {ids[-1]}"
                 )
         object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, MOST_SEED))
         has_schedule = self.guidance is not None and callable(self.guidance.scale)
-        if has_schedule and self.grammar.length is None and "text" in cast(Guidance, self.guidance).kinds:
-            raise ValueError("a schedule of guidance needs a picture, whose length is known; give a text a number")
+        if has_schedule and not self._has_length and "text" in cast(Guidance, self.guidance).kinds:
+            raise ValueError(
+                "a schedule of guidance needs a picture, whose length is known; where texts are guided, give a number"
+            )
         if self.max_new_tokens is not None:
             object.__setattr__(self, "max_new_tokens", check_whole("max_new_tokens", self.max_new_tokens))
             if self._has_length:
@@ -115,7 +117,7 @@ class Request:
         """How ids of a part of this kind are chosen."""
         return self.sampling if isinstance(self.sampling, Sampling) else self.sampling[kind]
 
-    def scale(self, grammar: Grammar, k: int) -> float | None:
+    def guidance_at(self, grammar: Grammar, k: int) -> float | None:
         """The scale of guidance at position k of a part of the answer; None where there is no guidance.
 
         Raises:
@@ -125,7 +127,7 @@ class Request:
             return None
         if not callable(self.guidance.scale):
             return self.guidance.scale
-        assert grammar.length is not None, "the constructor lets schedules go with lengths only"
+        assert grammar.length is not None, "the constructor refuses schedules for texts"
         try:
             scale = self.guidance.scale(k / grammar.length)
         except Exception as error:
@@ -133,11 +135,7 @@ class Request:
         return check_number(f"guidance scale at token {k}", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
 
     def reserved(self, context: int) -> int:
-        """The most tokens of its longest prompt and its answer, for a model with a context of so many tokens.
-
-        Raises:
-            ValueError: the prompt and what must follow do not fit.
-        """
+        """Slots that each of its lanes needs: for the longest prompt and for `budget`."""
         return max(map(len, self.prompts)) + self.budget(context)
 
     def budget(self, context: int) -> int:

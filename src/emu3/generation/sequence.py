@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
 from emu3.generation.decoders.raster import RasterDecoder
-from emu3.generation.events import Event, FrameDone, RowDone, Tokens
-from emu3.generation.grammar import Grammar, Grid
+from emu3.generation.events import Event, FrameDone, Reason, RowDone, Tokens
+from emu3.generation.grammar import Grammar, Grid, is_forced
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling, uniform_noise
 
@@ -61,7 +61,9 @@ class Target(NamedTuple):
     Attributes:
         place: of the input that decides it, among the inputs of a lane.
         noise: the position's own number.
-        span, scale, sampling, draw: legal ids lo..hi-1, guidance, and how an id is chosen.
+        span: the legal ids lo..hi-1.
+        scale: of guidance, or None.
+        sampling, draw: how an id is chosen.
     """
 
     place: int
@@ -89,17 +91,18 @@ class Part:
         decoder: decides it.
         state: what the decoder keeps.
         start: where it begins in the answer.
-        pending: how many of the previous part's tokens are not in the cache yet, its last token not counted.
-        turn: all that lies before this part counts as this turn; the part's own turns are added to it.
-        last_turn: the latest turn in this part so far.
+        pending: forced tokens at the end of the previous part that are not in the cache yet, besides its last one. The
+            first step of this part feeds them.
+        turn: added to the turns of this part's steps, so that its tokens see all that stands before the part.
+        last_turn: the latest turn in this part so far, before `turn` is added.
     """
 
     grammar: Grammar
     decoder: Decoder[Any]
     state: Any
     start: int
-    pending: int = 0
-    turn: int = 0
+    pending: int
+    turn: int
     last_turn: int = 0
 
 
@@ -115,7 +118,8 @@ class Sequence:
         ids: the answer; UNDECIDED where nothing is decided. Ids that a grammar forces are known when its part begins.
         lanes: one for each prompt.
         part: the part that is being written.
-        emitted: how many tokens have been reported; not always the first ones, as ZipAR decides several rows at once.
+        emitted: how many ids have been reported. While ZipAR decides several rows at once, they are not the first ones;
+            at the end of a part they are.
         newest: the position that was decided last.
     """
 
@@ -125,9 +129,9 @@ class Sequence:
     noise: NDArray[np.float32]
     ids: NDArray[np.int64]
     lanes: list[Lane]
-    part: Part = field(init=False)
     emitted: int = 0
     newest: int = -1
+    part: Part = field(init=False)
 
     @classmethod
     def begin(cls, request: Request, number: int, context: int) -> Sequence:
@@ -139,7 +143,7 @@ class Sequence:
         budget = request.budget(context)
         noise, lanes = uniform_noise(request.seed, budget).numpy(), [Lane(prompt) for prompt in request.prompts]
         sequence = cls(request, number, budget, noise, np.full(budget, UNDECIDED), lanes)
-        sequence._begin_part(request.grammar)
+        sequence._begin_part(request.grammar, pending=0, turn=0)
         return sequence
 
     @property
@@ -157,7 +161,7 @@ class Sequence:
                 part.pending + bisect_left(step.inputs, k - 1),
                 float(self.noise[part.start + k]),
                 part.grammar.span(k),
-                request.scale(part.grammar, k),
+                request.guidance_at(part.grammar, k),
                 sampling,
                 part.decoder.draw,
             )
@@ -168,8 +172,7 @@ class Sequence:
     def _inputs(self, step: Step) -> list[Inputs]:
         """What the step feeds into each lane."""
         part = self.part
-        before = range(-1 - part.pending, -1) if part.pending else ()
-        positions = [part.start + k for k in (*before, *step.inputs)]
+        positions = [part.start + k for k in (*range(-1 - part.pending, -1), *step.inputs)]
         drafts = {part.start + k: id_ for k, id_ in step.drafts.items()}
         ids = [drafts.get(k, int(self.ids[k])) for k in positions if k >= 0]
         turns = [part.turn] * len(positions)
@@ -181,7 +184,7 @@ class Sequence:
             for lane in self.lanes
         ]
 
-    def accept(self, step: Step, drawn: Tensor) -> tuple[list[Event], Literal["stop", "length"] | None]:
+    def accept(self, step: Step, drawn: Tensor) -> tuple[list[Event], Reason | None]:
         """Take what the decoder decides: events, with the forced ids after each id, and why the answer ends if it does.
 
         Args:
@@ -200,9 +203,10 @@ class Sequence:
         more, reason = self.advance()
         return events + more, reason
 
-    def advance(self) -> tuple[list[Event], Literal["stop", "length"] | None]:
+    def advance(self) -> tuple[list[Event], Reason | None]:
         """Go on to the next part where this one is complete: events, and why the answer ends, if it does."""
         events: list[Event] = []
+        # A text is asked after every id whether it goes on, a picture when it is complete.
         while self.emitted > self.part.start and (self.part.grammar.length is None or self._is_complete()):
             part = self.part
             then = part.grammar.then(self.ids[part.start : self.emitted])
@@ -212,7 +216,7 @@ class Sequence:
                 return events, "length"
             if then is part.grammar:
                 break
-            self._begin_part(then)
+            self._begin_part(then, pending=self.emitted - 1 - self.newest, turn=part.turn + part.last_turn)
             events += self.report_opening()
         return events, None
 
@@ -221,17 +225,11 @@ class Sequence:
 
     def report_opening(self) -> list[Event]:
         """The events of the forced ids that a part begins with."""
-        is_forced = self.part.grammar.length is not None and self._ids_of_part()[0] != UNDECIDED
-        return list(self._report(0, forced=True)) if is_forced else []
+        return list(self._report(0, forced=True)) if self._ids_of_part()[0] != UNDECIDED else []
 
-    def _begin_part(self, grammar: Grammar) -> None:
-        first = not hasattr(self, "part")
+    def _begin_part(self, grammar: Grammar, pending: int, turn: int) -> None:
         decoder: Decoder[Any] = self.request.decoder if grammar.kind == "visual" else RasterDecoder()
-        part = Part(grammar, decoder, decoder.begin(grammar, self.request.seed), start=self.emitted)
-        if not first:
-            part.pending = self.emitted - 1 - self.newest
-            part.turn = self.part.turn + self.part.last_turn
-        self.part = part
+        self.part = Part(grammar, decoder, decoder.begin(grammar, self.request.seed), self.emitted, pending, turn)
         if grammar.length is not None:
             lo, hi = grammar.span(np.arange(grammar.length))
             self._ids_of_part()[:] = np.where(hi == lo + 1, lo, UNDECIDED)
@@ -245,7 +243,7 @@ class Sequence:
         """The events of position k, which was just decided, and of the forced ids behind it."""
         grammar, ids = self.part.grammar, self._ids_of_part()
         end = k + 1
-        while end < len(ids) and grammar.length is not None and ids[end] != UNDECIDED and self._is_forced(end):
+        while end < len(ids) and ids[end] != UNDECIDED and is_forced(grammar, end):
             end += 1
         new = tuple(ids[k:end].tolist())
         self.emitted += len(new)
@@ -256,7 +254,3 @@ class Sequence:
                     yield RowDone(self.number, *row)
                     if row[1] == grammar.height - 1:
                         yield FrameDone(self.number, row[0])
-
-    def _is_forced(self, k: int) -> bool:
-        lo, hi = self.part.grammar.span(k)
-        return hi == lo + 1

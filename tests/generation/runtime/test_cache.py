@@ -52,7 +52,7 @@ def test_queries_see_no_later_turns():
 def test_compacted_rows_keep_their_content():
     cache, before = whole(4, 3), whole(4, 3)
     cache.turns_BL[3, 1] = EMPTY
-    cache.compact([1, 3])
+    cache.compact([1, 3], used=4)
     for now, then in zip(cache.keys + cache.values, before.keys + before.values, strict=True):
         assert torch.equal(now[:2], then[[1, 3]])
     assert (cache.turns_BL != EMPTY).int().tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]

@@ -2,22 +2,22 @@
 
 The two differ in the order, and in how many positions a step may decide.
 
-Input j is the token at position j - 1, and it decides position j. `turns` and `cached` are indexed by input. `ids`,
-`guesses`, and the inputs and targets of a `Step` are positions; position k goes in as input k + 1. For a picture of
-rows of three tokens:
+The token at position j - 1 goes into the model, and what comes out decides position j. For a picture of rows of three
+tokens:
 
     j                 0     1    2    3    4
-    input           <img>   v0   v1   v2  EOL       the token at position j - 1
-    decides           v0    v1   v2  EOL   v3       the token at position j
+    goes in         <img>   v0   v1   v2  EOL       the token at position j - 1
+    is decided        v0    v1   v2  EOL   v3       the token at position j
 
-`turns[j]` is when position j would be decided if nothing were guessed: one after the other in raster order, or several
-rows at once. Input j goes in at that turn. It sees the inputs before it whose turns are not later.
+`turns[j]` is the turn in which position j would be decided if nothing were guessed: one position a turn in raster
+order, or several rows at once. The token before it goes in at that turn, and sees the inputs before it whose turns are
+not later. Everything is indexed by position, except `cached`: `cached[j]` is about the input that decides position j.
 
 Each position has its own number of noise from the start. So the id that is drawn there depends only on the tokens that
 the position saw. A guess is right if it equals the id that is drawn in its place:
 
     position          0    1    2    3    4
-    guess             a    b    c    d    .         fed as inputs 1 to 4
+    guess             a    b    c    d    .         fed to decide positions 1 to 4
     drawn             a    b    x    y    z         all by one forward
     decided           a    b    x                   x saw a and b, which are right
     next guess                       y    z         y and z saw c, which is wrong
@@ -53,6 +53,9 @@ _RECOVERY = 0.01
 @lru_cache(maxsize=64)
 def turns_of(grid: Grid, lag: int) -> NDArray[np.int64]:
     """The turn of every position, and of one more behind the last: `turns[j]`.
+
+    Forced tokens delay nothing: EOL counts as one more column of its row, EOF as the first place of the next frame, and
+    EOI and EOS as the first two places of a further frame.
 
     Args:
         grid: frames follow one another.
@@ -101,9 +104,10 @@ class Guesses:
         grid: of the picture.
         turns: see `turns_of`.
         guesses: an id for each position, or UNDECIDED where nothing was guessed yet.
-        cached: whether input j is in the cache for good: it was right, and so was all that it saw.
-        right_lately: moving average of the positions that a step decided beyond those of the first turn. High at
-            first, as most pictures begin with plain areas.
+        cached: whether the input that decides position j is in the cache for good: it was right, and so was all that
+            it saw.
+        right_lately: moving average of how many positions a step decides by guessing, beyond those of its first turn,
+            which need no guess. High at first, as most pictures begin with plain areas.
     """
 
     grid: Grid
@@ -112,82 +116,75 @@ class Guesses:
     cached: NDArray[np.bool_]
     right_lately: float = 6.0
 
-    @classmethod
-    def begin(cls, grid: Grid, lag: int) -> Guesses:
-        """Nothing is guessed yet. Arguments as for `turns_of`."""
-        turns = turns_of(grid, lag)
-        return cls(grid, turns, np.full(grid.length, UNDECIDED), np.zeros(len(turns), dtype=bool))
-
-    def propose(self, ids: NDArray[np.int64], most: int) -> Step:
-        """Targets: the positions of the next turn, and more where guesses were right lately, up to about `most`."""
-        undecided = (ids == UNDECIDED).nonzero()[0]
-        turns = self.turns[undecided]
-        ahead = _TRIED_PER_RIGHT_GUESS * self.right_lately
-        count = int((turns == turns.min()).sum()) + (math.ceil(ahead) if ahead >= 1 else 0)
-        count = min(count, most, len(undecided))
-        last_turn = np.partition(turns, count - 1)[count - 1]
-        targets = undecided[turns <= last_turn].tolist()
-        # All inputs that these targets see and that are not in the cache for good.
-        inputs = (~self.cached & (self.turns <= last_turn)).nonzero()[0]
-        positions = (inputs - 1).tolist()
-        for k in positions:
-            if k >= 0 and ids[k] == UNDECIDED and self.guesses[k] == UNDECIDED:
-                self.guesses[k] = guess_from_neighbour(self.grid, k, ids, self.guesses)
-        drafts = {k: int(self.guesses[k]) for k in targets if self.turns[k + 1] <= last_turn}
-        return Step(positions, targets, drafts, self.turns[inputs].tolist())
-
-    def settle(self, step: Step, drawn: list[int]) -> list[tuple[int, int]]:
-        """Compare guesses with what was drawn: the positions that are decided, with their ids.
-
-        A wrong guess at position w went in as input w + 1. Position k saw it if w < k and `turns[w + 1] <= turns[k]`.
-        Two rows with `window=1`: a wrong guess spoils the rest of its row, and the row below from the same column on:
-
-            guess   a b c d      drawn   a x c d      decided   a x . .      b went in at turn 2: c and d saw it,
-                    e f g h              e f g h                e . . .      and so did f; e is of turn 1
-        """
-        decided = []
-        never = len(self.turns)
-        spoiled_from = never  # turn of the first wrong guess among the positions so far
-        wrong: dict[int, int] = {}
-        for k, id_ in zip(step.targets, drawn, strict=True):
-            if self.turns[k] < spoiled_from:
-                decided.append((k, id_))
-                if step.drafts.get(k, id_) != id_:
-                    spoiled_from = wrong[k] = min(spoiled_from, int(self.turns[k + 1]))
-            self.guesses[k] = id_
-        inputs = np.array(step.inputs) + 1
-        spoiled = np.minimum.accumulate([wrong.get(k, never) for k in step.inputs])
-        self.cached[inputs] = self.turns[inputs] < spoiled
-        turns = self.turns[list(step.targets)]
-        in_first_turn = int((turns == turns.min()).sum())
-        if len(turns) > in_first_turn:
-            self.right_lately += _WEIGHT_OF_LAST_STEP * (len(decided) - in_first_turn - self.right_lately)
-        else:
-            self.right_lately += _RECOVERY
-        return decided
-
 
 class GuessingDecoder(Decoder[Guesses]):
     """A decoder that guesses; subclasses say in which order, by `lag`, and at most how many targets a step has."""
 
     @property
     @abstractmethod
-    def most(self) -> int:
-        """Most targets of a step."""
+    def most_targets(self) -> int:
+        """Most targets of a step, but for those of one turn."""
 
     @abstractmethod
     def lag(self, grid: Grid) -> int:
-        """See `turns_of`."""
+        """Turns by which a row is behind the row above; see `turns_of`."""
 
     def begin(self, grammar: Grammar, seed: int) -> Guesses:
-        """See `Decoder.begin`."""
         assert isinstance(grammar, Grid), "only pictures and clips are guessed"
-        return Guesses.begin(grammar, self.lag(grammar))
+        turns = turns_of(grammar, self.lag(grammar))
+        return Guesses(grammar, turns, np.full(grammar.length, UNDECIDED), np.zeros(len(turns), dtype=bool))
 
     def propose(self, state: Guesses, ids: NDArray[np.int64], most: int) -> Step:
-        """See `Guesses.propose`."""
-        return state.propose(ids, min(self.most, most))
+        """Targets: the positions of the next turn, and those of more turns where guesses were right lately."""
+        undecided = (ids == UNDECIDED).nonzero()[0]
+        turns = state.turns[undecided]
+        ahead = _TRIED_PER_RIGHT_GUESS * state.right_lately
+        count = _in_first_turn(turns) + (math.ceil(ahead) if ahead >= 1 else 0)
+        count = min(count, most, self.most_targets, len(undecided))
+        last_turn = np.partition(turns, count - 1)[count - 1]
+        targets = undecided[turns <= last_turn].tolist()
+        # All inputs that these targets see and that are not in the cache for good.
+        inputs = (~state.cached & (state.turns <= last_turn)).nonzero()[0]
+        positions = (inputs - 1).tolist()
+        for k in positions:
+            if k >= 0 and ids[k] == UNDECIDED and state.guesses[k] == UNDECIDED:
+                state.guesses[k] = guess_from_neighbour(state.grid, k, ids, state.guesses)
+        # Tokens of the last turn are targets, but do not go in.
+        drafts = {k: int(state.guesses[k]) for k in targets if state.turns[k + 1] <= last_turn}
+        return Step(positions, targets, drafts, state.turns[inputs].tolist())
 
     def accept(self, state: Guesses, step: Step, drawn: Tensor, lo: int) -> list[tuple[int, int]]:
-        """See `Guesses.settle`."""
-        return state.settle(step, [lo + index for index in drawn.tolist()])
+        """Compare guesses with what was drawn: the positions that are decided, with their ids.
+
+        The guess at position w goes in at `turns[w + 1]`. If it is wrong, it spoils every position k > w that saw it:
+        those with `turns[k] >= turns[w + 1]`. Two rows with a lag of 1:
+
+            guess   a b c d      drawn   a x c d      decided   a x . .      b went in at turn 2: c and d saw it,
+                    e f g h              e f g h                e . . .      and so did f; e is of turn 1
+        """
+        decided: list[tuple[int, int]] = []
+        never = len(state.turns)
+        spoiled_from = never  # the earliest turn in which a wrong guess went in, among the positions so far
+        spoiled_behind: dict[int, int] = {}  # the same, at each wrong guess
+        for k, id_ in zip(step.targets, (lo + index for index in drawn.tolist()), strict=True):
+            if state.turns[k] < spoiled_from:
+                decided.append((k, id_))
+                if step.drafts.get(k, id_) != id_:
+                    spoiled_from = min(spoiled_from, int(state.turns[k + 1]))
+                    spoiled_behind[k] = spoiled_from
+            state.guesses[k] = id_
+        # An input is good for ever if no wrong guess, at its position or before, went in by its turn.
+        inputs = np.array(step.inputs) + 1
+        limits = np.minimum.accumulate([spoiled_behind.get(k, never) for k in step.inputs])
+        state.cached[inputs] = state.turns[inputs] < limits
+        turns = state.turns[list(step.targets)]
+        by_guessing = len(decided) - _in_first_turn(turns)
+        if len(turns) > _in_first_turn(turns):
+            state.right_lately += _WEIGHT_OF_LAST_STEP * (by_guessing - state.right_lately)
+        else:
+            state.right_lately += _RECOVERY
+        return decided
+
+
+def _in_first_turn(turns: NDArray[np.int64]) -> int:
+    return int((turns == turns.min()).sum())

@@ -5,11 +5,13 @@
 3. A draft x that was drawn from q is kept with probability min(1, p(x) / q(x)). Else it is replaced by a draw from what
    p has more than q: max(0, p - q), normalised. Either way the token is distributed as p.
 4. The tokens up to the first replaced one are decided, that one included. Those behind it saw a draft that is gone, so
-   they become the drafts of the next step. Their q is the p of step 2, also for a draft that was kept.
+   they become the drafts of the next step. Their q is the p of step 2, even if step 3 kept them: as tokens they are now
+   distributed as p. With their old q, the picture's distribution would drift.
+
+Step 3 replaces few drafts, so most of those that are handed on pass the next time, many at once.
 
 Lossless: the tokens have the distribution of raster decoding with the same guidance and sampling, but a seed gives
-another picture. At temperature 0 it is the same picture. Step 3 replaces few drafts, so those handed on are mostly
-settled, and long runs pass at once. With the old q of a kept draft the tokens would drift from p.
+another picture. At temperature 0 it is the same picture.
 
 Sources: the rule of step 3 is Leviathan et al., arXiv 2211.17192; drafts of the forward before are SJD, arXiv
 2410.01699; verifying the whole window is SCD, arXiv 2510.24211; the new q for kept drafts is SJD-PAC, arXiv 2603.18599.
@@ -23,7 +25,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,8 +52,8 @@ def couple(
     at_draft = drafts_S[:, None]
     p_S, q_S = (each.gather(1, at_draft)[:, 0] for each in (probabilities_SV, proposals_SV))
     kept_S = accept_S * q_S < p_S
-    rest_SV = (probabilities_SV - proposals_SV).clamp_min_(0).cumsum_(-1)
-    redrawn_S = torch.searchsorted(rest_SV, redraw_S[:, None] * rest_SV[:, -1:], right=True)[:, 0]
+    cumulative_SV = (probabilities_SV - proposals_SV).clamp_min_(0).cumsum_(-1)
+    redrawn_S = torch.searchsorted(cumulative_SV, redraw_S[:, None] * cumulative_SV[:, -1:], right=True)[:, 0]
     # p equal to q leaves nothing to draw from; then every draft is kept.
     return torch.where(kept_S, drafts_S, redrawn_S.clamp_max(probabilities_SV.shape[1] - 1)), kept_S
 
@@ -93,12 +94,14 @@ class JacobiDecoder(Decoder[Drafts]):
         check_whole("window", self.window)
 
     def begin(self, grammar: Grammar, seed: int) -> Drafts:
-        """See `Decoder.begin`."""
         assert isinstance(grammar, Grid), "only pictures and clips are drafted"
         return Drafts(grammar, torch.Generator().manual_seed(seed))
 
     def propose(self, state: Drafts, ids: NDArray[np.int64], most: int) -> Step:
-        """Step 1: drafts for the next `window` undecided positions, all of which are targets. `most` is not used."""
+        """Step 1: drafts for the next `window` undecided positions, all of which are targets.
+
+        `most` is not used, because the tokens would depend on it.
+        """
         start = max(0, state.next_input)
         targets: list[int] = ((ids[start:] == UNDECIDED).nonzero()[0][: self.window] + start).tolist()
         drafts = dict(zip(targets, state.ids, strict=False))
@@ -115,14 +118,16 @@ class JacobiDecoder(Decoder[Drafts]):
         """Steps 3 and 4."""
         device = drawn.device
         drafts_S = torch.tensor([step.drafts[k] - lo for k in step.targets], device=device)
-        # A position new to the window was guessed: its q has all its weight on the guess.
-        proposals_SV = F.one_hot(drafts_S[len(state.ids) :], drawn.shape[1]).to(drawn.dtype)
+        known = len(state.ids)
+        proposals_SV = torch.zeros_like(drawn)
         if state.proposals_SV is not None:
-            proposals_SV = torch.cat((state.proposals_SV, proposals_SV))
+            proposals_SV[:known] = state.proposals_SV
+        # A position new to the window was guessed: its q has all its weight on the guess.
+        proposals_SV[known:].scatter_(1, drafts_S[known:, None], 1.0)
         accept_S, redraw_S = torch.rand(2, len(step.targets), generator=state.random).to(device)
         tokens_S, kept_S = couple(drawn, drafts_S, proposals_SV, accept_S, redraw_S)
         ids, kept = [lo + token for token in tokens_S.tolist()], kept_S.tolist()
         passed = kept.index(False) + 1 if False in kept else len(kept)
-        state.next_input = step.targets[passed - 1]
+        state.next_input = step.targets[passed - 1]  # replaced or last, so it did not go in as it is now
         state.ids, state.proposals_SV = ids[passed:], drawn[passed:]
         return list(zip(step.targets[:passed], ids[:passed], strict=True))

@@ -33,10 +33,8 @@ class PredictiveDecoder(GuessingDecoder):
         check_whole("window", self.window)
 
     @property
-    def most(self) -> int:
-        """See `GuessingDecoder`."""
+    def most_targets(self) -> int:
         return self.window
 
     def lag(self, grid: Grid) -> int:
-        """A whole row, which is raster order."""
-        return grid.width
+        return grid.width  # raster order

@@ -35,8 +35,11 @@ class Step(NamedTuple):
     Attributes:
         inputs: positions whose tokens go in, ascending.
         targets: positions to decide, ascending. For each target k, k - 1 is among the inputs.
-        drafts: ids to feed at inputs that are not decided yet.
-        turns: an input sees the earlier positions whose turn is not later than its own. None: it sees all of them.
+        drafts: ids to feed at inputs that are not decided yet; others are ignored.
+        turns: one for each input. It sees the positions before it whose turn is not later. So it does not see a token
+            that stands before it but is decided later, as with ZipAR. None: it sees all positions before it.
+
+    An input may be fed again in a later step, which replaces what it left in the cache.
     """
 
     inputs: Sequence[int]
@@ -50,21 +53,24 @@ class Decoder(ABC, Generic[State]):
 
     @abstractmethod
     def begin(self, grammar: Grammar, seed: int) -> State:
-        """The state before the first step. Of the inputs, only the one at position -1 is still to be fed."""
+        """The state before the first step. All tokens before position -1 are in the cache; the one at -1 is not."""
 
     @abstractmethod
     def propose(self, state: State, ids: NDArray[np.int64], most: int) -> Step:
-        """The next step. All of its targets have the same legal ids.
+        """The next step. All of its targets have the same legal ids, so that one slice of the head serves them.
 
         Args:
             state: of this part.
             ids: of this part, one a position; or UNDECIDED. Forced ids are decided from the start.
-            most: targets that are worth their time in the batch as it is now. At least one target is needed.
+            most: a hint: with more targets than that, a forward of the batch as it is now gets slower. A step has at
+                least one target.
         """
 
     @staticmethod
     def draw(logits_BV: Tensor, sampling: Sampling, noise_B: Tensor) -> Tensor:
-        """What `accept` needs to know of each target. Requests that choose alike are drawn together.
+        """What `accept` needs to know of each target.
+
+        Targets of all requests with the same way to draw, legal ids, guidance scale and sampling are drawn together.
 
         Args:
             logits_BV: of the legal ids, guided.

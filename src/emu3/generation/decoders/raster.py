@@ -24,7 +24,6 @@ class RasterDecoder(Decoder[NextInput]):
     """Decides one token a forward. Forced ids ride along with the id before them."""
 
     def begin(self, grammar: Grammar, seed: int) -> NextInput:
-        """See `Decoder.begin`."""
         return NextInput()
 
     def propose(self, state: NextInput, ids: NDArray[np.int64], most: int) -> Step:
@@ -35,6 +34,5 @@ class RasterDecoder(Decoder[NextInput]):
         return Step(range(state.position, target), (target,))
 
     def accept(self, state: NextInput, step: Step, drawn: Tensor, lo: int) -> list[tuple[int, int]]:
-        """Take the choice."""
         (state.position,) = step.targets
         return [(state.position, lo + int(drawn))]

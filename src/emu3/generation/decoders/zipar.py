@@ -46,10 +46,8 @@ class ZipARDecoder(GuessingDecoder):
         check_whole("guesses", self.guesses)
 
     @property
-    def most(self) -> int:
-        """See `GuessingDecoder`."""
+    def most_targets(self) -> int:
         return self.guesses
 
     def lag(self, grid: Grid) -> int:
-        """The window."""
         return self.window or -(-grid.width // 3)

@@ -4,7 +4,8 @@
     lane 1 (prompt of 5)   p p p p p g . g      a slot may be skipped, and filled later
 
 Lanes of different lengths need no padding mask. Every token is written in a turn. A query sees a slot of its lane if
-two things hold: the slot does not come after its own, and its turn is not later.
+two things hold: the slot does not come after its own, and its turn is not later. Prompts and raster write all tokens in
+turn 0.
 
 Shapes: B lanes, K key-value heads, S new tokens, L slots, D width of a head.
 """
@@ -46,7 +47,7 @@ class SlotCache:
         device: torch.device | None = None,
     ) -> SlotCache:
         """Make an empty cache: lanes of so many slots, with `heads` key-value heads of `width`."""
-        # Zeros, because masked slots are still multiplied, and what lies in fresh memory may be a NaN.
+        # Zeros, because masked slots are multiplied too, by 0: a NaN that lies there would come through.
         keys, values = (
             tuple(torch.zeros(lanes, heads, slots, width, dtype=dtype, device=device) for _ in range(layers))
             for _ in range(2)
@@ -64,7 +65,7 @@ class SlotCache:
         return self.turns_BL.shape[1]
 
     def resized(self, lanes: int, slots: int, kept: int) -> SlotCache:
-        """A cache of another size that holds what the first `kept` lanes held, as far as it has slots."""
+        """A cache of another size with the first `kept` lanes of this one, and as many of their slots as it has."""
         _, heads, _, width = self.keys[0].shape
         like = self.keys[0]
         cache = SlotCache.allocate(len(self.keys), lanes, heads, slots, width, like.dtype, like.device)
@@ -74,14 +75,16 @@ class SlotCache:
         cache.turns_BL[:kept, :common] = self.turns_BL[:kept, :common]
         return cache
 
-    def compact(self, kept: Sequence[int]) -> None:
-        """Move these lanes, which ascend, to the front in their order, and empty all others."""
+    def compact(self, kept: Sequence[int], used: int) -> None:
+        """Move these of the first `used` lanes, which ascend, to the front in their order, and empty the others."""
         for new, old in enumerate(kept):
             if new != old:
                 for tensor_BKLD in self.keys + self.values:
                     tensor_BKLD[new] = tensor_BKLD[old]
                 self.turns_BL[new] = self.turns_BL[old]
-        self.turns_BL[len(kept) :] = EMPTY
+        for tensor_BKLD in self.keys + self.values:
+            tensor_BKLD[len(kept) : used] = 0  # see `allocate`: a request may have failed by a NaN
+        self.turns_BL[len(kept) : used] = EMPTY
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one lane into another."""
@@ -95,7 +98,8 @@ class SlotCache:
         A token may stand in a lane twice, as padding does: then both write the same.
 
         Returns:
-            Indices (B * S * K,) into the keys of a layer seen as (B * K * L, D), tokens before heads; bool (B, S, end).
+            Indices (B * S * K,), ordered by lane, token, head. Lane b, head k, slot l is row (b * K + k) * L + l of the
+            keys of a layer seen as (B * K * L, D). And bool (B, S, end): what each token sees.
         """
         self.turns_BL.view(-1).index_copy_(0, (lanes_B[:, None] * self.slots + slots_BS).flatten(), turns_BS.flatten())
         heads_K = torch.arange(self.keys[0].shape[1], device=slots_BS.device)

@@ -97,16 +97,16 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
     if not plain:
         return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
     weight = _in_one_piece([cast(nn.Parameter, module.weight) for module in modules])
-    if not compiled and weight.numel() <= SMALL_MATRIX and _in_onednn(weight):
+    if not compiled and weight.numel() <= SMALL_MATRIX and _onednn_supports(weight):
         return partial(_onednn_linear, dtype=weight.dtype, weight=torch.ops.mkldnn._reorder_linear_weight(weight))
     return partial(linear, weight=weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` without a bias, in the dtype of the weight: (..., inputs) to (..., outputs), in the dtype of x."""
-    # In float32, `linear` picks kernels that take up to three times as long for a few rows. What is compiled cannot
-    # call oneDNN by this name.
-    if weight.dtype == torch.float32 and not torch.compiler.is_compiling() and _in_onednn(weight):
+    # For a few rows in float32, `F.linear` picks kernels that take up to three times as long. Inside `torch.compile`
+    # oneDNN's operator has no name.
+    if weight.dtype == torch.float32 and not torch.compiler.is_compiling() and _onednn_supports(weight):
         return _onednn_linear(x, weight, weight.dtype)
     return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
@@ -115,8 +115,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, None, "none", [], "")).to(x.dtype)
 
 
-def _in_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN has kernels for it."""
+def _onednn_supports(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
@@ -130,14 +129,15 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _in_one_piece(weights: Sequence[nn.Parameter]) -> Tensor:
-    first, together = weights[0], (sum(len(weight) for weight in weights), weights[0].shape[1])
+    """The weights one behind the other in one tensor; moved there, unless they lie so already."""
+    rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
     starts = [weight.data_ptr() for weight in weights]
     ends = [weight.data_ptr() + weight.nbytes for weight in weights]
     if all(weight.is_contiguous() for weight in weights) and starts[1:] == ends[:-1]:
         storage = {weight.untyped_storage().data_ptr() for weight in weights}
         if len(storage) == 1:
-            return first.detach().as_strided(together, (together[1], 1))
-    # What inference mode makes cannot be trained any more.
+            return weights[0].detach().as_strided((rows, columns), (columns, 1))
+    # Outside of inference mode, because tensors that are made in it cannot be trained.
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
@@ -154,38 +154,38 @@ class Forward:
         layers: its layers, packed.
         cos_LD, sin_LD: of every slot. The sine of the first half of a head is negative, as the rotation needs it.
             None where they change with the length.
-        run: `run_layers`, perhaps compiled.
+        decode: `run_layers` for lanes that decode, perhaps compiled.
     """
 
     text_model: Emu3TextModel
     layers: tuple[Layer, ...]
     cos_LD: Tensor | None
     sin_LD: Tensor | None
-    run: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
 
     @classmethod
     def pack(cls, text_model: Emu3TextModel, slots: int, compiled: bool = False) -> Forward:
         """Pack a model for caches of up to so many slots. To compile it needs a C++ compiler on a CPU."""
-        run: Callable[..., Tensor] = run_layers
+        decode: Callable[..., Tensor] = run_layers
         if compiled:
             on_cpu = text_model.embed_tokens.weight.device.type == "cpu"
             options: dict[str, Any] = {"cpp_wrapper": on_cpu}  # kernels called from C++; a GPU's are recorded instead
             compile_ = partial(torch.compile, dynamic=True, options=options)
             few = len(text_model.layers) <= FEW_LAYERS
-            run = compile_(run_layers) if few else partial(run_layers, run=compile_(run_layer))
+            decode = compile_(run_layers) if few else partial(run_layers, run=compile_(run_layer))
         layers = tuple(
             Layer.pack(cast("Emu3DecoderLayer", layer), compiled)
             for layer in text_model.layers[: text_model.config.num_hidden_layers]
         )
-        return cls(text_model, layers, None, None, run).for_slots(slots)
+        return cls(text_model, layers, None, None, decode).for_slots(slots)
 
     def for_slots(self, slots: int) -> Forward:
         """The same for caches of up to so many slots."""
         if self.text_model.rotary_emb.rope_type in _ANGLES_CHANGE:
             return self
         weight = self.text_model.embed_tokens.weight
-        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
-        cos_BLD, sin_BLD = _angles(self.text_model, torch.arange(slots, device=weight.device)[None], like)
+        example = torch.empty(0, dtype=working_dtype(weight), device=weight.device)
+        cos_BLD, sin_BLD = _angles(self.text_model, torch.arange(slots, device=weight.device)[None], example)
         return replace(self, cos_LD=cos_BLD[0], sin_LD=sin_BLD[0])
 
     def __call__(
@@ -224,7 +224,8 @@ class Forward:
         bias = (bias_BSL.repeat(1, groups, 1) if groups > 1 else bias_BSL)[:, None]
         if bias.shape[2] < _MANY_QUERIES:
             bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
-        run = self.run if lanes is None else run_layers  # prompts run uncompiled, as their shapes hardly come back
+        # Lanes are named for prompts only. These run uncompiled, because their shapes hardly come back.
+        run = self.decode if lanes is None else run_layers
         hidden_BSE = run(
             self.layers,
             hidden_BSE,
@@ -244,8 +245,9 @@ class Forward:
         return cast("Emu3DecoderLayer", self.text_model.layers[0]).self_attn.num_key_value_groups
 
 
-def _angles(text_model: Emu3TextModel, slots_BS: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    cos_BSD, sin_BSD = text_model.rotary_emb(like, slots_BS)
+def _angles(text_model: Emu3TextModel, slots_BS: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, S, D) as `Forward` has them, in the dtype and on the device of `example`."""
+    cos_BSD, sin_BSD = text_model.rotary_emb(example, slots_BS)
     half = sin_BSD.shape[-1] // 2
     return cos_BSD, torch.cat((-sin_BSD[..., :half], sin_BSD[..., half:]), -1)
 
@@ -291,7 +293,7 @@ def run_layer(
 ) -> Tensor:
     """Attention and feed-forward: hidden states (B, S, E).
 
-    Each key-value head serves N / K query heads, so it has "queries" = N / K * S queries.
+    A key-value head serves N / K query heads, and so `queries` = N / K * S queries.
 
     Args:
         layer: of the model.

@@ -77,7 +77,7 @@ class ModelRunner:
         """
         if self.cache is not None and lanes <= self.cache.lanes and slots <= self.cache.slots:
             return
-        if most_tokens is None:
+        if most_tokens is None:  # a limit has no room for rounding up
             slots = min(self.context, -(-slots // _SLOT_STEP) * _SLOT_STEP)
         if self.cache is None:
             dtype, device = working_dtype(self.head), self.head.device
@@ -89,53 +89,70 @@ class ModelRunner:
             wanted = min(most_lanes, max(lanes, 2 * old.lanes)) if lanes > old.lanes else old.lanes
             size = wanted, max(slots, old.slots)
             if most_tokens is not None and size[0] * size[1] > most_tokens:
-                size = lanes, slots
+                size = lanes, slots  # exactly what is needed, even if lanes get shorter
             self.cache = old.resized(*size, kept=kept)
             assert self._forward is not None
             self._forward = self._forward.for_slots(size[1])
         recorded = self.compiled and self.head.device.type == "cuda"
         self._run = RecordedForward(self._forward) if recorded else self._forward
 
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `SlotCache.copy_prefix`."""
+        assert self.cache is not None, "something was admitted"
+        self.cache.copy_prefix(source, target, length)
+
+    def compact(self, kept: list[int], used: int) -> None:
+        """See `SlotCache.compact`."""
+        assert self.cache is not None, "something was admitted"
+        self.cache.compact(kept, used)
+
     def feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
         """Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
         assert self._run is not None and self.cache is not None, "something was admitted"
         longest = max(len(each.ids) for each in inputs)
-        # A shorter lane repeats its last token, which writes the same again.
+        # Ids, slots and turns. A shorter lane repeats its last token, which writes the same again.
         ids_BS, slots_BS, turns_BS = (
-            torch.tensor([[*lane, *[lane[-1]] * (longest - len(lane))] for lane in each])
-            for each in zip(*inputs, strict=True)
+            torch.tensor([[*own, *[own[-1]] * (longest - len(own))] for own in column])
+            for column in zip(*inputs, strict=True)
         )
         return self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
 
     def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[tuple[Tensor, list[bool]]]:
-        """Draw the targets of each sequence: their rows, and which of them have finite logits."""
+        """For each sequence, what its decoder drew for its targets, and which of them have finite logits.
+
+        The planned sequences have the first lanes of the cache, which are the rows of `hidden_BSE`.
+        """
+        targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
-        everyone = [target for _, plan in planned for target in plan.targets]
-        # Targets that choose alike share the head, the sorting and the draw.
-        groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for n, target in enumerate(everyone):
-            groups[target.draw, target.span, target.scale, target.sampling].append(n)
-        found: defaultdict[Draw, list[tuple[list[int], Tensor]]] = defaultdict(list)
-        finite: list[tuple[list[int], Tensor]] = []
-        for (draw, span, scale, sampling), members in groups.items():
-            own_lanes, places = [lanes[n] for n in members], [everyone[n].place for n in members]
-            logits_BV = self._logits(hidden_BSE, own_lanes, places, span, scale)
-            noise_B = torch.tensor([everyone[n].noise for n in members], device=logits_BV.device)
-            found[draw].append((members, draw(logits_BV, sampling, noise_B)))
-            finite.append((members, logits_BV.sum(-1).isfinite()))
-        is_finite = iter(_in_order(finite).tolist())
-        # All targets of a sequence are drawn by one function, so its rows lie together among the rows of that function.
-        targets = [plan.targets for _, plan in planned]
-        rows = {
-            draw: iter(_in_order(parts).split([len(own) for own in targets if own[0].draw is draw]))
-            for draw, parts in found.items()
-        }
-        return [(next(rows[own[0].draw]), [next(is_finite) for _ in own]) for own in targets]
+        # Targets that choose alike share the head, the sorting and the draw. They go by their numbers in `targets`.
+        alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for n, target in enumerate(targets):
+            alike[target.draw, target.span, target.scale, target.sampling].append(n)
+        drawn: dict[Draw, Tensor] = {}  # a row for every target, of which those are filled that are drawn this way
+        finite_B = torch.empty(len(targets), dtype=torch.bool, device=hidden_BSE.device)
+        for (draw, span, scale, sampling), members in alike.items():
+            places = [targets[n].place for n in members]
+            logits_BV = self._logits(hidden_BSE, [lanes[n] for n in members], places, span, scale)
+            noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
+            rows = draw(logits_BV, sampling, noise_B)
+            if draw not in drawn:
+                drawn[draw] = rows.new_empty(len(targets), *rows.shape[1:])
+            drawn[draw][members] = rows
+            finite_B[members] = logits_BV.sum(-1).isfinite()
+        # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
+        drawn = {draw: rows.cpu() if rows.ndim == 1 else rows for draw, rows in drawn.items()}
+        finite = finite_B.tolist()
+        results, start = [], 0
+        for _, plan in planned:
+            end = start + len(plan.targets)
+            results.append((drawn[plan.targets[0].draw][start:end], finite[start:end]))
+            start = end
+        return results
 
     def _logits(
         self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
     ) -> Tensor:
-        """Logits (B, V) in float32 of the ids lo..hi-1 only.
+        """Logits (B, V) in float32 of the legal ids only.
 
         With a scale, each is guided by the next lane, which holds the negative prompt.
         """
@@ -147,11 +164,3 @@ class ModelRunner:
             return logits_BV
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
         return guide(conditional_BV, unconditional_BV, scale)
-
-
-def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    """The rows of all parts, sorted by their numbers. Single values move to the CPU: one wait for the device a step."""
-    numbers, rows = [number for part, _ in parts for number in part], torch.cat([rows for _, rows in parts])
-    rows = rows.cpu() if rows.ndim == 1 else rows
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return rows if order == list(range(len(order))) else rows[order]
