@@ -1,33 +1,28 @@
 """The training loop, the same for every model: batch, loss, gradients, optimizers, log, saved state."""
 
-from __future__ import annotations
-
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from emu3.training.prefetch import prefetch
 from emu3.training.recipe import RunSettings
 from emu3.training.state import Log, load_state, save_state
 
 Batch = TypeVar("Batch")
 
 MAX_GRADIENT_NORM = 1.0
+CORES_FOR_TRAINING = 2
+MAX_WORKERS = 10
 
 
 class StepResult(NamedTuple):
-    """What a step computes.
-
-    Attributes:
-        loss: scalar, to be minimised.
-        metrics: numbers for the log; a step may leave out some that others have.
-        size: tokens or pictures of the batch.
-    """
+    """What a step computes: the loss, numbers for the log (not the same in every step), and the batch's size."""
 
     loss: Tensor
     metrics: dict[str, float]
@@ -47,16 +42,16 @@ def run_loop(
 ) -> None:
     """Trains `model` to the last step, from its last saved state if there is one; leaves it in evaluation mode.
 
-    The log gets a line every `report_every` steps: the metrics, and how much is trained on per second.
+    The log gets a line every `report_every` steps: the metrics, and how much was trained on per second.
 
     Args:
         settings: length of the run, seed, and how often it reports and saves.
         folder: for the state and the log.
         model: what is saved and restored.
         optimizers: of its parameters.
-        learning_rates: of a step, one for each optimizer.
-        make_batch: the batch of a step, a pure function; picklable.
-        compute: the step's result for a batch.
+        learning_rates: (step) -> one for each optimizer.
+        make_batch: (step) -> batch; a pure function, picklable.
+        compute: (batch, step) -> result.
         unit: what the batch's size counts: "tokens", "pictures".
         report_means: whether a line has the means since the last line, or the values of its own step alone.
     """
@@ -88,6 +83,21 @@ def run_loop(
         if step % settings.save_every == 0 or step == settings.steps:
             save_state(folder, step, model, optimizers)
     model.eval()
+
+
+def prefetch(make_batch: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    """`make_batch(step)` of every step, in order, made ahead by other processes where there are cores to spare.
+
+    `make_batch` is a pure function of the step, so that a resumed run gets the same batches; picklable.
+    """
+    loader = DataLoader(
+        cast(Any, steps),
+        batch_size=None,
+        collate_fn=cast(Any, make_batch),
+        num_workers=min(MAX_WORKERS, max(0, (os.cpu_count() or 1) - CORES_FOR_TRAINING)),
+        generator=torch.Generator(),  # its own, so that the random numbers of training do not depend on it
+    )
+    return iter(loader)
 
 
 def average(steps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,6 +1,4 @@
-"""Where training computes; and mixed precision where bfloat16 is multiplied in hardware, which is slower elsewhere."""
-
-from __future__ import annotations
+"""The device that trains, and mixed precision where the hardware multiplies bfloat16; elsewhere it would be slower."""
 
 import torch
 
@@ -16,5 +14,5 @@ def has_fast_bfloat16() -> bool:
 
 
 def autocast() -> torch.autocast:
-    """Context of mixed precision, or of nothing where bfloat16 is slow."""
+    """A context of mixed precision; where bfloat16 is slow, it changes nothing."""
     return torch.autocast(training_device().type, dtype=torch.bfloat16, enabled=has_fast_bfloat16())
