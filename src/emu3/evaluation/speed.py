@@ -32,16 +32,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Run:
-    """Pictures drawn at once.
+    """Pictures drawn at once: the seconds of each round, and what all pictures together took in one of them.
 
-    Attributes:
-        decoding: in which order.
-        pictures: how many at once.
-        seconds: of each round.
-        tokens: of all pictures together.
-        steps: forward passes.
-        fed: tokens that went through the layers, those of unconditional prompts and of wrong guesses included.
-        bytes_per_second, operations_per_second: of weights read, and of products with them.
+    `steps` are forward passes; `fed` tokens went through the layers, unconditional rows and wrong guesses included.
+    Bytes are those of weights read, operations those of products with them.
     """
 
     decoding: str
@@ -108,15 +102,19 @@ def measure(
     for name in decodings:
         parse_decoding(name)
     head = pipeline.model.lm_head.weight
+    device = head.device
+    machine = f"{processor_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     layers = pipeline.model.model.text_model.layers
     weights = [*layers.parameters(), *layers.buffers()]
     quantized = any(each.dtype == torch.int8 for each in weights)
     speed = Speed(
-        machine=_machine(head.device),
+        machine=machine,
         versions={"torch": torch.__version__, "python": platform.python_version()},
         dtype=str(head.dtype).removeprefix("torch.") + (", layers in 8 bits" if quantized else ""),
-        copy_bytes_per_second=_copying(head.device),
-        product_operations_per_second=_multiplying(head.device, head.dtype),
+        copy_bytes_per_second=_copying(device),
+        product_operations_per_second=_multiplying(device, head.dtype),
     )
     weights.append(head[slice(*pipeline.model.model.vocabulary.visual_span)])
     for count in pictures:
@@ -143,12 +141,6 @@ def processor_name() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def _best_of(function: Callable[[], Any], device: torch.device) -> float:

@@ -19,7 +19,7 @@ from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training import language, vision
 from emu3.training.assemble import AssembleRecipe, assemble
 from emu3.training.codes import encode, to_pixels
-from emu3.training.precision import training_device
+from emu3.training.loop import training_device
 from emu3.training.recipe import Kind
 from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder

@@ -56,19 +56,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """Scores of one checkpoint.
+    """Scores of one checkpoint, from `count` prompts for each task.
 
-    Attributes:
-        model: folder or name of the checkpoint.
-        count: prompts of each task.
-        seed: of the prompts and of the pictures.
-        drawing: of pictures drawn, by task.
-        ceiling: of true pictures encoded and decoded, by task.
-        answers: by kind of question.
-        captions: of full captions.
-        reconstruction_psnr: mean over pictures, dB.
-        decoding: how the pictures were drawn.
-        int8: whether the layers ran in 8 bits.
+    `drawing` scores drawings by task, `ceiling` true pictures encoded and decoded; `answers` are by kind of question.
+    `reconstruction_psnr` is a mean over pictures, in dB. `int8` says whether the layers ran in 8 bits.
     """
 
     model: str

@@ -48,11 +48,10 @@ def k_means(vectors: Tensor, clusters: int, rounds: int = 20) -> Tensor:
     The first centres are those of k-means++ (Arthur & Vassilvitskii, 2007). Most latents are plain background, so most
     vectors chosen at random would show nothing else.
     """
-    first = vectors[torch.randint(len(vectors), (1,))]
-    chosen, distances = [first], (vectors - first).square().sum(1)
+    chosen, distances = [vectors[torch.randint(len(vectors), (1,))]], vectors.new_full((len(vectors),), torch.inf)
     for _ in range(clusters - 1):
-        chosen.append(vectors[(distances + 1e-12).multinomial(1)])
         distances = torch.minimum(distances, (vectors - chosen[-1]).square().sum(1))
+        chosen.append(vectors[(distances + 1e-12).multinomial(1)])
     centres = torch.cat(chosen)
     for _ in range(rounds):
         nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in vectors.split(4096)])

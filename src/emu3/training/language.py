@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from emu3.configuration import Emu3TextConfig
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.tokenization import vocabulary_map
-from emu3.training.loop import StepResult, run_loop
-from emu3.training.precision import autocast, training_device
+from emu3.training.loop import StepResult, autocast, run_loop, training_device
 from emu3.training.recipe import RunSettings, arguments_of
 from emu3.vocabulary import Vocabulary
 
@@ -86,26 +85,24 @@ def share_factors(model: Emu3ForCausalLM, vocabulary: Vocabulary, factors: Seque
     slowest with the code comes first.
     """
     if math.prod(factors) != vocabulary.codebook_size:
-        raise ValueError(
-            f"code_factors {list(factors)} do not multiply to the {vocabulary.codebook_size} codes there are"
-        )
+        raise ValueError(f"code_factors {list(factors)} do not multiply to the {vocabulary.codebook_size} codes")
     for table in (model.model.embed_tokens.weight, model.lm_head.weight):
         visual = table[slice(*vocabulary.visual_span)]
         scale = float(visual.std()) / len(factors) ** 0.5
         total = torch.zeros(*factors, table.shape[1])
         for axis, size in enumerate(factors):
-            shape = [size if other == axis else 1 for other in range(len(factors))]
-            total += scale * torch.randn(*shape, table.shape[1])
+            faster = [1] * (len(factors) - axis - 1)
+            total += scale * torch.randn(size, *faster, table.shape[1])
         visual.copy_(total.flatten(0, -2))
 
 
 def make_optimizers(model: nn.Module, recipe: LanguageRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for all else."""
-    names = {name for name, parameter in model.named_parameters() if ".layers." in name and parameter.ndim == 2}
-    matrices, rest = ([p for name, p in model.named_parameters() if (name in names) is own] for own in (True, False))
-    decay = recipe.weight_decay
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if ".layers." not in name or p.ndim != 2]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
     return [
-        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=recipe.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

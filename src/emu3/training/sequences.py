@@ -91,9 +91,6 @@ def collate(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor]:
     S is one more than a multiple of 32: inputs and targets then have few different lengths to compile for.
     """
     length = -(-max(len(ids) - 1 for ids, _ in samples) // LENGTH_STEP) * LENGTH_STEP + 1
-    ids_BS = torch.full((len(samples), length), pad)
-    weights_BS = torch.zeros(len(samples), length)
-    for row, (ids, weights) in enumerate(samples):
-        ids_BS[row, : len(ids)] = torch.tensor(ids)
-        weights_BS[row, : len(ids)] = torch.tensor(weights)
+    ids_BS = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in samples])
+    weights_BS = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in samples])
     return ids_BS, weights_BS

@@ -72,19 +72,10 @@ def require_output(folder: Path) -> Path:
     return folder
 
 
-class Log:
+def write_log(folder: Path, **values: float) -> None:
     """Prints a report and appends it to FOLDER/log.jsonl."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
-
-    def write(self, **values: float | int) -> None:
-        line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
-
-    def begin(self, step: int, steps: int, report_every: int) -> None:
-        """Prints what is about to run."""
-        print(f"{self.path.parent}: steps {step} to {steps}, a report every {report_every}", flush=True)
+    line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.codebook import CodebookAverages, k_means
-from emu3.training.loop import StepResult, run_loop
-from emu3.training.precision import autocast, training_device
+from emu3.training.loop import StepResult, autocast, run_loop, training_device
 from emu3.training.recipe import RunSettings, arguments_of
-from emu3.training.state import Log
+from emu3.training.state import write_log
 
 PictureBatch = tuple[Tensor, Tensor | None]
 """Pictures (B, C, H, W) in [-1, 1], and their codes (B, H, W) where the codebook is given."""
@@ -170,4 +169,4 @@ def train(recipe: VisionRecipe, folder: Path, trainer: VQTrainer, source: Pictur
     with torch.no_grad():
         pixels = source(EVALUATION_PICTURES, recipe.seed + 2, 0)[0].to(device)
         _, output = trainer.reconstruct(pixels, recipe, True)
-        Log(folder).write(step=recipe.steps, evaluation_psnr=psnr(output, pixels))
+        write_log(folder, step=recipe.steps, evaluation_psnr=psnr(output, pixels))
