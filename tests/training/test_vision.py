@@ -9,7 +9,7 @@ from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import loop, vision
 from emu3.training.loop import autocast
-from emu3.training.vision import VisionRecipe, VQTrainer, learning_rate, psnr
+from emu3.training.vision import VisionRecipe, VQTrainer, learning_rates, psnr
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -30,10 +30,10 @@ def make_noise(count, seed, step):
 
 def test_learning_rate():
     recipe = VisionRecipe(model={}, steps=1000, learning_rate=2.0)
-    assert learning_rate(recipe, 0) == pytest.approx(0.02)
-    assert learning_rate(recipe, 49) == pytest.approx(1.0, rel=0.01)
-    assert learning_rate(recipe, 500) == pytest.approx(2.0 * 0.525)
-    assert learning_rate(recipe, 1000) == pytest.approx(0.1)
+    assert learning_rates(recipe, 0) == [pytest.approx(0.02)]
+    assert learning_rates(recipe, 49) == [pytest.approx(1.0, rel=0.01)]
+    assert learning_rates(recipe, 500) == [pytest.approx(2.0 * 0.525)]
+    assert learning_rates(recipe, 1000) == [pytest.approx(0.1)]
 
 
 def test_psnr():

@@ -113,10 +113,10 @@ def satisfies(detections: Sequence[Detection], requirement: Requirement) -> bool
 
 
 def _stands(a: Detection, b: Detection, where: Relation) -> bool:
-    """Whether `a` stands there seen from `b`, by GenEval's rule: two answers hold on a diagonal, none close together.
+    """Whether `a` stands on that side of `b`, by GenEval's rule: on a diagonal two sides are right, close by none is.
 
-    The offset of the centres is shortened along each axis by a tenth of the two sides' sum. An answer holds where its
-    axis has more than half of the length of what is left.
+    The offset of the centres is shortened along each axis by a tenth of the two icons' sizes together. A side is right
+    where its axis has more than half of the length of what is left.
     """
     offset = np.array([a.box[0] - b.box[0], a.box[1] - b.box[1]], np.float64)
     offset = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * ICON, 0)

@@ -13,7 +13,7 @@ PAIR_TASKS: tuple[Task, ...] = ("two_object", "colors", "position", "color_attri
 
 @dataclass(frozen=True)
 class RequiredObject:
-    """`count` objects of the noun, in the colour unless it is None."""
+    """`count` objects of the noun, in the colour if one is given."""
 
     noun: str
     color: str | None = None
@@ -35,7 +35,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """One prompt. `held_out`: it names a pair that training never shows. `scene` is one right picture of it."""
+    """One prompt, and a scene that is right for it. `held_out` says that it names a pair that training never shows."""
 
     task: Task
     prompt: str

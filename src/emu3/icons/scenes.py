@@ -24,6 +24,7 @@ Task = Literal["single_object", "two_object", "counting", "colors", "position", 
 Split = Literal["train", "test"]
 Relation = Literal["left", "right", "above", "below"]
 RGB = tuple[int, int, int]
+Corner = tuple[int, int]  # x, y
 Choice = TypeVar("Choice")
 
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -170,7 +171,7 @@ def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int
 
 
 def sample_crowd(rng: np.random.Generator, height: int, width: int) -> Scene:
-    """A training scene as full as eight tries make it: denser than the tasks' scenes."""
+    """A training scene, denser than those of the tasks: eight icons at random places, less those that do not fit."""
     scene = Scene((), _choose(BACKGROUNDS, rng), height, width)
     xs, ys = range(0, width - ICON + 1, LATTICE), range(0, height - ICON + 1, LATTICE)
     for _ in range(8):
@@ -198,21 +199,19 @@ def _sample_names(task: Task, rng: np.random.Generator) -> list[tuple[str, str]]
 
 
 def _belongs(task: Task, names: list[tuple[str, str]], split: Split) -> bool:
-    held_out_colors, held_out_nouns = _find_held_out(names)
+    new_color, new_pair = _find_held_out(names)
     if split == "train":
-        return not held_out_colors and not held_out_nouns
+        return not new_color and not new_pair
     if task == "colors":
-        return held_out_colors
+        return new_color
     if task == "color_attribution":
-        return held_out_colors or held_out_nouns
+        return new_color or new_pair
     # One thing is new at a time: where the prompt names no colour, the colours are known ones.
-    return task in ("single_object", "counting") or (held_out_nouns and not held_out_colors)
+    return task in ("single_object", "counting") or (new_pair and not new_color)
 
 
-def _sample_corners(
-    count: int, height: int, width: int, rng: np.random.Generator, directed: bool
-) -> list[tuple[int, int]]:
-    """Top-left corners (x, y), spread out where room allows; `directed` asks for two icons with a clear relation."""
+def _sample_corners(count: int, height: int, width: int, rng: np.random.Generator, directed: bool) -> list[Corner]:
+    """Top-left corners, spread out where room allows; `directed` asks for two icons with a clear relation."""
     # From roomy to tight; the last always fits four icons into 32x32.
     for stride, gap, attempts in ((8, LATTICE, 20), (8, 0, 20), (ICON, 0, 1000)):
         lattice = [(x, y) for y in range(0, height - ICON + 1, stride) for x in range(0, width - ICON + 1, stride)]
@@ -223,11 +222,9 @@ def _sample_corners(
     raise AssertionError((count, height, width, directed))
 
 
-def _place(
-    count: int, free: list[tuple[int, int]], apart: int, rng: np.random.Generator, directed: bool
-) -> list[tuple[int, int]]:
+def _place(count: int, free: list[Corner], apart: int, rng: np.random.Generator, directed: bool) -> list[Corner]:
     """Up to `count` corners, drawn one after the other from those still free."""
-    corners: list[tuple[int, int]] = []
+    corners: list[Corner] = []
     while free and len(corners) < count:
         x, y = _choose(free, rng)
         corners.append((x, y))

@@ -147,14 +147,8 @@ def train(
     device = training_device()
     tokenizer.save_pretrained(folder / "tokenizer")
     vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
-    config = Emu3TextConfig(
-        **recipe.model,
-        vocab_size=len(tokenizer),
-        pad_token_id=vocabulary.pad,
-        bos_token_id=vocabulary.bos,
-        eos_token_id=vocabulary.eos,
-    )
-    model = Emu3ForCausalLM(config)
+    ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    model = Emu3ForCausalLM(Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids))
     if recipe.code_factors is not None:
         share_factors(model, vocabulary, recipe.code_factors)
     model.to(device)

@@ -128,10 +128,10 @@ def psnr(pixels_BCHW: Tensor, target_BCHW: Tensor) -> float:
     return float((10 * torch.log10(4.0 / error_B)).mean())
 
 
-def learning_rate(recipe: VisionRecipe, step: int) -> float:
-    """The rate of a step: rising, then falling as a cosine."""
+def learning_rates(recipe: VisionRecipe, step: int) -> list[float]:
+    """The rate of a step, of the one optimizer: rising, then falling as a cosine."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return recipe.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+    return [recipe.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))]
 
 
 def train(recipe: VisionRecipe, folder: Path, trainer: VQTrainer, source: PictureSource) -> None:
@@ -154,17 +154,8 @@ def train(recipe: VisionRecipe, folder: Path, trainer: VQTrainer, source: Pictur
             metrics["codes_in_use"] = int((trainer.averages.uses > recipe.restart_below).sum())
         return StepResult(loss, metrics, len(pixels))
 
-    run_loop(
-        recipe,
-        folder,
-        trainer,
-        [optimizer],
-        learning_rates=lambda step: [learning_rate(recipe, step)],
-        make_batch=partial(source, recipe.batch_size, recipe.seed),
-        compute=compute,
-        unit="pictures",
-        report_means=False,
-    )
+    rates, make_batch = partial(learning_rates, recipe), partial(source, recipe.batch_size, recipe.seed)
+    run_loop(recipe, folder, trainer, [optimizer], rates, make_batch, compute, unit="pictures", report_means=False)
     tokenizer.save_pretrained(folder / "vision")
     with torch.no_grad():
         pixels = source(EVALUATION_PICTURES, recipe.seed + 2, 0)[0].to(device)
