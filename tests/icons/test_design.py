@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu3.icons.design import Design
-from emu3.icons.pictures import sample_batch
-from emu3.icons.recipes import KINDS
+from emu3.icons.recipes import KINDS, sample_batch
 from emu3.icons.scenes import BACKGROUNDS, COLORS, TASKS, sample_scene
 from emu3.icons.sprites import mask
 from emu3.training.recipe import read_recipe

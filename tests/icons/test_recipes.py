@@ -10,9 +10,17 @@ from safetensors.torch import load_file
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.icons import recipes
-from emu3.icons.pictures import SceneSource
-from emu3.icons.recipes import KINDS, IconVisionRecipe, run_recipe, train_language, train_vision
-from emu3.icons.sequences import IconLanguageRecipe, Weights
+from emu3.icons.recipes import (
+    KINDS,
+    IconVisionRecipe,
+    make_picture_batch,
+    run_recipe,
+    sample_batch,
+    train_language,
+    train_vision,
+)
+from emu3.icons.scenes import contains_held_out, render
+from emu3.icons.sequences import IconLanguageRecipe, SceneSource, Weights
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer
@@ -48,6 +56,22 @@ def test_nanos_recipes_fit_their_kinds(path):
         assert source.count > 0
         assert 0 < source.share <= 1
         assert source.full_captions + source.colored_captions <= 1
+
+
+def test_batches_depend_on_seed_and_step_only():
+    sizes = [(48, 48), (32, 40)]
+    batches = {step: sample_batch(sizes, 8, 0, step) for step in range(20)}
+    assert batches == {step: sample_batch(sizes, 8, 0, step) for step in range(20)}
+    assert batches[5] != sample_batch(sizes, 8, 1, 5)
+    assert {(scene.height, scene.width) for scenes in batches.values() for scene in scenes} == {(48, 48), (32, 40)}
+    assert not any(contains_held_out(scene) for scenes in batches.values() for scene in scenes)
+
+
+def test_pictures_of_a_batch():
+    pixels, codes = make_picture_batch([(32, 40)], None, 3, 0, 0)
+    pictures = torch.from_numpy(np.stack([render(scene) for scene in sample_batch([(32, 40)], 3, 0, 0)]))
+    torch.testing.assert_close(pixels, pictures.movedim(-1, 1) / 127.5 - 1)
+    assert codes is None  # without a design
 
 
 def test_a_recipe_before_the_one_it_needs(tmp_path):

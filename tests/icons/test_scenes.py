@@ -14,11 +14,12 @@ from emu3.icons.scenes import (
     Scene,
     SceneObject,
     contains_held_out,
+    is_held_out,
+    is_held_out_pair,
     relation,
     render,
     sample_scene,
 )
-from emu3.icons.splits import is_held_out, is_held_out_pair
 from emu3.icons.sprites import ICON, NOUNS, load_sprites, mask, plural
 
 SIDES = st.integers(8, 20).map(lambda quarter: 4 * quarter)

@@ -1,6 +1,7 @@
 """Sequences of scenes: the prompts are those of the processor, and the weights lie on the right tokens."""
 
 import pickle
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,8 @@ import torch
 from PIL import Image
 
 from emu3.icons.captions import caption, full_caption, questions
-from emu3.icons.pictures import SceneSource
-from emu3.icons.scenes import TASKS, Scene, SceneObject, sample_scene
-from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, Weights
+from emu3.icons.scenes import TASKS, Scene, SceneObject, render, sample_scene
+from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, SceneSource, Weights
 from emu3.processing import Emu3Processor
 from emu3.tokenization import vocabulary_map
 from emu3.training.sequences import SequenceBuilder
@@ -157,6 +157,28 @@ def test_objects_weigh_more(sequences):
     assert (rows[4:8, 2:6] == 4).all()
     assert (rows == 4).sum() == 16
     assert set(rows.flatten()) == {1.0, 4.0}
+
+
+def test_a_source_is_numbered():
+    source = SceneSource(share=1.0, seed=1, count=70, width=64, tasks=("colors",))
+    assert source.pictures(64).shape == (6, 48, 64, 3)
+    task, scene = source.scene(65)
+    assert task == "colors"
+    assert np.array_equal(source.pictures(64)[1], render(scene))
+    assert source.name == "48x64-colors-70-1"
+
+
+def test_shares_of_captions():
+    scene = Scene((SceneObject("chair", "blue", 0, 0), SceneObject("apple", "orange", 32, 0)), "white")
+    source = SceneSource(share=1.0, seed=0, count=1, full_captions=0.5, colored_captions=0.3)
+    rng = np.random.default_rng(0)
+    words = Counter(source.prompt(scene, "two_object", rng) for _ in range(500))
+    assert words.keys() == {
+        "a photo of a blue chair left of an orange apple",
+        "a photo of a blue chair and an orange apple",
+        "a photo of a chair and an apple",
+    }
+    assert [count / 500 for _, count in words.most_common()] == pytest.approx([0.5, 0.3, 0.2], abs=0.06)
 
 
 def test_batches_are_of_the_sources_of_their_step(builder):

@@ -6,12 +6,12 @@ import torch
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.training import prefetch
+from emu3.training import loop
 from emu3.training.codes import encode, smallest_dtype
 
 
 def test_codes_are_stored_for_one_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefetch, "MAX_WORKERS", 0)  # other processes would append to lists of their own
+    monkeypatch.setattr(loop, "MAX_WORKERS", 0)  # other processes would append to lists of their own
     torch.manual_seed(0)
     config = Emu3VQVAEConfig(
         codebook_size=16,

@@ -13,7 +13,7 @@ from emu3.configuration import Emu3TextConfig
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training import language
-from emu3.training.language import LanguageRecipe, SequenceBatch, attend_causally, learning_rates
+from emu3.training.language import LanguageRecipe, SequenceBatch, attend_causally, learning_rates, next_token_loss
 from emu3.training.sequences import SequenceBuilder, collate
 from emu3.vocabulary import Vocabulary
 
@@ -45,6 +45,19 @@ def test_attending_causally_is_that_of_sdpa():
     mixed, _ = attend_causally(torch.nn.Module(), query, key, value, None, scaling=0.3)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(mixed, expected.transpose(1, 2))
+
+
+def test_next_token_loss_is_the_weighted_mean_of_the_models_own():
+    torch.manual_seed(0)
+    model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=30, pad_token_id=0, initializer_range=0.3)).eval()
+    ids = torch.randint(1, 30, (2, 6))
+    weights = torch.tensor([[0.0, 0.0, 2.0, 1.0, 1.0, 0.0], [0.0, 0.5, 0.5, 0.0, 0.0, 0.0]])
+    loss, losses, targets = next_token_loss(model, model.model.run_layers, ids, weights)
+    each = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(loss, (each * weights[:, 1:]).sum() / weights.sum())
+    counts = weights[:, 1:] > 0
+    torch.testing.assert_close(losses, each[counts])
+    assert targets.tolist() == ids[:, 1:][counts].tolist()
 
 
 def test_visual_ids_start_as_sums_of_their_factors():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from emu3.training import prefetch
-from emu3.training.loop import StepResult, average, run_loop
+from emu3.training import loop
+from emu3.training.loop import StepResult, average, prefetch, run_loop
 from emu3.training.recipe import RunSettings
 
 
@@ -49,5 +49,5 @@ def test_reports_rates_and_modes(tmp_path, report_means, losses):
 
 
 def test_batches_made_by_other_processes_come_in_order(monkeypatch):
-    monkeypatch.setattr(prefetch.os, "cpu_count", lambda: 4)
-    assert list(prefetch.prefetch(square, range(3, 9))) == [9, 16, 25, 36, 49, 64]
+    monkeypatch.setattr(loop.os, "cpu_count", lambda: 4)
+    assert list(prefetch(square, range(3, 9))) == [9, 16, 25, 36, 49, 64]

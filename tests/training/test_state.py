@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from emu3.training.state import Log, load_state, save_state
+from emu3.training.state import load_state, save_state, write_log
 
 
 def trained(steps):
@@ -68,9 +68,8 @@ def test_a_state_of_another_model_is_refused(tmp_path):
 
 
 def test_log(tmp_path, capsys):
-    log = Log(tmp_path / "run")
-    log.write(step=1, loss=0.123456789)
-    log.write(step=2, loss=0.5)
+    write_log(tmp_path / "run", step=1, loss=0.123456789)
+    write_log(tmp_path / "run", step=2, loss=0.5)
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.12346}, {"step": 2, "loss": 0.5}]
     assert capsys.readouterr().out == "step 1  loss 0.12346\nstep 2  loss 0.5\n"

@@ -7,9 +7,9 @@ import torch
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.training import prefetch, vision
-from emu3.training.precision import autocast
-from emu3.training.vision import VisionRecipe, VQTrainer, learning_rate
+from emu3.training import loop, vision
+from emu3.training.loop import autocast
+from emu3.training.vision import VisionRecipe, VQTrainer, learning_rates, psnr
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -30,10 +30,16 @@ def make_noise(count, seed, step):
 
 def test_learning_rate():
     recipe = VisionRecipe(model={}, steps=1000, learning_rate=2.0)
-    assert learning_rate(recipe, 0) == pytest.approx(0.02)
-    assert learning_rate(recipe, 49) == pytest.approx(1.0, rel=0.01)
-    assert learning_rate(recipe, 500) == pytest.approx(2.0 * 0.525)
-    assert learning_rate(recipe, 1000) == pytest.approx(0.1)
+    assert learning_rates(recipe, 0) == [pytest.approx(0.02)]
+    assert learning_rates(recipe, 49) == [pytest.approx(1.0, rel=0.01)]
+    assert learning_rates(recipe, 500) == [pytest.approx(2.0 * 0.525)]
+    assert learning_rates(recipe, 1000) == [pytest.approx(0.1)]
+
+
+def test_psnr():
+    target = torch.zeros(2, 3, 4, 4)
+    assert psnr(target + 0.2, target) == pytest.approx(20.0, abs=1e-4)  # 2 is the peak: 20 log10(2 / 0.2)
+    assert psnr(target + 5.0, target) == pytest.approx(20 * 0.30103, abs=1e-3)  # pixels are clipped to 1
 
 
 def test_a_codebook_that_does_not_fit_is_refused():
@@ -73,7 +79,7 @@ def test_gradients_pass_the_quantizer(quantized):
 
 
 def test_any_source_of_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefetch, "MAX_WORKERS", 0)  # other processes would append to lists of their own
+    monkeypatch.setattr(loop, "MAX_WORKERS", 0)  # other processes would append to lists of their own
     asked = []
 
     def make_pictures(*request):

@@ -1,15 +1,14 @@
 """How fast a checkpoint draws on this machine, and how far that is from what the machine can do.
 
 Times are those of the language model: from a request's start to its last token, without decoding the pixels. Bytes are
-those of the weights that every step reads, and operations those of the products with them; keys, values and attention
+those of the weights that every step reads, and operations those of the products with them. Keys, values and attention
 come on top.
 """
 
-from __future__ import annotations
-
 import platform
 import time
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from emu3.generation.events import Finished, Stepped
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
 
-# Of the six kinds of the GenEval benchmark. Decoders that guess need fewer steps where a picture is plain.
+# One for each task of the GenEval benchmark: decoders that guess need fewer steps where a picture is plain.
 PROMPTS = (
     "a photo of a bench",
     "a photo of a cat and a bottle",
@@ -33,16 +32,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Run:
-    """Pictures drawn at once.
+    """Pictures drawn at once: the seconds of each round, and what all pictures together took in one of them.
 
-    Attributes:
-        decoding: in which order.
-        pictures: at once.
-        seconds: of all rounds.
-        tokens: of all pictures together.
-        steps: forwards.
-        fed: tokens that went through the layers, those of both rows and of wrong guesses included.
-        bytes_per_second, operations_per_second: of weights read, and of products with them.
+    `steps` are forward passes; `fed` tokens went through the layers, unconditional rows and wrong guesses included.
+    Bytes are those of weights read, operations those of products with them.
     """
 
     decoding: str
@@ -103,52 +96,44 @@ def measure(
     height: int | None = None,
     width: int | None = None,
 ) -> Speed:
-    """Draw pictures, so many at once, in each order; one round more than counted, to warm up.
-
-    Raises:
-        ValueError: an unknown decoding, counts below 1, or a size that cannot be drawn.
-    """
+    """Draws each of these numbers of pictures at once, in each order; one round more than counted warms up."""
     if rounds < 1 or min(pictures, default=1) < 1:
         raise ValueError(f"rounds and pictures count from 1, got {rounds} and {list(pictures)}")
     for name in decodings:
         parse_decoding(name)
-    weight = pipeline.model.lm_head.weight
+    head = pipeline.model.lm_head.weight
+    device = head.device
+    machine = f"{processor_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     layers = pipeline.model.model.text_model.layers
     weights = [*layers.parameters(), *layers.buffers()]
     quantized = any(each.dtype == torch.int8 for each in weights)
     speed = Speed(
-        machine=_machine(weight.device),
+        machine=machine,
         versions={"torch": torch.__version__, "python": platform.python_version()},
-        dtype=str(weight.dtype).removeprefix("torch.") + (", layers in 8 bits" if quantized else ""),
-        copy_bytes_per_second=_copying(weight.device),
-        product_operations_per_second=_multiplying(weight.device, weight.dtype),
+        dtype=str(head.dtype).removeprefix("torch.") + (", layers in 8 bits" if quantized else ""),
+        copy_bytes_per_second=_copying(device),
+        product_operations_per_second=_multiplying(device, head.dtype),
     )
-    lo, hi = pipeline.model.model.vocabulary.visual_span
-    head = weight[lo:hi]
+    weights.append(head[slice(*pipeline.model.model.vocabulary.visual_span)])
     for count in pictures:
         prompts = [PROMPTS[n % len(PROMPTS)] for n in range(count)]
         for name in decodings:
-            # The first one warms up.
-            drawn = [_draw(pipeline, prompts, name, height, width) for _ in range(rounds + 1)][1:]
-            seconds, (_, tokens, steps, fed) = tuple(each[0] for each in drawn), drawn[-1]
-            read = steps * (sum(each.nbytes for each in weights) + head.nbytes)
+            seconds = []
+            for _ in range(rounds + 1):
+                requests = pipeline.draw_requests(prompts, seed=0, decoding=name, height=height, width=width)
+                start, events = time.perf_counter(), list(pipeline.engine.stream(requests))
+                seconds.append(time.perf_counter() - start)
+            best = min(seconds[1:])
+            tokens = sum(len(event.ids) for event in events if isinstance(event, Finished))
+            steps = [event.tokens for event in events if isinstance(event, Stepped) and not event.prefill]
+            read = len(steps) * sum(each.nbytes for each in weights)
             # The head sees decided positions only, which are fewer than those fed; so this is a little too much.
-            operations = 2 * fed * (sum(each.numel() for each in weights) + head.numel())
-            best = min(seconds)
-            speed.runs.append(Run(name, count, seconds, tokens, steps, fed, read / best, operations / best))
+            operations = 2 * sum(steps) * sum(each.numel() for each in weights)
+            counts = tokens, len(steps), sum(steps)
+            speed.runs.append(Run(name, count, tuple(seconds[1:]), *counts, read / best, operations / best))
     return speed
-
-
-def _draw(
-    pipeline: Emu3Pipeline, prompts: list[str], decoding: str, height: int | None, width: int | None
-) -> tuple[float, int, int, int]:
-    """Seconds up to the last picture's tokens, tokens in all, forwards, and tokens fed."""
-    requests = pipeline.draw_requests(prompts, seed=0, decoding=decoding, height=height, width=width)
-    start, events = time.perf_counter(), list(pipeline.engine.stream(requests))
-    seconds = time.perf_counter() - start
-    stepped = [event for event in events if isinstance(event, Stepped) and not event.prefill]
-    tokens = sum(len(event.ids) for event in events if isinstance(event, Finished))
-    return seconds, tokens, len(stepped), sum(event.tokens for event in stepped)
 
 
 def processor_name() -> str:
@@ -158,25 +143,15 @@ def processor_name() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+def _best_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of five calls, after one to warm up."""
 
-
-def _best_of(function: Any, device: torch.device, repeats: int = 5) -> float:
-    """Seconds of the fastest of some calls, after one to warm up."""
-    best = float("inf")
-    for number in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+    def call() -> None:
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if number:
-            best = min(best, time.perf_counter() - start)
-    return best
+
+    return min(timeit.repeat(call, number=1, repeat=6)[1:])
 
 
 def _copying(device: torch.device) -> float:

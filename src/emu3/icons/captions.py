@@ -1,14 +1,13 @@
 """Words for a scene: GenEval's prompts, full captions, and questions with one right answer each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from emu3.icons.scenes import Relation, Scene, SceneObject, Task, relation
 from emu3.icons.sprites import plural
 
-DESCRIBE = "Describe the picture."
-"""Asks for the full caption."""
-
+DESCRIBE = "Describe the picture."  # asks for the full caption
 NUMBERS = ("zero", "one", "two", "three", "four")
 RELATION_WORDS: dict[Relation, str] = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
@@ -27,19 +26,12 @@ def caption(scene: Scene, task: Task, colored: bool = False) -> str:
 
     `colored` names the colours in the other four tasks too: "a photo of a red dog right of a blue chair".
     """
-    first, *others = scene.objects
-    colored = colored or task in ("colors", "color_attribution")
-    names = [f"{thing.color} {thing.noun}" if colored else thing.noun for thing in scene.objects]
-    if not others:
-        return f"a photo of {_a(names[0])}"
-    if task == "counting":
-        return f"a photo of {NUMBERS[len(names)]} {first.color + ' ' if colored else ''}{plural(first.noun)}"
-    (second,) = others
-    if task in ("two_object", "color_attribution"):
-        return f"a photo of {_a(names[0])} and {_a(names[1])}"
-    seen = relation(first, second)
-    assert seen is not None, scene
-    return f"a photo of {_a(names[0])} {RELATION_WORDS[seen]} {_a(names[1])}"
+    joint = None if task == "counting" else "and"
+    if task == "position":
+        seen = relation(*scene.objects)
+        assert seen is not None, scene
+        joint = RELATION_WORDS[seen]
+    return _photo_of(scene.objects, joint, colored or task in ("colors", "color_attribution"))
 
 
 def full_caption(scene: Scene) -> str:
@@ -48,32 +40,26 @@ def full_caption(scene: Scene) -> str:
     The object further left comes first, or the upper one where one stands above the other. Two objects without a clear
     relation are joined by "and". Several objects of one noun and colour are counted: "a photo of three green cups".
     """
-    first, *others = _canonical(scene)
-    if not others:
-        return f"a photo of {_a(first.color)} {first.noun}"
+    objects = _canonical(scene)
     if _is_counted(scene):
-        return f"a photo of {NUMBERS[len(scene.objects)]} {first.color} {plural(first.noun)}"
-    (second,) = others
-    seen = relation(first, second)
-    joint = RELATION_WORDS[seen] if seen else "and"
-    return f"a photo of {_a(first.color)} {first.noun} {joint} {_a(second.color)} {second.noun}"
+        return _photo_of(objects, None, colored=True)
+    seen = relation(*objects)
+    return _photo_of(objects, RELATION_WORDS[seen] if seen else "and", colored=True)
 
 
 def questions(scene: Scene) -> list[Question]:
     """What is shown, in which colours, how many, and where relative to each other (only where that is clear)."""
-    first, *others = _canonical(scene)
-    count = len(scene.objects)
-    if not others or _is_counted(scene):
-        nouns = plural(first.noun) if others else first.noun
-        be = "are" if others else "is"
+    objects = _canonical(scene)
+    first = objects[0]
+    if _is_counted(scene):
+        be, nouns = ("is", first.noun) if len(objects) == 1 else ("are", plural(first.noun))
         return [
             Question("what", "What is in the picture?", nouns),
             Question("color", f"What color {be} the {nouns}?", first.color),
-            Question("count", f"How many {plural(first.noun)} are there?", NUMBERS[count]),
+            Question("count", f"How many {plural(first.noun)} are there?", NUMBERS[len(objects)]),
         ]
-    (second,) = others
-    asked = [Question("what", "What is in the picture?", f"{first.noun} and {second.noun}")]
-    for thing, other in ((first, second), (second, first)):
+    asked = [Question("what", "What is in the picture?", " and ".join(thing.noun for thing in objects))]
+    for thing, other in (objects, objects[::-1]):
         asked.append(Question("color", f"What color is the {thing.noun}?", thing.color))
         asked.append(Question("count", f"How many {plural(thing.noun)} are there?", NUMBERS[1]))
         seen = relation(thing, other)
@@ -82,10 +68,19 @@ def questions(scene: Scene) -> list[Question]:
     return asked
 
 
+def _photo_of(objects: Sequence[SceneObject], joint: str | None, colored: bool) -> str:
+    """`joint` stands between the names of two objects. Without it, several objects are counted."""
+    names = [f"{thing.color} {thing.noun}" if colored else thing.noun for thing in objects]
+    if joint is None and len(names) > 1:
+        color = f"{objects[0].color} " if colored else ""
+        return f"a photo of {NUMBERS[len(names)]} {color}{plural(objects[0].noun)}"
+    return f"a photo of {f' {joint} '.join(_a(name) for name in names)}"
+
+
 def _canonical(scene: Scene) -> list[SceneObject]:
     """Objects from left to right, or from top to bottom where two stand one above the other."""
     ordered = sorted(scene.objects, key=lambda thing: (thing.x, thing.y))
-    if len(ordered) == 2 and relation(ordered[0], ordered[1]) == "below":
+    if len(ordered) == 2 and relation(*ordered) == "below":
         ordered.reverse()
     return ordered
 

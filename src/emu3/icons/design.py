@@ -1,13 +1,12 @@
 """A designed codebook for the icon world: shapes x inks x backgrounds.
 
-A language model composes what it never saw together only if codes are regular: a change of colour must change the codes
-of every glyph alike. Learned codes are not regular: a piece of a glyph has unrelated codes in two colours. Scenes are
-known exactly, so the codebook can be designed, and the code of every cell of 4x4 pixels is known.
+A language model can draw a noun in a colour that it never saw together only if codes are regular: a change of colour
+must change the codes of every glyph alike. Learned codes are not regular: the same piece of a glyph has unrelated codes
+in two colours. Scenes are known exactly, so a codebook can be designed that gives every cell of 4x4 pixels its code.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,16 +17,15 @@ from emu3.icons.scenes import BACKGROUNDS, COLORS, LATTICE, Scene, cells_of
 from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
 from emu3.training.codebook import k_means
 
-# Scales of colours in [-1, 1] and of the tone, beside the 16 pixels of a shape in [0, 1].
-COLOR_SCALE = 2.0
-TONE_SCALE = 2.0
+SCALE = 2.0
+"""Of colours and tones, which are in [-1, 1]; the 16 pixels of a shape are in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Design:
     """A codebook where code = (shape * INKS + ink) * BACKGROUNDS + background; shape 0 and ink 0 mean none.
 
-    A shape without ink, and an ink without a shape, have codes that no picture uses.
+    Codes of a shape without ink, and of an ink without shape, exist but no picture uses them.
 
     Attributes:
         codebook: (codes, 16 + 3 + 1): the pixels of the shape; the colour of the ink, or of the background where there
@@ -39,12 +37,8 @@ class Design:
     shape_of_cell: NDArray[np.int64]
 
     @classmethod
-    def of(cls, shapes: int) -> Design:
-        """The design with so many shapes: the empty one, and clusters of the inked cells of all glyphs.
-
-        Raises:
-            ValueError: fewer than two shapes.
-        """
+    def of(cls, shapes: int) -> Self:
+        """The design with at least two shapes: the empty one, and clusters of the inked cells of all glyphs."""
         if shapes < 2:
             raise ValueError(f"shapes={shapes} leaves only the empty one; give at least 2")
         side = ICON // LATTICE
@@ -53,14 +47,16 @@ class Design:
         inked = cells.amax(1) > 0
         shape_vectors = torch.cat((torch.zeros(1, LATTICE**2), k_means(cells[inked].unique(dim=0), shapes - 1)))
         nearest = torch.cdist(cells, shape_vectors).argmin(1).where(inked, 0)
-        inks = COLOR_SCALE * (torch.tensor(list(COLORS.values())) / 127.5 - 1)
-        backgrounds = COLOR_SCALE * (torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1)
-        tones = TONE_SCALE * torch.linspace(-1, 1, len(backgrounds))
-        vectors = []
-        for shape in shape_vectors:
-            for ink in (None, *inks):
-                for background, tone in zip(backgrounds, tones, strict=True):
-                    vectors.append(torch.cat((shape, background if ink is None else ink, tone[None])))
+        inks, backgrounds = (
+            SCALE * (torch.tensor(list(colors.values())) / 127.5 - 1) for colors in (COLORS, BACKGROUNDS)
+        )
+        tones = SCALE * torch.linspace(-1, 1, len(backgrounds))
+        vectors = [
+            torch.cat((shape, background if ink is None else ink, tone[None]))
+            for shape in shape_vectors
+            for ink in (None, *inks)
+            for background, tone in zip(backgrounds, tones, strict=True)
+        ]
         return cls(torch.stack(vectors), nearest.view(len(NOUNS), side, side).numpy())
 
     def codes_of(self, scene: Scene) -> NDArray[np.int64]:

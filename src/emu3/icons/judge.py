@@ -1,14 +1,13 @@
 """Reads a picture of the icon world without any model, and says whether it shows what was asked for.
 
 A window of 16x16 pixels that shows glyph `m` (alpha) in colour `c` on background `b` is `b + m (c - b)`. Every glyph is
-fitted to every window by least squares. The fit gives the colour. The score is the cosine between window and fit, over
-all pixels and channels at once: 1 for a clean drawing, less for a missing part, a foreign part or a second colour. Each
-glyph is tried sharp and blurred, since a vision tokenizer's pictures are soft. The best fits that do not overlap are
-kept.
+fitted to every window by least squares, sharp and blurred, since a vision tokenizer's pictures are soft. The fit gives
+the colour. The score is the cosine between window and fit, over all pixels and channels at once: 1 for a clean drawing,
+less for a missing part, a foreign part or a second colour. The best fits that do not overlap are kept.
 
 The two thresholds were chosen on drawings softened by a Gaussian blur (in pixels), noise and a shift of all colours (in
-levels of 0 to 255). These are the results on others, 2,400 scenes of all tasks in seven sizes and 1,000 flawed icons of
-each kind:
+levels of 0 to 255). On other drawings, 2,400 scenes of all tasks in seven sizes and 1,000 flawed icons of each kind,
+they gave:
 
     scenes                       read exactly      flawed icon, taken for an icon     clean   blur 0.7, noise 6
     clean                              1.000       half of the ink                    0.00    0.02
@@ -24,6 +23,7 @@ So a half-drawn icon fails, a soft right one passes, and small missing parts are
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +35,14 @@ from emu3.icons.sprites import ICON, NOUNS, load_sprites
 SCORE_THRESHOLD = 0.93
 MARGIN_THRESHOLD = 0.02
 """By how much the best noun's score must exceed the next noun's; with less, the shape lies between two icons."""
-
 COLOR_TOLERANCE = 60.0
 """Largest distance in RGB between the fitted colour and the one it is called."""
-
 OVERLAP_ALLOWED = 2
 """Pixels by which two detections may overlap: glyphs that touch may each be found a pixel off."""
-
 BLUR_SIGMA = 0.8
 """Pixels; the softness of the blurred glyphs."""
+
+_PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)  # (11, 3)
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,11 @@ def read_picture(picture: NDArray[np.uint8]) -> list[Detection]:
     energy = np.lib.stride_tricks.sliding_window_view((difference**2).sum(2), (ICON, ICON)).sum((2, 3))
     glyphs = _load_glyphs()
     rows, columns = np.nonzero(energy > glyphs.faintest_energy)
-    if not rows.size:
-        return []
     flat_windows = windows[rows, columns].reshape(len(rows), 3, ICON * ICON)
     # (windows, 3 channels, 2 variants, 40 glyphs)
     amplitudes = (flat_windows @ glyphs.unit.reshape(-1, ICON * ICON).T).reshape(len(rows), 3, 2, len(NOUNS))
     scores = np.sqrt((amplitudes**2).sum(1) / energy[rows, columns][:, None, None])  # (windows, 2, 40)
     second, best = np.sort(scores.max(1), axis=1)[:, -2:].T
-
     detections: list[Detection] = []
     taken: list[tuple[int, int]] = []
     for window in np.argsort(-best, kind="stable"):
@@ -87,7 +83,7 @@ def read_picture(picture: NDArray[np.uint8]) -> list[Detection]:
         x, y = int(columns[window]), int(rows[window])
         if any(max(abs(x - other_x), abs(y - other_y)) < ICON - OVERLAP_ALLOWED for other_x, other_y in taken):
             continue
-        # Also where it gets no name below: a shape that is no icon must not be read as one a few pixels beside it.
+        # Even if it gets no name below: a shape that is no icon must not be read as one a few pixels beside it.
         taken.append((x, y))
         variant, glyph = np.unravel_index(scores[window].argmax(), scores[window].shape)
         color = _name_color(background + amplitudes[window, :, variant, glyph] / glyphs.lengths[variant, glyph])
@@ -113,43 +109,26 @@ def satisfies(detections: Sequence[Detection], requirement: Requirement) -> bool
     if requirement.relation is None:
         return True
     first, second = (max(matches, key=lambda match: match.score) for matches in found)
-    return requirement.relation in _relations(first, second)
+    return _stands(first, second, requirement.relation)
 
 
-def _relations(a: Detection, b: Detection) -> set[Relation]:
-    """Where `a` stands seen from `b`, by GenEval's rule: two answers on a diagonal, none close together.
+def _stands(a: Detection, b: Detection, where: Relation) -> bool:
+    """Whether `a` stands on that side of `b`, by GenEval's rule: on a diagonal two sides are right, close by none is.
 
-    The offset of the centres is shortened along each axis by a tenth of the two sides' sum. An answer holds where its
-    axis has more than half of the length of what is left.
+    The offset of the centres is shortened along each axis by a tenth of the two icons' sizes together. A side is right
+    where its axis has more than half of the length of what is left.
     """
     offset = np.array([a.box[0] - b.box[0], a.box[1] - b.box[1]], np.float64)
     offset = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * ICON, 0)
-    length = float(np.hypot(*offset))
-    if length == 0:
-        return set()
-    dx, dy = offset / length
-    answers: tuple[tuple[Relation, bool], ...] = (
-        ("left", dx < -0.5),
-        ("right", dx > 0.5),
-        ("above", dy < -0.5),
-        ("below", dy > 0.5),
-    )
-    return {name for name, holds in answers if holds}
+    half = np.hypot(*offset) / 2
+    dx, dy = offset
+    return bool({"left": dx < -half, "right": dx > half, "above": dy < -half, "below": dy > half}[where])
 
 
-@dataclass(frozen=True)
-class _Glyphs:
-    """The sheet sharp and blurred.
-
-    Attributes:
-        unit: the glyphs as vectors of length 1, (2 variants, 40 glyphs, 256 pixels).
-        lengths: which the vectors had before, (2, 40).
-        faintest_energy: squared length of the faintest glyph that would still get a colour's name.
-    """
-
-    unit: NDArray[np.float32]
-    lengths: NDArray[np.float32]
-    faintest_energy: float
+class _Glyphs(NamedTuple):
+    unit: NDArray[np.float32]  # sharp and blurred glyphs as vectors of length 1, (2, 40, 256)
+    lengths: NDArray[np.float32]  # of the vectors before that, (2, 40)
+    faintest_energy: float  # squared length of the faintest glyph that would still get a colour's name
 
 
 @cache
@@ -169,28 +148,20 @@ def _blur(masks: NDArray[np.float32]) -> NDArray[np.float32]:
     return (kernel @ masks @ kernel.T).astype(np.float32)
 
 
-@cache
-def _palette() -> NDArray[np.float32]:
-    """Colours, then backgrounds, (11, 3)."""
-    return np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)
-
-
 def _find_background(picture: NDArray[np.uint8]) -> NDArray[np.float32] | None:
     """Median colour (3,) of the pixels nearest to the commonest background; None where no pixel looks like one."""
     pixels = picture.reshape(-1, 3).astype(np.float32)
-    palette = _palette()
     # |p - c|^2 up to a term that is the same for every c
-    nearest = ((palette**2).sum(1) - 2 * pixels @ palette.T).argmin(1)
-    counts = np.bincount(nearest, minlength=len(palette))[len(COLORS) :]
+    nearest = ((_PALETTE**2).sum(1) - 2 * pixels @ _PALETTE.T).argmin(1)
+    counts = np.bincount(nearest, minlength=len(_PALETTE))[len(COLORS) :]
     if not counts.any():
         return None
-    background: NDArray[np.float32] = np.median(pixels[nearest == len(COLORS) + counts.argmax()], axis=0)
-    return background
+    return np.median(pixels[nearest == len(COLORS) + counts.argmax()], axis=0)
 
 
 def _name_color(color: NDArray[np.float32]) -> str | None:
     """Name of the nearest colour; None where a background is nearer or none lies within `COLOR_TOLERANCE`."""
-    distances = np.linalg.norm(_palette() - color, axis=1)
+    distances = np.linalg.norm(_PALETTE - color, axis=1)
     nearest = int(distances.argmin())
     if nearest >= len(COLORS) or distances[nearest] > COLOR_TOLERANCE:
         return None

@@ -7,13 +7,13 @@ import numpy as np
 from emu3.icons.captions import caption
 from emu3.icons.scenes import TASKS, Relation, Scene, Task, relation, sample_scene
 
+# Their prompts name a pair that may be held out.
 PAIR_TASKS: tuple[Task, ...] = ("two_object", "colors", "position", "color_attribution")
-"""Tasks whose prompts name a pair that may be held out."""
 
 
 @dataclass(frozen=True)
 class RequiredObject:
-    """`count` objects of the noun, in the colour unless it is None."""
+    """`count` objects of the noun, in the colour if one is given."""
 
     noun: str
     color: str | None = None
@@ -22,9 +22,10 @@ class RequiredObject:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a picture must show. `relation`: where the first object stands seen from the second.
+    """What a picture must show.
 
-    `exact_count`: more objects than asked for fail too, as in GenEval's counting.
+    `relation` is where the first object stands seen from the second. With `exact_count`, more objects than asked for
+    are wrong too, as in GenEval's counting.
     """
 
     objects: tuple[RequiredObject, ...]
@@ -34,7 +35,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """One prompt. `held_out`: it names a pair that training never shows. `scene` is one right picture of it."""
+    """One prompt, and a scene that is right for it. `held_out` says that it names a pair that training never shows."""
 
     task: Task
     prompt: str
@@ -56,7 +57,7 @@ def requirement(scene: Scene, task: Task) -> Requirement:
 def evaluation_prompts(
     task: Task, count: int = 50, seed: int = 0, height: int = 48, width: int = 48
 ) -> list[EvaluationPrompt]:
-    """`count` prompts of the task, the same for the same arguments. In `PAIR_TASKS` every second one is held out."""
+    """`count` prompts of the task, the same for the same arguments. In `PAIR_TASKS` every second pair is held out."""
     rng = np.random.default_rng([seed, TASKS.index(task)])
     prompts = []
     for index in range(count):

@@ -1,24 +1,25 @@
 """nano's recipes: its vision tokenizer, its language model, and the checkpoint assembled from both."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.icons.design import Design
-from emu3.icons.pictures import ENCODED_AT_ONCE, make_picture_batch
-from emu3.icons.sequences import IconLanguageRecipe, SceneSequences, write_corpus
+from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
+from emu3.icons.sequences import ENCODED_AT_ONCE, IconLanguageRecipe, SceneSequences, write_corpus
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training import language, vision
 from emu3.training.assemble import AssembleRecipe, assemble
-from emu3.training.codes import encode
-from emu3.training.precision import training_device
+from emu3.training.codes import encode, to_pixels
+from emu3.training.loop import training_device
 from emu3.training.recipe import Kind
 from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder
@@ -42,6 +43,26 @@ class IconVisionRecipe(vision.VisionRecipe):
     shapes: int | None = None
 
 
+def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: int) -> list[Scene]:
+    """The scenes of one step, all of one of the sizes, nothing held out; every second one is a crowd."""
+    rng = np.random.default_rng([seed, step])
+    height, width = sizes[int(rng.integers(len(sizes)))]
+    tasks = [TASKS[index] for index in rng.integers(len(TASKS), size=count)]
+    return [
+        sample_crowd(rng, height, width) if index % 2 else sample_scene(task, rng, "train", height, width)
+        for index, task in enumerate(tasks)
+    ]
+
+
+def make_picture_batch(
+    sizes: Sequence[tuple[int, int]], design: Design | None, count: int, seed: int, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """The pictures (B, C, H, W) of a step, and their codes (B, H, W) by the design."""
+    scenes = sample_batch(sizes, count, seed, step)
+    codes = None if design is None else torch.from_numpy(np.stack([design.codes_of(scene) for scene in scenes]))
+    return to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes]))), codes
+
+
 def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     """Trains a vision tokenizer; see `emu3.training.vision.train`."""
     torch.manual_seed(recipe.seed)
@@ -56,18 +77,17 @@ def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
 def train_language(recipe: IconLanguageRecipe, folder: Path) -> None:
     """Trains a language model; see `emu3.training.language.train`.
 
-    Raises:
-        ValueError: a step has no source of scenes, or there is no vision tokenizer yet.
+    `ValueError` where a step has no source of scenes, or where there is no vision tokenizer yet.
     """
     for step in range(recipe.steps):
         if not any(source.covers(step) for source in recipe.sources):
             raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
     tokenizer = Emu3VQVAE.from_pretrained(require_output(folder / recipe.vision)).to(training_device())
     text_tokenizer = train_text_tokenizer(recipe, folder, tokenizer.config.codebook_size)
-    codes = []
-    for source in recipe.sources:
-        starts = range(0, source.count, ENCODED_AT_ONCE)
-        codes.append(encode(tokenizer, source.pictures, starts, source.name, folder / "codes"))
+    codes = [
+        encode(tokenizer, source.pictures, range(0, source.count, ENCODED_AT_ONCE), source.name, folder / "codes")
+        for source in recipe.sources
+    ]
     builder = SequenceBuilder(text_tokenizer, Vocabulary.from_map(vocabulary_map(text_tokenizer)))
     language.train(recipe, folder, text_tokenizer, SceneSequences(recipe, builder, codes).batch)
 

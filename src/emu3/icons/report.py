@@ -1,15 +1,13 @@
 """What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
 
-Drawing is judged from the pixels by `emu3.icons.judge`. The ceiling is the judge's score for the true scenes after
+`emu3.icons.judge` judges drawings from their pixels. The ceiling is the judge's score for the true scenes after
 encoding and decoding: no drawing could score better. Answers and captions must be right to the letter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from emu3.icons.captions import DESCRIBE, Question, full_caption, questions
+from emu3.icons.captions import DESCRIBE, full_caption, questions
 from emu3.icons.judge import read_picture, satisfies
 from emu3.icons.prompts import EvaluationPrompt, evaluation_prompts
 from emu3.icons.scenes import TASKS, render
@@ -28,6 +26,9 @@ from emu3.pipeline import Emu3Pipeline
 
 QUESTION_KINDS = ("what", "color", "count", "where")
 ANSWER_TOKENS = 32
+
+Asked = tuple[EvaluationPrompt, str, str]
+"""A prompt, a question about its scene, and the right answer."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,21 @@ class Score:
         """Right ones among all, 0 to 1."""
         return (self.known_right + self.held_out_right) / max(1, self.known + self.held_out)
 
-    def __add__(self, other: Score) -> Score:
-        return Score(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+    def __add__(self, other: Self) -> Self:
+        return replace(self, **{name: count + getattr(other, name) for name, count in vars(self).items()})
 
     @classmethod
-    def of(cls, outcomes: Iterable[tuple[bool, bool]]) -> Score:
+    def of(cls, outcomes: Iterable[tuple[bool, bool]]) -> Self:
         """Counts (held out, right) pairs."""
         return sum((cls(right, 1) if not held_out else cls(0, 0, right, 1) for held_out, right in outcomes), cls())
 
 
 @dataclass(frozen=True)
 class Report:
-    """Scores of one checkpoint.
+    """Scores of one checkpoint, from `count` prompts for each task.
 
-    Attributes:
-        model: folder or name of the checkpoint.
-        count: prompts of each task.
-        seed: of the prompts and the pictures.
-        drawing: of pictures drawn, by task.
-        ceiling: of true pictures encoded and decoded, by task.
-        answers: by kind of question.
-        captions: of full captions.
-        reconstruction_psnr: mean over pictures, dB.
-        decoding: how the pictures were drawn.
-        int8: whether the layers ran in 8 bits.
+    `drawing` scores drawings by task, `ceiling` true pictures encoded and decoded; `answers` are by kind of question.
+    `reconstruction_psnr` is a mean over pictures, in dB. `int8` says whether the layers ran in 8 bits.
     """
 
     model: str
@@ -93,16 +85,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON; shares beside the counts."""
-        scores = {name: {"share": score.share, **asdict(score)} for name, score, _ in self.rows()}
-        ceilings = {name: ceiling.share for name, _, ceiling in self.rows() if ceiling is not None}
         return {
-            "model": self.model,
-            "count": self.count,
-            "seed": self.seed,
-            "decoding": self.decoding,
-            "int8": self.int8,
-            "scores": scores,
-            "ceilings": ceilings,
+            **{name: getattr(self, name) for name in ("model", "count", "seed", "decoding", "int8")},
+            "scores": {name: {"share": score.share, **asdict(score)} for name, score, _ in self.rows()},
+            "ceilings": {name: ceiling.share for name, _, ceiling in self.rows() if ceiling is not None},
             "reconstruction_psnr": self.reconstruction_psnr,
         }
 
@@ -130,8 +116,7 @@ def reconstruct(pipeline: Emu3Pipeline, pictures: list[Image.Image]) -> list[Ima
     inputs = pipeline.processor.image_processor(pictures, return_tensors="pt")
     vqmodel = pipeline.model.model.vqmodel
     codes = torch.stack(vqmodel.encode(inputs["pixel_values"], inputs["image_sizes"]).image_tokens)
-    decoded: list[Image.Image] = pipeline.processor.postprocess(vqmodel.decode(codes))["pixel_values"]
-    return decoded
+    return list(pipeline.processor.postprocess(vqmodel.decode(codes))["pixel_values"])
 
 
 def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
@@ -156,20 +141,17 @@ def evaluate(
     decoding: str = "predictive",
     **options: Any,
 ) -> Report:
-    """Measures a checkpoint.
+    """Measures a checkpoint, which must both draw and read; else, or with an unknown decoding, it is a `ValueError`.
 
     Args:
-        folder: a checkpoint's folder or name.
-        count: prompts for each drawing task, questions of each kind, and captions.
+        folder: the checkpoint's folder or name.
+        count: how many prompts for each drawing task, questions of each kind, and captions.
         seed: of the prompts and of the pictures.
         output: folder for a contact sheet of each task, and the report as Markdown.
         decoding: see `Emu3Pipeline.image`.
-        **options: how it is loaded, see `emu3.options.Load`.
-
-    Raises:
-        ValueError: there is no such checkpoint or decoding, or a checkpoint that only draws or only reads.
+        **options: how the checkpoint is loaded, see `emu3.options.Load`.
     """
-    parse_decoding(decoding)  # an unknown one is told before anything is loaded
+    parse_decoding(decoding)  # refuses an unknown one before anything is loaded
     pipeline = Emu3Pipeline.from_pretrained(folder, **options)
     pipeline.require("draw")
     pipeline.require("read")
@@ -179,8 +161,9 @@ def evaluate(
     ceiling: dict[str, Score] = {}
     errors: list[float] = []
     for task in track(TASKS, description="drawing", console=console):
+        captions = [prompt.prompt for prompt in prompts[task]]
         held_out = [prompt.held_out for prompt in prompts[task]]
-        pictures = pipeline.image([prompt.prompt for prompt in prompts[task]], seed=seed, decoding=decoding)
+        pictures = pipeline.image(captions, seed=seed, decoding=decoding)
         right = judge_pictures(prompts[task], pictures)
         drawing[task] = Score.of(zip(held_out, right, strict=True))
         truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts[task]]
@@ -189,38 +172,28 @@ def evaluate(
         errors += [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(decoded, truth, strict=True)]
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            sheet = contact_sheet(pictures, [prompt.prompt for prompt in prompts[task]], 6, right)
-            sheet.save(output / f"{task}.png")
+            contact_sheet(pictures, captions, 6, right).save(output / f"{task}.png")
     # The tasks alternate, so that every kind of question meets every kind of scene.
     scenes = [prompts[task][index] for index in range(count) for task in TASKS]
-    kinds = track(QUESTION_KINDS, description="answering", console=console)
-    answers = {kind: _answers(pipeline, scenes, count, kind) for kind in kinds}
-    described = _ask(pipeline, [(prompt, DESCRIBE) for prompt in scenes[:count]])
-    captions = Score.of(
-        (prompt.held_out, said == full_caption(prompt.scene))
-        for prompt, said in zip(scenes[:count], described, strict=True)
-    )
-    found = (drawing, ceiling, answers, captions, float(np.mean(errors)))
+    answers: dict[str, Score] = {}
+    for kind in track(QUESTION_KINDS, description="answering", console=console):
+        asked: list[Asked] = []
+        for prompt in scenes:
+            possible = [question for question in questions(prompt.scene) if question.kind == kind]
+            if possible and len(asked) < count:
+                question = possible[len(asked) % len(possible)]
+                asked.append((prompt, question.text, question.answer))
+        answers[kind] = _score_answers(pipeline, asked)
+    described = [(prompt, DESCRIBE, full_caption(prompt.scene)) for prompt in scenes[:count]]
+    found = (drawing, ceiling, answers, _score_answers(pipeline, described), float(np.mean(errors)))
     report = Report(str(folder), count, seed, *found, decoding, options.get("int8", False))
     if output is not None:
         (output / "report.md").write_text(report.to_table() + "\n")
     return report
 
 
-def _ask(pipeline: Emu3Pipeline, asked: list[tuple[EvaluationPrompt, str]]) -> list[str]:
-    """The answers to questions, each about the picture of a scene."""
-    conversations = [(question, [Image.fromarray(render(prompt.scene))]) for prompt, question in asked]
-    return list(pipeline.chat(conversations, max_new_tokens=ANSWER_TOKENS))
-
-
-def _answers(pipeline: Emu3Pipeline, scenes: list[EvaluationPrompt], count: int, kind: str) -> Score:
-    """One question of this kind about each of the first `count` scenes that allow it."""
-    asked: list[tuple[EvaluationPrompt, Question]] = []
-    for prompt in scenes:
-        possible = [question for question in questions(prompt.scene) if question.kind == kind]
-        if possible and len(asked) < count:
-            asked.append((prompt, possible[len(asked) % len(possible)]))
-    answers = _ask(pipeline, [(prompt, question.text) for prompt, question in asked])
-    return Score.of(
-        (prompt.held_out, said == question.answer) for (prompt, question), said in zip(asked, answers, strict=True)
-    )
+def _score_answers(pipeline: Emu3Pipeline, asked: list[Asked]) -> Score:
+    """Asks each question about the picture of its prompt's scene."""
+    conversations = [(question, [Image.fromarray(render(prompt.scene))]) for prompt, question, _ in asked]
+    answers = pipeline.chat(conversations, max_new_tokens=ANSWER_TOKENS)
+    return Score.of((prompt.held_out, said == right) for (prompt, _, right), said in zip(asked, answers, strict=True))

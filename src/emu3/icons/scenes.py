@@ -1,29 +1,30 @@
 """Scenes of coloured icons on a plain background: what they are, how they are drawn, how they are sampled.
 
 Scenes follow the six tasks of the GenEval benchmark (Ghosh et al., 2023). Objects lie on a lattice of 4 pixels, one
-token of nano's vision tokenizer, so that a glyph looks the same to it wherever it stands. Sampling uses every second
-point of the lattice:
+token of nano's vision tokenizer, so that the tokens of a glyph are the same wherever it stands. The tasks' scenes use
+every second point of the lattice.
 
-    0       8       16      24      32
-    ├───────┴───────┼───────┴───────┼──
-    │   ICON = 16   │
+Training never shows about a tenth of the (noun, colour) pairs and a tenth of the (noun, noun) pairs. Which ones is a
+hash of the names alone, without a seed: adding an icon changes nothing for the other pairs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.icons.splits import is_held_out, is_held_out_pair
 from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
 Split = Literal["train", "test"]
 Relation = Literal["left", "right", "above", "below"]
 RGB = tuple[int, int, int]
+Corner = tuple[int, int]  # x, y
 Choice = TypeVar("Choice")
 
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -31,7 +32,7 @@ MAX_COUNT = 4
 LATTICE = 4
 SMALLEST_SIDE = 32
 
-# Any two of these, background or colour, are at least 90 apart in RGB (Euclidean); a test holds it.
+# A colour is at least 90 (Euclidean distance in RGB) from every other colour and every background; a test checks it.
 COLORS: dict[str, RGB] = {
     "red": (215, 25, 40),
     "orange": (255, 125, 0),
@@ -43,9 +44,6 @@ COLORS: dict[str, RGB] = {
     "black": (20, 20, 20),
 }
 BACKGROUNDS: dict[str, RGB] = {"white": (250, 250, 250), "cream": (253, 242, 214), "sky": (216, 234, 250)}
-
-_COLOR_NAMES = tuple(COLORS)
-_BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,30 @@ def _direction(dx: int, dy: int) -> Relation | None:
     return None
 
 
+@cache
+def _is_in_held_out_tenth(key: str) -> bool:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10 == 0
+
+
+def is_held_out(noun: str, color: str) -> bool:
+    """Whether no training scene shows this noun in this colour."""
+    return _is_in_held_out_tenth(f"{noun} in {color}")
+
+
+def is_held_out_pair(noun_a: str, noun_b: str) -> bool:
+    """Whether no training scene shows these two nouns together, in either order."""
+    return _is_in_held_out_tenth(" with ".join(sorted((noun_a, noun_b))))
+
+
 def contains_held_out(scene: Scene) -> bool:
     """Whether any noun and its colour, or any two nouns of the scene, are held out from training."""
-    return any(is_held_out(thing.noun, thing.color) for thing in scene.objects) or any(
-        is_held_out_pair(a.noun, b.noun) for a, b in combinations(scene.objects, 2) if a.noun != b.noun
-    )
+    return any(_find_held_out([(thing.noun, thing.color) for thing in scene.objects]))
+
+
+def _find_held_out(names: Sequence[tuple[str, str]]) -> tuple[bool, bool]:
+    """Of (noun, colour) pairs: whether any pair is held out, and whether any two different nouns are."""
+    pairs = combinations({noun for noun, _ in names}, 2)
+    return any(is_held_out(*name) for name in names), any(is_held_out_pair(*pair) for pair in pairs)
 
 
 def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int = 48, width: int = 48) -> Scene:
@@ -145,73 +162,73 @@ def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int
     if task not in TASKS:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")
     check_size(height, width)
-    while True:
+    names = _sample_names(task, rng)
+    while not _belongs(task, names, split):
         names = _sample_names(task, rng)
-        if _belongs(task, names, split):
-            break
     corners = _sample_corners(len(names), height, width, rng, directed=task == "position")
     objects = tuple(SceneObject(noun, color, x, y) for (noun, color), (x, y) in zip(names, corners, strict=True))
-    return Scene(objects, _choose(_BACKGROUND_NAMES, rng), height, width)
+    return Scene(objects, _choose(BACKGROUNDS, rng), height, width)
 
 
-def _choose(options: Sequence[Choice], rng: np.random.Generator) -> Choice:
-    return options[int(rng.integers(len(options)))]
+def sample_crowd(rng: np.random.Generator, height: int, width: int) -> Scene:
+    """A training scene, denser than those of the tasks: eight icons at random places, less those that do not fit."""
+    scene = Scene((), _choose(BACKGROUNDS, rng), height, width)
+    xs, ys = range(0, width - ICON + 1, LATTICE), range(0, height - ICON + 1, LATTICE)
+    for _ in range(8):
+        thing = SceneObject(_choose(NOUNS, rng), _choose(COLORS, rng), _choose(xs, rng), _choose(ys, rng))
+        if all(max(abs(thing.x - other.x), abs(thing.y - other.y)) >= ICON for other in scene.objects):
+            fuller = replace(scene, objects=(*scene.objects, thing))
+            scene = scene if contains_held_out(fuller) else fuller
+    return scene
+
+
+def _choose(options: Collection[Choice], rng: np.random.Generator) -> Choice:
+    return list(options)[int(rng.integers(len(options)))]
 
 
 def _sample_names(task: Task, rng: np.random.Generator) -> list[tuple[str, str]]:
     """(noun, colour) of every object, before any regard to the split."""
-    noun, color = _choose(NOUNS, rng), _choose(_COLOR_NAMES, rng)
+    noun, color = _choose(NOUNS, rng), _choose(COLORS, rng)
     if task in ("single_object", "colors"):
         return [(noun, color)]
     if task == "counting":
         return [(noun, color)] * int(rng.integers(1, MAX_COUNT + 1))
     other_noun = _choose([name for name in NOUNS if name != noun], rng)
-    if task == "color_attribution":
-        return [(noun, color), (other_noun, _choose([name for name in _COLOR_NAMES if name != color], rng))]
-    return [(noun, color), (other_noun, _choose(_COLOR_NAMES, rng))]
+    other_colors = [name for name in COLORS if name != color or task != "color_attribution"]
+    return [(noun, color), (other_noun, _choose(other_colors, rng))]
 
 
 def _belongs(task: Task, names: list[tuple[str, str]], split: Split) -> bool:
-    held_out_colors = any(is_held_out(noun, color) for noun, color in names)
-    held_out_nouns = len(names) == 2 and names[0][0] != names[1][0] and is_held_out_pair(names[0][0], names[1][0])
+    new_color, new_pair = _find_held_out(names)
     if split == "train":
-        return not held_out_colors and not held_out_nouns
+        return not new_color and not new_pair
     if task == "colors":
-        return held_out_colors
+        return new_color
     if task == "color_attribution":
-        return held_out_colors or held_out_nouns
+        return new_color or new_pair
     # One thing is new at a time: where the prompt names no colour, the colours are known ones.
-    return task in ("single_object", "counting") or (held_out_nouns and not held_out_colors)
+    return task in ("single_object", "counting") or (new_pair and not new_color)
 
 
-def _sample_corners(
-    count: int, height: int, width: int, rng: np.random.Generator, directed: bool
-) -> list[tuple[int, int]]:
-    """Top-left corners (x, y), spread out where room allows; `directed` asks for two icons with a clear relation."""
+def _sample_corners(count: int, height: int, width: int, rng: np.random.Generator, directed: bool) -> list[Corner]:
+    """Top-left corners, spread out where room allows; `directed` asks for two icons with a clear relation."""
     # From roomy to tight; the last always fits four icons into 32x32.
     for stride, gap, attempts in ((8, LATTICE, 20), (8, 0, 20), (ICON, 0, 1000)):
         lattice = [(x, y) for y in range(0, height - ICON + 1, stride) for x in range(0, width - ICON + 1, stride)]
         for _ in range(attempts):
             corners = _place(count, lattice, ICON + gap, rng, directed)
-            if corners is not None:
+            if len(corners) == count:
                 return corners
     raise AssertionError((count, height, width, directed))
 
 
-def _place(
-    count: int, free: list[tuple[int, int]], apart: int, rng: np.random.Generator, directed: bool
-) -> list[tuple[int, int]] | None:
-    """`count` corners drawn one after the other from those still free, or None at a dead end."""
-    corners: list[tuple[int, int]] = []
-    for _ in range(count):
-        if not free:
-            return None
-        corner = _choose(free, rng)
-        corners.append(corner)
-        free = [place for place in free if _is_compatible(place, corner, apart, directed)]
+def _place(count: int, free: list[Corner], apart: int, rng: np.random.Generator, directed: bool) -> list[Corner]:
+    """Up to `count` corners, drawn one after the other from those still free."""
+    corners: list[Corner] = []
+    while free and len(corners) < count:
+        x, y = _choose(free, rng)
+        corners.append((x, y))
+        free = [place for place in free if max(abs(place[0] - x), abs(place[1] - y)) >= apart]
+        if directed:
+            free = [place for place in free if _direction(place[0] - x, place[1] - y)]
     return corners
-
-
-def _is_compatible(place: tuple[int, int], corner: tuple[int, int], apart: int, directed: bool) -> bool:
-    dx, dy = place[0] - corner[0], place[1] - corner[1]
-    return max(abs(dx), abs(dy)) >= apart and (not directed or _direction(dx, dy) is not None)

@@ -1,19 +1,75 @@
 """Training sequences of scenes: drawn from a caption, or asked about."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
-from emu3.icons.pictures import SceneSource
-from emu3.icons.scenes import TASKS, Scene, cells_of, sample_scene
+from emu3.icons.scenes import TASKS, Scene, Task, cells_of, render, sample_scene
 from emu3.training.language import LanguageRecipe, SequenceBatch
 from emu3.training.sequences import SYSTEM, Sample, SequenceBuilder, collate
+
+ENCODED_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSource:
+    """Numbered scenes of one picture size, each a pure function of its number, and how training uses them.
+
+    Attributes:
+        share: of the batches, relative to the other sources in use.
+        seed: of all its scenes.
+        count: how many different ones there are.
+        height, width: of the pictures, in pixels.
+        tasks: which of `TASKS` they are sampled for, in equal shares.
+        steps: the first step that uses it and the one after the last; None: all steps do.
+        full_captions: share of its drawings asked for by the full caption.
+        colored_captions: share asked for by the task's caption with all colours named. Captions that leave colours open
+            teach that a held-out colour never occurs.
+    """
+
+    share: float
+    seed: int
+    count: int
+    height: int = 48
+    width: int = 48
+    tasks: tuple[Task, ...] = TASKS
+    steps: tuple[int, int] | None = None
+    full_captions: float = 0.0
+    colored_captions: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Names the file of its codes."""
+        tasks = "all" if self.tasks == TASKS else "-".join(self.tasks)
+        return f"{self.height}x{self.width}-{tasks}-{self.count}-{self.seed}"
+
+    def covers(self, step: int) -> bool:
+        """Whether it is used in a step."""
+        return self.steps is None or self.steps[0] <= step < self.steps[1]
+
+    def scene(self, index: int) -> tuple[Task, Scene]:
+        """Scene `index`, and the task that it was sampled for."""
+        rng = np.random.default_rng([self.seed, self.height, self.width, index])
+        task = self.tasks[rng.integers(len(self.tasks))]
+        return task, sample_scene(task, rng, "train", self.height, self.width)
+
+    def pictures(self, start: int) -> Tensor:
+        """Up to 64 pictures from index `start` on, uint8 (B, H, W, 3)."""
+        indices = range(start, min(start + ENCODED_AT_ONCE, self.count))
+        return torch.from_numpy(np.stack([render(self.scene(index)[1]) for index in indices]))
+
+    def prompt(self, scene: Scene, task: Task, rng: np.random.Generator) -> str:
+        """The words that ask for a drawing of the scene."""
+        kind = rng.random()
+        if kind < self.full_captions:
+            return full_caption(scene)
+        return caption(scene, task, colored=kind < self.full_captions + self.colored_captions)
 
 
 @dataclass(frozen=True)
@@ -21,11 +77,11 @@ class Weights:
     """How much the loss of a token counts, by its kind.
 
     Attributes:
-        visual: a drawn picture's tokens, structure included.
-        answer: an answer's tokens and the eos behind them.
-        read_visual: a picture's tokens where it is asked about; they teach drawing without a prompt.
-        object: factor on the tokens of a drawing that lie in an object's box. They are few, and only they tell whether
-            the words were followed.
+        visual: tokens of a picture that is drawn, structure included.
+        answer: tokens of an answer and the eos behind them.
+        read_visual: tokens of a picture that is asked about; they teach drawing without a prompt.
+        object: factor on the tokens of a drawing that lie in an object's box. They are few, and only they show whether
+            the model followed the words.
     """
 
     visual: float = 1.0
@@ -40,7 +96,7 @@ class IconLanguageRecipe(LanguageRecipe):
 
     Attributes:
         vision: folder with the trained vision tokenizer, relative to the output folder.
-        texts: files, relative to the output folder, that the text tokenizer is trained on beside captions.
+        texts: files, relative to the output folder, that train the text tokenizer together with the captions.
         text_entries: size of the text tokenizer.
         sources: of the scenes. All pictures of a batch are of one source.
         draw_share: share of batches that draw; the others read.

@@ -1,7 +1,5 @@
 """Contact sheets: many small pictures side by side, enlarged, each above its caption."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont

@@ -4,11 +4,9 @@ The sheet is made by `recipes/icons/rasterise.py`; its origin and licence are in
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +15,7 @@ from PIL import Image
 ICON = 16
 """Pixels a side of every glyph."""
 
-# Also in the table; written here so that importing the names reads no file. A test compares the two.
+# The names are in icons.json too, but here they can be imported without reading a file. A test compares the two.
 NOUNS: tuple[str, ...] = (
     "airplane", "anchor", "apple", "backpack", "bench", "bird", "boat", "bone", "bottle", "bus",
     "car", "cat", "chair", "clock", "cloud", "crown", "cup", "dog", "duck", "elephant",
@@ -26,12 +24,11 @@ NOUNS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sprites:
+class Sprites(NamedTuple):
     """The sheet and its table. `masks` (40, 16, 16) float32 in [0, 1], read-only, in the order of `NOUNS`."""
 
     masks: NDArray[np.float32]
-    plurals: Mapping[str, str]
+    plurals: dict[str, str]
 
 
 @cache
@@ -43,21 +40,19 @@ def load_sprites() -> Sprites:
         sheet = np.asarray(Image.open(file), np.float32) / np.float32(255)
     columns = sheet.shape[1] // ICON
     grid = sheet.reshape(-1, ICON, columns, ICON).swapaxes(1, 2).reshape(-1, ICON, ICON)
-    masks: NDArray[np.float32] = np.ascontiguousarray(grid[[row["index"] for row in table]], np.float32)
+    masks = grid[[row["index"] for row in table]]
     masks.setflags(write=False)
-    return Sprites(masks, MappingProxyType({row["noun"]: row["plural"] for row in table}))
+    return Sprites(masks, {row["noun"]: row["plural"] for row in table})
 
 
 def mask(noun: str) -> NDArray[np.float32]:
     """Alpha of the glyph, (16, 16) float32 in [0, 1], read-only. `ValueError` for an unknown noun."""
-    alpha: NDArray[np.float32] = load_sprites().masks[noun_index(noun)]
-    return alpha
+    return load_sprites().masks[noun_index(noun)]
 
 
 def plural(noun: str) -> str:
     """Plural of the noun. `ValueError` for an unknown noun."""
-    noun_index(noun)
-    return load_sprites().plurals[noun]
+    return load_sprites().plurals[NOUNS[noun_index(noun)]]
 
 
 def noun_index(noun: str) -> int:

@@ -1,7 +1,5 @@
 """Assembles a checkpoint from a trained vision tokenizer, a trained language model and its text tokenizer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -26,7 +24,7 @@ class AssembleRecipe:
     Attributes:
         vision: folder of the trained vision tokenizer.
         language: output folder of the language model's recipe.
-        image_area: pixels of a picture to draw where none are asked for.
+        image_area: size of drawn pictures in pixels, unless a request names another.
         image_processor: `min_pixels` and `max_pixels` of `Emu3ImageProcessor`.
     """
 
@@ -37,11 +35,7 @@ class AssembleRecipe:
 
 
 def assemble(recipe: AssembleRecipe, folder: Path) -> None:
-    """Writes the checkpoint in the documented layout to `folder`; weights in float16, to be loaded as float32.
-
-    Raises:
-        ValueError: a part is not there.
-    """
+    """Writes the checkpoint in the documented layout: weights stored in float16, to be loaded as float32."""
     vision = Emu3VQVAE.from_pretrained(require_output(recipe.vision))
     language = Emu3ForCausalLM.from_pretrained(require_output(recipe.language / "language"))
     tokenizer = AutoTokenizer.from_pretrained((recipe.language / "tokenizer").resolve())
@@ -51,11 +45,8 @@ def assemble(recipe: AssembleRecipe, folder: Path) -> None:
     model.model.vqmodel.load_state_dict(vision.state_dict())
     model.model.text_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=language.config.bos_token_id,
-        eos_token_id=language.config.eos_token_id,
-        pad_token_id=language.config.pad_token_id,
-    )
+    ids = {name: getattr(language.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
     # A loader that follows the configuration computes in float32: float16 only saves space in the file.

@@ -1,16 +1,11 @@
-"""A codebook that is learned: k-means to start it, moving averages to train it."""
-
-from __future__ import annotations
+"""A codebook (codes, dimensions) that is learned: k-means starts it, moving averages train it."""
 
 import torch
 from torch import Tensor, nn
 
 
 class CodebookAverages(nn.Module):
-    """Moving averages of how often each code is used, and of the sum of the vectors that use it.
-
-    A codebook has the shape (codes, dimensions).
-    """
+    """Moving averages of how often a batch uses each code, and of the sum of the latents that use it."""
 
     def __init__(self, codes: int, dimensions: int) -> None:
         super().__init__()
@@ -19,20 +14,15 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def start(self, codebook: Tensor) -> None:
-        """Starts as if every code had been used once, by its own vector."""
+        """Starts as if one latent, equal to the code, had used each code."""
         self.uses.fill_(1.0)
         self.sums.copy_(codebook)
 
     @torch.no_grad()
     def update(self, codebook: Tensor, latents: Tensor, codes: Tensor, decay: float, restart_below: float) -> None:
-        """Moves the codebook, in place, towards a batch; restarts unused codes at latents far from their code.
+        """Moves the codebook, in place, towards latents (vectors, dimensions) and their codes (vectors,).
 
-        Args:
-            codebook: (codes, dimensions).
-            latents: (vectors, dimensions).
-            codes: of the latents, (vectors,).
-            decay: of the averages.
-            restart_below: average use a batch below which a code counts as unused.
+        A code whose average use falls below `restart_below` restarts at a latent that is far from its own code.
         """
         uses = torch.zeros_like(self.uses).index_add_(0, codes, torch.ones_like(codes, dtype=self.uses.dtype))
         self.uses.lerp_(uses, 1 - decay)
@@ -46,10 +36,7 @@ class CodebookAverages(nn.Module):
 
 
 def sample_far(vectors: Tensor, centres: Tensor, count: int) -> Tensor:
-    """`count` of the vectors, with odds that grow with the squared distance to their centre.
-
-    `vectors` and `centres` are (vectors, dimensions), one centre for each vector.
-    """
+    """`count` of the vectors, drawn with odds that grow with the squared distance to their centre; one centre each."""
     odds = (vectors - centres).square().sum(1) + 1e-12
     return vectors[odds.multinomial(count, replacement=True)]
 
@@ -58,14 +45,13 @@ def sample_far(vectors: Tensor, centres: Tensor, count: int) -> Tensor:
 def k_means(vectors: Tensor, clusters: int, rounds: int = 20) -> Tensor:
     """Centres (clusters, dimensions) of `vectors` (vectors, dimensions); empty clusters restart at far vectors.
 
-    It starts by k-means++ (Arthur & Vassilvitskii, 2007). Most latents are plain background: random vectors would spend
-    most of the codebook on it.
+    The first centres are those of k-means++ (Arthur & Vassilvitskii, 2007). Most latents are plain background, so most
+    vectors chosen at random would show nothing else.
     """
-    first = vectors[torch.randint(len(vectors), (1,))]
-    chosen, distances = [first], (vectors - first).square().sum(1)
+    chosen, distances = [vectors[torch.randint(len(vectors), (1,))]], vectors.new_full((len(vectors),), torch.inf)
     for _ in range(clusters - 1):
-        chosen.append(vectors[(distances + 1e-12).multinomial(1)])
         distances = torch.minimum(distances, (vectors - chosen[-1]).square().sum(1))
+        chosen.append(vectors[(distances + 1e-12).multinomial(1)])
     centres = torch.cat(chosen)
     for _ in range(rounds):
         nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in vectors.split(4096)])

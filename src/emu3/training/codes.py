@@ -1,6 +1,4 @@
-"""Pictures encoded once: the vision tokenizer is frozen, so training a language model need not run it each epoch."""
-
-from __future__ import annotations
+"""Encodes pictures once: the vision tokenizer is frozen, so the training of a language model need not run it again."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.training.prefetch import prefetch
+from emu3.training.loop import prefetch
 
 
 @torch.no_grad()
@@ -28,13 +26,10 @@ def encode(
 
     Args:
         tokenizer: the vision tokenizer.
-        read_pictures: the pictures from an index on, uint8 (B, height, width, 3); picklable.
+        read_pictures: (start) -> pictures from an index on, uint8 (B, height, width, 3); picklable.
         starts: the indices to call it with.
         name: of the pictures, part of the file's name.
         folder: for the file.
-
-    Returns:
-        int16, or int32 where the codebook has more than 32,768 codes.
     """
     digest = hashlib.sha256()
     for tensor in tokenizer.state_dict().values():
@@ -59,5 +54,5 @@ def to_pixels(pictures_BHWC: Tensor) -> Tensor:
 
 
 def smallest_dtype(codebook_size: int) -> type[np.signedinteger[Any]]:
-    """The smaller of int16 and int32 that holds every code."""
+    """int16, or int32 where the codebook has more than 32,768 codes."""
     return np.int16 if codebook_size <= 2**15 else np.int32

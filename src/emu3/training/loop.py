@@ -1,33 +1,31 @@
-"""The training loop, the same for every model: batch, loss, gradients, optimizers, log, saved state."""
+"""The training loop, the same for every model: batch, loss, gradients, optimizers, log, saved state.
 
-from __future__ import annotations
+Also what the models' losses share: the device, mixed precision, and batches made ahead.
+"""
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from emu3.training.prefetch import prefetch
 from emu3.training.recipe import RunSettings
-from emu3.training.state import Log, load_state, save_state
+from emu3.training.state import load_state, save_state, write_log
 
 Batch = TypeVar("Batch")
 
 MAX_GRADIENT_NORM = 1.0
+CORES_FOR_TRAINING = 2
+MAX_WORKERS = 10
 
 
 class StepResult(NamedTuple):
-    """What a step computes.
-
-    Attributes:
-        loss: scalar, to be minimised.
-        metrics: numbers for the log; a step may leave out some that others have.
-        size: tokens or pictures of the batch.
-    """
+    """What a step computes: the loss, numbers for the log (not the same in every step), and the batch's size."""
 
     loss: Tensor
     metrics: dict[str, float]
@@ -47,22 +45,16 @@ def run_loop(
 ) -> None:
     """Trains `model` to the last step, from its last saved state if there is one; leaves it in evaluation mode.
 
-    The log gets a line every `report_every` steps: the metrics, and how much is trained on per second.
+    The log in `folder` gets a line every `report_every` steps: the metrics, and `unit`s ("tokens", "pictures") per
+    second. With `report_means`, metrics are means since the last line, else those of the line's own step.
 
     Args:
-        settings: length of the run, seed, and how often it reports and saves.
-        folder: for the state and the log.
-        model: what is saved and restored.
-        optimizers: of its parameters.
-        learning_rates: of a step, one for each optimizer.
-        make_batch: the batch of a step, a pure function; picklable.
-        compute: the step's result for a batch.
-        unit: what the batch's size counts: "tokens", "pictures".
-        report_means: whether a line has the means since the last line, or the values of its own step alone.
+        learning_rates: (step) -> a rate for each optimizer.
+        make_batch: (step) -> batch; a pure function, picklable.
+        compute: (batch, step) -> result.
     """
     step = load_state(folder, model, optimizers)
-    log = Log(folder)
-    log.begin(step, settings.steps, settings.report_every)
+    print(f"{folder}: steps {step} to {settings.steps}, a report every {settings.report_every}", flush=True)
     began, size = time.monotonic(), 0
     recent: list[dict[str, float]] = []
     model.train()
@@ -70,7 +62,7 @@ def run_loop(
         # Random numbers depend on the step alone, so that a resumed run goes on bit for bit.
         torch.manual_seed(settings.seed * 1_000_003 + step)
         for optimizer, rate in zip(optimizers, learning_rates(step), strict=True):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate
         result = compute(batch, step)
@@ -83,11 +75,42 @@ def run_loop(
         recent.append(result.metrics)
         if step % settings.report_every == 0:
             metrics = average(recent) if report_means else recent[-1]
-            log.write(step=step, **metrics, **{f"{unit}_per_second": round(size / (time.monotonic() - began), 1)})
+            speed = {f"{unit}_per_second": round(size / (time.monotonic() - began), 1)}
+            write_log(folder, step=step, **metrics, **speed)
             recent = []
         if step % settings.save_every == 0 or step == settings.steps:
             save_state(folder, step, model, optimizers)
     model.eval()
+
+
+def training_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 beat float32 here: a GPU, or a CPU with AMX tiles."""
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast() -> torch.autocast:
+    """A context of mixed precision; it changes nothing where bfloat16 is slow."""
+    return torch.autocast(training_device().type, dtype=torch.bfloat16, enabled=has_fast_bfloat16())
+
+
+def prefetch(make_batch: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    """`make_batch(step)` of every step, in order, made ahead by other processes where there are cores to spare.
+
+    `make_batch` is a pure function of the step, so that a resumed run gets the same batches; picklable.
+    """
+    loader = DataLoader(
+        cast(Any, steps),
+        batch_size=None,
+        collate_fn=cast(Any, make_batch),
+        num_workers=min(MAX_WORKERS, max(0, (os.cpu_count() or 1) - CORES_FOR_TRAINING)),
+        generator=torch.Generator(),  # its own, so that the random numbers of training do not depend on it
+    )
+    return iter(loader)
 
 
 def average(steps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,6 +1,4 @@
-"""Recipes: TOML files that say what to train. `kind` picks the dataclass whose fields the rest of the file gives."""
-
-from __future__ import annotations
+"""Recipes: TOML files that say what to train. `kind` names the dataclass whose fields the rest of the file gives."""
 
 import inspect
 import tomllib
@@ -9,28 +7,11 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Recipe = TypeVar("Recipe")
 
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    Path: "a path",
-}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +41,7 @@ class Kind(NamedTuple):
 
 
 def run_recipe(path: str | Path, kinds: Mapping[str, Kind]) -> Path:
-    """Runs a recipe; returns the folder with the result. A run that was cut off goes on from its last saved state.
-
-    Raises:
-        ValueError: the file is missing or wrong (see `read_recipe`), or what it needs is not there yet.
-    """
+    """Runs a recipe; returns the folder with the result. A run that was cut off goes on from its last saved state."""
     kind, recipe, output = read_recipe(Path(path), kinds)
     kinds[kind].run(recipe, output)
     return output
@@ -73,11 +50,8 @@ def run_recipe(path: str | Path, kinds: Mapping[str, Kind]) -> Path:
 def read_recipe(path: Path, kinds: Mapping[str, Kind]) -> tuple[str, Any, Path]:
     """The kind, the recipe as an object of its kind's dataclass, and the output folder.
 
-    `output` and fields of the type `Path` are relative to the recipe's folder.
-
-    Raises:
-        ValueError: no such file, not TOML, an unknown kind, no output; a field that is unknown, missing, or of the
-            wrong type. It names the file, the field and the value.
+    `output` and fields of the type `Path` are relative to the recipe's folder. `ValueError` names the file, the field
+    that is unknown, missing or of the wrong type, and its value.
     """
     if not path.is_file():
         raise ValueError(f"no recipe at {path}; see recipes/nano for examples")
@@ -101,13 +75,7 @@ def read_recipe(path: Path, kinds: Mapping[str, Kind]) -> tuple[str, Any, Path]:
 def build(recipe: type[Recipe], content: Mapping[str, Any], within: str = "") -> Recipe:
     """A dataclass from a table of TOML, its values checked against the types of the fields.
 
-    Args:
-        recipe: a dataclass; its fields may be dataclasses, or lists of them.
-        content: the table.
-        within: the names before each field's in messages, such as "sources[2].".
-
-    Raises:
-        ValueError: a field that is unknown, missing, or of the wrong type.
+    A field may be a dataclass or a list of them. `within` stands before a field's name in messages: "sources[2].".
     """
     types = get_type_hints(recipe, include_extras=True)
     values = _convert_table(types, content, within)
@@ -118,7 +86,7 @@ def build(recipe: type[Recipe], content: Mapping[str, Any], within: str = "") ->
 
 
 def arguments_of(config: type) -> dict[str, Any]:
-    """Name -> type of the arguments that a configuration of `emu3` declares itself."""
+    """Name -> type of the arguments that the class of a configuration declares, those of its bases left out."""
     types = inspect.get_annotations(config, eval_str=True)
     return {field.name: types[field.name] for field in fields(cast(Any, config)) if field.name in types}
 
@@ -131,7 +99,7 @@ def _convert_table(types: Mapping[str, Any], table: Mapping[str, Any], within: s
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
-    """The value of a field of type `kind`; lists become tuples where the type says so. ValueError for another type."""
+    """The value of a field of type `kind`; a list becomes a tuple where the type says so."""
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
         return build(cast(Any, kind), value, f"{name}.")

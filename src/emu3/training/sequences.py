@@ -3,13 +3,11 @@
     drawing   bos words boi H*W img rows eof eoi eos
     reading   bos You are a helpful assistant. USER: boi H*W img rows eof eoi question. ASSISTANT: answer eos USER: ...
 
-A picture is asked about several times in a row, since its tokens are most of the sequence.
+A sequence asks several questions about its picture, whose tokens are most of the sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,14 +35,11 @@ class SequenceBuilder:
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
+    _ids_of_text: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def _layout(self) -> Emu3Layout:
         return Emu3Layout(self.vocabulary, PlainText(self.tokenizer))
-
-    @cached_property
-    def _ids_of_text(self) -> dict[str, list[int]]:
-        return {}
 
     def text(self, words: str) -> list[int]:
         """The ids of words; the same words are tokenized once."""
@@ -59,13 +54,9 @@ class SequenceBuilder:
         return self._layout.opening(shape), body[:-1].tolist()
 
     def drawing(self, words: str | None, codes_HW: NDArray[Any], weight: float, factors_HW: NDArray[Any]) -> Sample:
-        """A picture drawn from words.
+        """A picture drawn from words; None leaves them out, as guidance's unconditional prompt does.
 
-        Args:
-            words: the prompt; None leaves it out, as guidance's unconditional prompt does.
-            codes_HW: of the picture.
-            weight: of the picture's tokens, structure included, and of the eos.
-            factors_HW: of the weights of the codes.
+        `weight` is that of the picture's tokens, structure included, and of the eos; each code's is times its factor.
         """
         header, body = self.picture(codes_HW)
         prompt = [self.vocabulary.bos, *([] if words is None else self.text(words)), *header]
@@ -77,13 +68,10 @@ class SequenceBuilder:
     def reading(
         self, codes_HW: NDArray[Any], turns: Sequence[tuple[str, str]], picture_weight: float, answer_weight: float
     ) -> Sample:
-        """A conversation about a picture.
+        """A conversation about a picture; turns are questions and answers.
 
-        Args:
-            codes_HW: of the picture.
-            turns: questions and answers.
-            picture_weight: of the picture's codes and of the structure behind them.
-            answer_weight: of the answers' tokens and of the eos behind each.
+        `picture_weight` is that of the codes and of the structure behind them, `answer_weight` that of the answers'
+        tokens and of the eos behind each answer.
         """
         header, body = self.picture(codes_HW)
         prompt = [self.vocabulary.bos, *self.text(SYSTEM), *header]
@@ -100,12 +88,9 @@ class SequenceBuilder:
 def collate(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and weights (B, S), padded on the right, where no other token sees the padding.
 
-    S is one more than a multiple of 32, so that inputs and targets have few different lengths to compile for.
+    S is one more than a multiple of 32: inputs and targets then have few different lengths to compile for.
     """
     length = -(-max(len(ids) - 1 for ids, _ in samples) // LENGTH_STEP) * LENGTH_STEP + 1
-    ids_BS = torch.full((len(samples), length), pad)
-    weights_BS = torch.zeros(len(samples), length)
-    for row, (ids, weights) in enumerate(samples):
-        ids_BS[row, : len(ids)] = torch.tensor(ids)
-        weights_BS[row, : len(ids)] = torch.tensor(weights)
+    ids_BS = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in samples])
+    weights_BS = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in samples])
     return ids_BS, weights_BS

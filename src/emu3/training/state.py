@@ -3,12 +3,10 @@
     FOLDER/state/model.safetensors       weights
     FOLDER/state/optimizer-N.safetensors optimizer N
     FOLDER/state/progress.json           steps done
-    FOLDER/log.jsonl                     one JSON object a report: what a person plots
+    FOLDER/log.jsonl                     one JSON object a report, to plot
 
 Batches and random numbers depend on the recipe's seed and the step alone, so no generator's state is kept.
 """
-
-from __future__ import annotations
 
 import json
 import shutil
@@ -21,34 +19,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat names, `parameter index.name`."""
+def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Writes the optimizer's state; a tensor's name is `parameter index.name`."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-    }
+    tensors = {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+    save_file({name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, path)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave."""
-    whole = optimizer.state_dict()
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restores, in place, what `save_optimizer` wrote."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key, value in load_file(path).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**whole, "state": state})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Writes the state beside the old one, then swaps them: a run killed in between keeps the old one."""
+    """Writes the state beside the last one, then swaps them: if the run is killed meanwhile, the last one remains."""
     fresh, current, old = folder / "state.new", folder / "state", folder / "state.old"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh / "model.safetensors")
     for number, optimizer in enumerate(optimizers):
-        save_file(optimizer_tensors(optimizer), fresh / f"optimizer-{number}.safetensors")
+        save_optimizer(optimizer, fresh / f"optimizer-{number}.safetensors")
     (fresh / "progress.json").write_text(json.dumps({"step": step}))
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
@@ -59,37 +53,29 @@ def save_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[t
 
 def load_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Restores model and optimizers in place; returns the number of steps done, 0 when there is no state."""
-    current = folder / "state"
-    if not current.exists() and (folder / "state.old").exists():  # killed between the two renames of a save
-        (folder / "state.old").rename(current)
+    current, old = folder / "state", folder / "state.old"
+    if not current.exists() and old.exists():  # killed between the two renames of a save
+        old.rename(current)
     if not current.exists():
         return 0
-    model.load_state_dict(load_file(current / "model.safetensors"), strict=True)
+    model.load_state_dict(load_file(current / "model.safetensors"))
     for number, optimizer in enumerate(optimizers):
-        restore_optimizer(optimizer, load_file(current / f"optimizer-{number}.safetensors"))
+        load_optimizer(optimizer, current / f"optimizer-{number}.safetensors")
     return int(json.loads((current / "progress.json").read_text())["step"])
 
 
 def require_output(folder: Path) -> Path:
-    """The folder of a model that another recipe leaves. ValueError while it is not there."""
-    if not (folder.resolve() / "config.json").is_file():
-        raise ValueError(f"no model in {str(folder.resolve())!r}; run the recipe that makes it first")
-    return folder.resolve()
+    """The absolute path of a model that another recipe leaves. `ValueError` while it is not there."""
+    folder = folder.resolve()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no model in {str(folder)!r}; run the recipe that makes it first")
+    return folder
 
 
-class Log:
+def write_log(folder: Path, **values: float) -> None:
     """Prints a report and appends it to FOLDER/log.jsonl."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
-
-    def write(self, **values: float | int) -> None:
-        line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
-
-    def begin(self, step: int, steps: int, report_every: int) -> None:
-        """Says, on the console only, what is about to run."""
-        print(f"{self.path.parent}: steps {step} to {steps}, a report every {report_every}", flush=True)
+    line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -3,11 +3,9 @@
 Learned: first an autoencoder without quantization, then k-means of its latents as the first codebook, then vector
 quantization with straight-through gradients (arXiv 1711.00937). The codebook follows the latents by moving averages.
 
-Given: every picture comes with its codes. The encoder is trained towards these codes and the decoder from them. Nothing
-tells the trained model apart from one with a learned codebook.
+Given: every picture comes with its codes. The encoder is trained towards these codes and the decoder from them. The
+trained model has the same form as one with a learned codebook.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -23,11 +21,9 @@ from torch import Tensor, nn
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.codebook import CodebookAverages, k_means
-from emu3.training.loop import StepResult, run_loop
-from emu3.training.losses import psnr
-from emu3.training.precision import autocast, training_device
+from emu3.training.loop import StepResult, autocast, run_loop, training_device
 from emu3.training.recipe import RunSettings, arguments_of
-from emu3.training.state import Log
+from emu3.training.state import write_log
 
 PictureBatch = tuple[Tensor, Tensor | None]
 """Pictures (B, C, H, W) in [-1, 1], and their codes (B, H, W) where the codebook is given."""
@@ -36,8 +32,7 @@ PictureSource = Callable[[int, int, int], PictureBatch]
 """(count, seed, step) -> a batch of so many pictures of one size; a pure function, picklable."""
 
 WARMUP_STEPS = 100
-CODEBOOK_BATCHES = 64
-"""Batches whose latents k-means starts the codebook from."""
+CODEBOOK_BATCHES = 64  # whose latents give k-means the first codebook
 EVALUATION_PICTURES = 256
 
 
@@ -48,7 +43,7 @@ class VisionRecipe(RunSettings):
     Attributes:
         model: arguments of `Emu3VQVAEConfig`.
         continuous_steps: steps without quantization at the start, where the codebook is learned.
-        learning_rate: peak; it rises over 100 steps, then falls as a cosine to a twentieth.
+        learning_rate: the highest; it rises over 100 steps, then falls as a cosine to a twentieth.
         commitment: weight of the pull of latents towards their codes.
         codebook_decay: of the moving averages, where the codebook is learned.
         restart_below: a code whose average use a batch falls below this is restarted, where the codebook is learned.
@@ -77,7 +72,7 @@ class VQTrainer(nn.Module):
         return self.tokenizer.quantize.embedding.weight
 
     def set_codebook(self, codebook: Tensor) -> None:
-        """Gives the codebook (codes, dimensions). ValueError where it does not fit the configuration."""
+        """Replaces the codebook (codes, dimensions). `ValueError` where it does not fit the configuration."""
         if self.codebook.shape != codebook.shape:
             size, dimensions = codebook.shape
             raise ValueError(
@@ -88,7 +83,7 @@ class VQTrainer(nn.Module):
 
     @torch.no_grad()
     def start_codebook(self, pictures: Callable[[int], PictureBatch]) -> None:
-        """k-means of the latents of the first batches of `pictures`."""
+        """Replaces the codebook by k-means of the latents of the first batches of `pictures`."""
         found = []
         for index in range(CODEBOOK_BATCHES):
             with autocast():
@@ -102,8 +97,8 @@ class VQTrainer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Loss and reconstruction (B, C, H, W) of a batch.
 
-        With codes, they are what is decoded. Without, the nearest codes are, if `quantized`, else the latents
-        themselves; then training moves the codebook.
+        The decoder gets the given codes. Without them it gets the nearest codes if `quantized`, and training moves the
+        codebook; otherwise it gets the latents themselves.
         """
         commitment = pixels_BCHW.new_zeros(())
         with autocast():
@@ -119,32 +114,33 @@ class VQTrainer(nn.Module):
             decoded = latents_BTCHW + (vectors - latents_BTCHW).detach()  # gradients pass as if nothing were rounded
             if self.training:
                 flat = latents_BTCHW.detach().movedim(2, -1).flatten(0, -2)
-                decay, restart_below = recipe.codebook_decay, recipe.restart_below
-                self.averages.update(self.codebook.data, flat, codes.flatten(), decay, restart_below)
+                settings = recipe.codebook_decay, recipe.restart_below
+                self.averages.update(self.codebook.data, flat, codes.flatten(), *settings)
         with autocast():
             output_BCHW = self.tokenizer.pixels(decoded, single=True).float()
         reconstruction = F.mse_loss(output_BCHW, pixels_BCHW) + 0.2 * F.l1_loss(output_BCHW, pixels_BCHW)
         return reconstruction + recipe.commitment * commitment, output_BCHW
 
 
-def learning_rate(recipe: VisionRecipe, step: int) -> float:
-    """The rate of a step: rising, then falling as a cosine."""
+def psnr(pixels_BCHW: Tensor, target_BCHW: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], mean over pictures."""
+    error_B = (pixels_BCHW.clamp(-1, 1) - target_BCHW).square().flatten(1).mean(1).clamp_min(1e-10)
+    return float((10 * torch.log10(4.0 / error_B)).mean())
+
+
+def learning_rates(recipe: VisionRecipe, step: int) -> list[float]:
+    """The rate of a step, of the one optimizer: rising, then falling as a cosine."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return recipe.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+    return [recipe.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))]
 
 
 def train(recipe: VisionRecipe, folder: Path, trainer: VQTrainer, source: PictureSource) -> None:
     """Runs the recipe to its end, from its last saved state if any; leaves the tokenizer in `folder/vision`.
 
-    Args:
-        recipe: the run.
-        folder: for the state, the log and the result.
-        trainer: with its first weights; where the source gives codes, with their codebook too.
-        source: of the pictures.
+    `trainer` has its first weights and, where the source gives codes, their codebook.
     """
     device = training_device()
-    trainer.to(device)
-    tokenizer = trainer.tokenizer
+    tokenizer = trainer.to(device).tokenizer
     learned = [parameter for name, parameter in tokenizer.named_parameters() if not name.startswith("quantize.")]
     optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
@@ -158,19 +154,10 @@ def train(recipe: VisionRecipe, folder: Path, trainer: VQTrainer, source: Pictur
             metrics["codes_in_use"] = int((trainer.averages.uses > recipe.restart_below).sum())
         return StepResult(loss, metrics, len(pixels))
 
-    run_loop(
-        recipe,
-        folder,
-        trainer,
-        [optimizer],
-        learning_rates=lambda step: [learning_rate(recipe, step)],
-        make_batch=partial(source, recipe.batch_size, recipe.seed),
-        compute=compute,
-        unit="pictures",
-        report_means=False,
-    )
+    rates, make_batch = partial(learning_rates, recipe), partial(source, recipe.batch_size, recipe.seed)
+    run_loop(recipe, folder, trainer, [optimizer], rates, make_batch, compute, unit="pictures", report_means=False)
     tokenizer.save_pretrained(folder / "vision")
     with torch.no_grad():
         pixels = source(EVALUATION_PICTURES, recipe.seed + 2, 0)[0].to(device)
         _, output = trainer.reconstruct(pixels, recipe, True)
-        Log(folder).write(step=recipe.steps, evaluation_psnr=psnr(output, pixels))
+        write_log(folder, step=recipe.steps, evaluation_psnr=psnr(output, pixels))
