@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,62 +46,55 @@ def build_config(raw: Mapping[str, Any], file: Path) -> Emu3Config:
         config = cast(Emu3Config, Emu3Config.from_dict(dict(raw)))
     except Exception as error:  # the class depends on which of transformers' own fields is wrong
         raise ValueError(f"{file} cannot be read as settings: {error}; get the checkpoint again") from error
-    for wrong, words in _faults(config):
-        if wrong:
-            raise ValueError(f"{file}: {words}; {_REMEDY}")
+    if fault := next(_faults(config), None):
+        raise ValueError(f"{file}: {fault}; {_REMEDY}")
     return config
 
 
-def _faults(config: Emu3Config) -> list[tuple[bool, str]]:
-    """The contradictions that fields may have: whether this config has each, and what to say of it."""
+def _faults(config: Emu3Config) -> Iterator[str]:
+    """Describe each contradiction between fields."""
     text, vision = parts_of(config)
     rope_type, rope_types = (text.rope_parameters or {}).get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
+    if text.hidden_act not in ACT2FN:
+        yield f"hidden_act={text.hidden_act!r} is unknown; it is one of {', '.join(ACT2FN)}"
+    if rope_type not in rope_types:
+        yield f"rope_type={rope_type!r} is unknown; it is one of {', '.join(rope_types)}"
     hidden, heads, groups = text.hidden_size, text.num_attention_heads, cast(int, text.num_key_value_heads)
+    if heads % groups:
+        yield f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
     head_dim = getattr(text, "head_dim", None) or hidden / heads
+    if head_dim % 2:
+        yield f"hidden_size={hidden} and num_attention_heads={heads} make head_dim={head_dim:g}, which must be even"
     own = {"pad": text.pad_token_id, "bos": text.bos_token_id, "eos": text.eos_token_id}
     ids = [id_ for given in own.values() for id_ in (given if isinstance(given, list) else [given]) if id_ is not None]
-    widths = [vision.base_channels * multiplier for multiplier in vision.channel_multiplier]
-    attending = [len(widths) - 1, *vision.attn_resolutions]
+    if max(ids, default=0) >= text.vocab_size:
+        yield f"vocab_size={text.vocab_size} is too small for the ids of {own}"
+    multipliers, levels = list(vision.channel_multiplier), list(vision.attn_resolutions)
+    widths = [vision.base_channels * multiplier for multiplier in multipliers]
+    if any(width % NORM_GROUPS for width in widths):
+        yield (
+            f"base_channels={vision.base_channels} times channel_multiplier={multipliers} must be multiples of "
+            f"{NORM_GROUPS}"
+        )
+    size, vision_heads = vision.hidden_size, vision.num_attention_heads
+    if any(level >= len(widths) or widths[level] != size for level in (len(widths) - 1, *levels)):
+        yield (
+            f"vq_config.hidden_size={size} must be the width of the last stage and of the stages in "
+            f"attn_resolutions={levels}; the widths are {widths}"
+        )
+    if size % vision_heads:
+        yield f"vq_config.hidden_size={size} is no multiple of vq_config.num_attention_heads={vision_heads}"
     vocabulary = vocabulary_of(config)
     base, codes = vocabulary.visual_base, vocabulary.codebook_size
+    if codes > (entries := vision.codebook_size):
+        yield f"vq_config.codebook_size={entries}, but the vocabulary has visual tokens up to code {codes - 1}"
     visual = range(base, base + codes) if vocabulary.table is None else [id_ for id_ in vocabulary.table if id_ >= 0]
-    mapped_ids = [*vocabulary.control.values(), *visual]
-    largest = max(mapped_ids, default=0)
-    return [
-        (text.hidden_act not in ACT2FN, f"hidden_act={text.hidden_act!r} is unknown; it is one of {', '.join(ACT2FN)}"),
-        (rope_type not in rope_types, f"rope_type={rope_type!r} is unknown; it is one of {', '.join(rope_types)}"),
-        (heads % groups != 0, f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"),
-        (
-            head_dim % 2 != 0,
-            f"hidden_size={hidden} and num_attention_heads={heads} make head_dim={head_dim:g}, which must be even",
-        ),
-        (max(ids, default=0) >= text.vocab_size, f"vocab_size={text.vocab_size} is too small for the ids of {own}"),
-        (
-            any(each % NORM_GROUPS for each in widths),
-            f"base_channels={vision.base_channels} times channel_multiplier={list(vision.channel_multiplier)} must be "
-            f"multiples of {NORM_GROUPS}",
-        ),
-        (
-            any(level >= len(widths) or widths[level] != vision.hidden_size for level in attending),
-            f"vq_config.hidden_size={vision.hidden_size} must be the width of the last stage and of the stages in "
-            f"attn_resolutions={list(vision.attn_resolutions)}; the widths are {widths}",
-        ),
-        (
-            vision.hidden_size % vision.num_attention_heads != 0,
-            f"vq_config.hidden_size={vision.hidden_size} is no multiple of "
-            f"vq_config.num_attention_heads={vision.num_attention_heads}",
-        ),
-        (
-            codes > vision.codebook_size,
-            f"vq_config.codebook_size={vision.codebook_size}, but the vocabulary has visual tokens up to code "
-            f"{codes - 1}",
-        ),
-        (
-            largest >= text.vocab_size,
-            f"text_config.vocab_size={text.vocab_size}, but its vocabulary_map has the id {largest}",
-        ),
-        (len(set(mapped_ids)) < len(mapped_ids), "two tokens of its vocabulary_map have one id"),
-    ]
+    ids = [*vocabulary.control.values(), *visual]
+    largest = max(ids, default=0)
+    if largest >= text.vocab_size:
+        yield f"text_config.vocab_size={text.vocab_size}, but its vocabulary_map has the id {largest}"
+    if len(set(ids)) < len(ids):
+        yield "two tokens of its vocabulary_map have one id"
 
 
 def parts_of(config: Emu3Config) -> tuple[Emu3TextConfig, Emu3VQVAEConfig]:

@@ -94,7 +94,7 @@ class _Source:
         folders: part of BAAI's layout, or "" in the other layouts -> folder.
         headers: label of a tensor, see `_label` -> its header.
         raw_config: config.json as it was read; in BAAI's layout the language model's.
-        processor: loads it.
+        processor: None if the conversion does not need it.
     """
 
     layout: Layout
@@ -102,7 +102,7 @@ class _Source:
     headers: Mapping[str, TensorHeader]
     raw_config: dict[str, Any]
     config: Emu3Config
-    processor: Callable[[], Emu3Processor]
+    processor: Emu3Processor | None
 
 
 def convert(
@@ -137,12 +137,9 @@ def convert(
     if abilities is not None and (not abilities or isinstance(abilities, str) or set(abilities) - set(ABILITIES)):
         raise ValueError(f"abilities={abilities!r} must be a list of one or more of {', '.join(ABILITIES)}")
     layout: Layout = to
-    found = _open_source(Path(source), None if vision is None else Path(vision))
-    if found.layout == layout:
-        raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
+    found = _open_source(Path(source), None if vision is None else Path(vision), layout)
     moves = _plan(found, layout, str(source))
-    processor = found.processor() if "baai" in (found.layout, layout) else None
-    configs = _target_configs(found, layout, processor)
+    configs = _target_configs(found, layout)
     if known := abilities or found.raw_config.get("abilities"):
         next(iter(configs.values()))["abilities"] = list(known)
     total = sum(move.bytes for move in moves)
@@ -158,7 +155,7 @@ def convert(
         for place in folders.values():
             place.mkdir(exist_ok=True)
         # First, because writing them may refuse a tokenizer.
-        _write_companions(found, folders, processor)
+        _write_companions(found, folders)
         for part, place in folders.items():
             prefix = _label(part, "")
             own = [move for move in moves if move.target.startswith(prefix)]
@@ -236,25 +233,25 @@ def write_shards(
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _open_source(source: Path, vision: Path | None) -> _Source:
+def _open_source(source: Path, vision: Path | None, target_layout: Layout) -> _Source:
     folders = folders_of(source, vision)
     by_part = {part: read_headers(folder) for part, folder in folders.items()}
     headers = {_label(part, name): header for part, found in by_part.items() for name, header in found.items()}
     layout = layout_of(by_part)
+    if layout == target_layout:
+        raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
     if layout != "baai":
         raw = read_config(source)
         config = build_config(raw, source / "config.json")
-        return _Source(layout, folders, headers, raw, config, lambda: load_processor(source))
+        processor = load_processor(source) if target_layout == "baai" else None
+        return _Source(layout, folders, headers, raw, config, processor)
     if len(folders) == 1:
         part, missing = ("language model", "--vision") if "language" in folders else ("vision tokenizer", "SOURCE")
         raise ValueError(f"{source} is only BAAI's {part}; give the folder of the other repository as {missing}")
     language, pictures = (read_original_config(folders[part], part) for part in ("language", "vision"))
     tokenizer = read_tokenizer(folders["language"])
     config = documented_config(language, pictures, tokenizer)
-
-    def processor() -> Emu3Processor:
-        return documented_processor(language, folders["vision"], tokenizer, config)
-
+    processor = documented_processor(language, folders["vision"], tokenizer, config)
     return _Source(layout, folders, headers, language, config, processor)
 
 
@@ -286,11 +283,11 @@ def _label(part: str, name: str) -> str:
     return f"{part}/{name}" if part else name
 
 
-def _target_configs(source: _Source, layout: Layout, processor: Emu3Processor | None) -> dict[str, dict[str, Any]]:
+def _target_configs(source: _Source, layout: Layout) -> dict[str, dict[str, Any]]:
     """config.json of each folder of the target; the first is the one that records abilities."""
     if layout == "baai":
-        assert processor is not None
-        return original_configs(source.config, processor.image_area)
+        assert source.processor is not None
+        return original_configs(source.config, source.processor.image_area)
     raw = json.loads(source.config.to_json_string()) if source.layout == "baai" else dict(source.raw_config)
     if layout == "legacy":
         # transformers 4 looks for the rotary embedding under these keys, and takes its defaults where they are missing.
@@ -302,7 +299,8 @@ def _target_configs(source: _Source, layout: Layout, processor: Emu3Processor | 
     return {"": raw}
 
 
-def _write_companions(source: _Source, folders: Mapping[str, Path], processor: Emu3Processor | None) -> None:
+def _write_companions(source: _Source, folders: Mapping[str, Path]) -> None:
+    processor = source.processor
     if processor is None:
         for pattern in _COMPANIONS:
             for file in source.folders[""].glob(pattern):
