@@ -47,7 +47,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     Raises:
         ValueError: a file is missing, damaged or no safetensors file, two files hold one tensor, or the index is wrong.
     """
-    index = read_index(folder)
+    index = _read_index(folder)
     files = [folder / name for name in sorted(set(index.values()))] or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no *.safetensors file; weights in other formats are not read: convert them")
@@ -66,7 +66,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def read_index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path) -> dict[str, str]:
     """Name of each tensor -> name of its file, from a folder's index; empty without an index."""
     file = folder / INDEX
     if not file.is_file():

@@ -63,17 +63,13 @@ def _object(fields: Mapping[str, Kind]) -> Kind:
 
 _NULL = Kind("null", lambda value: value is None)
 _FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+_SIZE, _ID, _SHARE = _whole(1), _whole(0), _real(0, 1)
 _NAME = Kind("a string", lambda value: isinstance(value, str))
-_IDS = Kind(
-    "an object of whole numbers",
-    lambda value: isinstance(value, dict) and all(map(_whole(0).holds, value.values())),
-)
-_SIZE, _ID, _SHARE = _whole(1), _whole(0) | _NULL, _real(0, 1)
-_DTYPE = _one_of("float64", "float32", "float16", "bfloat16") | _NULL
+_IDS = Kind("an object of whole numbers", lambda value: isinstance(value, dict) and all(map(_ID.holds, value.values())))
 _ATTENTION = _one_of("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3") | _NULL
 _COMMON = {
     "model_type": _NAME,
-    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
+    **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float64", "float32", "float16", "bfloat16") | _NULL),
     # Every config of transformers has these.
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), _FLAG),
     **dict.fromkeys(("id2label", "label2id"), _object({})),
@@ -91,11 +87,11 @@ TEXT: Mapping[str, Kind] = _COMMON | {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
     **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), _SIZE | _NULL),
-    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID | _NULL),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _object(ROPE)),
     **dict.fromkeys(("use_cache", "mlp_bias", "attention_bias", "tie_word_embeddings"), _FLAG),
     **dict.fromkeys(("rms_norm_eps", "attention_dropout"), _SHARE),
-    "eos_token_id": _whole(0) | _list_of(_whole(0), 1, 100) | _NULL,
+    "eos_token_id": _ID | _list_of(_ID, 1, 100) | _NULL,
     "hidden_act": _NAME,
     "rope_theta": ROPE["rope_theta"] | _NULL,
     "initializer_range": _real(0, 1e6),
@@ -136,7 +132,7 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
 _ORIGINAL = {
     "language": {
         **TEXT,
-        **{f"{role}_token_id": _ID for role in ("img", "boi", "eoi", "eol", "eof")},
+        **{f"{role}_token_id": _ID | _NULL for role in ("img", "boi", "eoi", "eol", "eof")},
         "image_area": _SIZE,
         "abilities": WHOLE["abilities"],
     },
