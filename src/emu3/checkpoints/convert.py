@@ -51,7 +51,7 @@ _COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
 
 @dataclass(frozen=True)
 class Move:
-    """One tensor: name and shape in the source and in the target. In BAAI's layout a name begins with its folder's."""
+    """One tensor: name and shape in the source and in the target. In BAAI's layout a name begins with its folder."""
 
     source: str
     target: str

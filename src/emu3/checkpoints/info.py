@@ -92,7 +92,9 @@ def inspect_hub(name: str) -> CheckpointInfo:
             metadata = hub.get_safetensors_metadata(name)
             hub.snapshot_download(name, allow_patterns="*config.json", local_dir=folder)
         except RepositoryNotFoundError as error:
-            raise ValueError(f"the hub has no model {name!r} that is open to you") from error
+            raise ValueError(
+                f"the hub has no model {name!r}, or it is not open to you; check the name, or run `hf auth login`"
+            ) from error
         except NotASafetensorsRepoError as error:
             raise ValueError(f"{name!r} holds no model.safetensors; weights in other formats are not read") from error
         except HfHubHTTPError as error:

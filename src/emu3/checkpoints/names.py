@@ -46,7 +46,7 @@ def _from_hub(name: str, download: bool) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=not download))
     except LocalEntryNotFoundError as error:
         if download:
-            raise ValueError(f"cannot reach the hub for {name!r}, which is not in its local cache; try again") from error
+            raise ValueError(f"cannot reach the hub for {name!r}, which is not in the cache; try again") from error
         raise ValueError(
             f"{name!r} is no folder here and not in the local cache of the hub; "
             f"fetch it with `emu3 pull {name}`, or in Python with `download=True`"
