@@ -222,11 +222,10 @@ def write_shards(
         with ExitStack() as stack:
             sources = {tensors[name][0].file for name in names}
             opened = {source: stack.enter_context(safe_open(source, framework="pt")) for source in sources}
-            shard = {
-                name: opened[header.file].get_tensor(header.name).view(shape)
-                for name in names
-                for header, shape in [tensors[name]]
-            }
+            shard = {}
+            for name in names:
+                header, shape = tensors[name]
+                shard[name] = opened[header.file].get_tensor(header.name).view(shape)
             save_file(shard, folder / file, metadata={"format": "pt"})
         advance(sum(tensors[name][0].bytes for name in names))
     if split.is_sharded:
@@ -256,7 +255,7 @@ def _open_source(source: Path, vision: Path | None, target_layout: Layout) -> _S
 
 
 def _plan(source: _Source, layout: Layout, name: str) -> list[Move]:
-    """Each tensor's way. Raises `RefusedTensorsError` unless the tensors are exactly those of the config."""
+    """Where each tensor comes from and goes to. `RefusedTensorsError` unless they are exactly those of the config."""
     model = build_on_meta(source.config, source.headers, Path(name) / "config.json")
     places, here = [], {}
     for documented, tensor in expected_tensors(model, source.headers).items():
@@ -279,7 +278,7 @@ def _place(layout: Layout, name: str, shape: Shape) -> tuple[str, Shape]:
 
 
 def _label(part: str, name: str) -> str:
-    """A tensor's name, which in BAAI's layout is preceded by its folder's."""
+    """A tensor's name; in BAAI's layout with its folder in front."""
     return f"{part}/{name}" if part else name
 
 
