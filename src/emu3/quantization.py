@@ -3,15 +3,15 @@
 A weight matrix has one scale for each output, computed once. Activations have one scale for each row, computed at every
 call. Embeddings, head and vision tokenizer are not quantized.
 
-oneDNN's integer kernels compute the products, quickly with AVX512-VNNI or AMX. Without these, the kernels add two
-products in 16 bits. Weights then use 7 bits only, so that no sum overflows.
+oneDNN's integer kernels compute the products, and are fast with AVX512-VNNI or AMX. Without these they add two products
+in 16 bits; weights then use only 7 bits, so that no sum overflows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ _LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
 _ACTIVATION_OFFSET = 128
 # Elements of a matrix. Up to here `_int_mm` is faster; above, oneDNN on a matrix packed in the order its kernels read.
 _LARGEST_UNPACKED = 2**20
-# Weights that are quantized at a time: a megabyte in float32.
+# Weights that are quantized at a time, a megabyte in float32: so few stay in the processor's cache.
 _CHUNK = 2**18
 
 
@@ -33,10 +33,7 @@ class Int8Linear(nn.Module):
     """A linear layer in 8 bits: (..., inputs) to (..., outputs), in the dtype of its input.
 
     Its tensors are buffers, so `.to()`, `buffers()` and `get_memory_footprint()` see them. Scales and bias stay in
-    float32 whatever dtype the model is moved to. `state_dict()` raises ValueError.
-
-    Args:
-        linear: the layer to quantize. It is not changed.
+    float32 when the model is moved to another dtype. `state_dict()` raises ValueError. The given layer stays as it is.
     """
 
     weight: Tensor
@@ -47,7 +44,6 @@ class Int8Linear(nn.Module):
         super().__init__()
         source = linear.weight.detach()
         scales, weight = torch.empty(len(source)), torch.empty(source.shape, dtype=torch.int8)
-        # Some rows at a time, which stay in the processor's cache; in float32 the whole may take hundreds of megabytes.
         step = max(1, _CHUNK // source.shape[1])
         for start in range(0, len(source), step):
             rows = source[start : start + step].float()
@@ -62,9 +58,9 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def fuse(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
-        """One layer that computes the outputs of several, one behind the other, from the same input.
+        """One layer that computes the concatenated outputs of several from the same input.
 
-        None if they have biases, or if a matrix is packed: packed matrices are too large to store twice.
+        None if one has a bias or a packed matrix, which is too large to store twice.
         """
         if any(module.packed or module.bias is not None for module in modules):
             return None
@@ -86,7 +82,7 @@ class Int8Linear(nn.Module):
         y = y * row_scales
         if bias is not None:
             y = y + bias
-        return cast(Tensor, y.to(x.dtype).view(*x.shape[:-1], len(scales)))
+        return y.to(x.dtype).view(*x.shape[:-1], len(scales))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move(tensor: Tensor) -> Tensor:
@@ -100,16 +96,15 @@ class Int8Linear(nn.Module):
 
 
 def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Rows of -127..127, rounded here, times a packed matrix."""
+    """Round rows of -127..127, and multiply them by a packed matrix."""
     rows = (rows + (_ACTIVATION_OFFSET + 0.5)).to(torch.uint8)  # positive, so cutting off rounds to nearest
     zeros = torch.zeros(len(scales), dtype=torch.long)
-    product = torch.ops.onednn.qlinear_pointwise(
+    return torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, _ACTIVATION_OFFSET, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return cast(Tensor, product)
 
 
-# The compiler accepts a packed matrix only as a constant of its graph. So it sees the whole product as one operator.
+# The compiler accepts a packed matrix only as a constant of its graph, so it sees the whole product as one operator.
 _opaque_multiply_packed = torch.library.custom_op(
     "emu3::multiply_packed",
     _multiply_packed,
@@ -120,7 +115,7 @@ _opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empt
 
 
 def check_int8(device: torch.device | str) -> None:
-    """ValueError where layers cannot be in 8 bits: the device is no CPU, or this build of PyTorch lacks the kernels."""
+    """ValueError if layers cannot be in 8 bits: the device is no CPU, or this build of PyTorch lacks the kernels."""
     if torch.device(device).type != "cpu":
         raise ValueError(f"int8 is for CPUs, and the model is on {device}; load it with device='cpu'")
     if not torch.backends.mkldnn.is_available():
@@ -128,10 +123,9 @@ def check_int8(device: torch.device | str) -> None:
 
 
 def quantize_int8(text_model: Emu3TextModel) -> None:
-    """Put 8-bit modules in place of the linear ones of all layers, for inference. The result cannot be saved.
+    """Replace the linear modules of all layers by 8-bit ones, for inference. ValueError as in `check_int8`.
 
-    Raises:
-        ValueError: as of `check_int8`.
+    The result cannot be saved.
     """
     check_int8(text_model.embed_tokens.weight.device)
     for layer in text_model.layers:
@@ -139,7 +133,7 @@ def quantize_int8(text_model: Emu3TextModel) -> None:
 
 
 def quantize_layer(layer: nn.Module) -> None:
-    """The same for one layer."""
+    """`quantize_int8` for one layer."""
     for parent in layer.children():
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):

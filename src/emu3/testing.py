@@ -1,4 +1,4 @@
-"""Tiny random models that are whole in every other way, for the tests of this project and of others."""
+"""Tiny random checkpoints that are complete in every other way, for the tests of this project and of others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_tiny_checkpoint(folder: Path, side: int = 48, codes: int = 16, context
 
     Args:
         folder: to write to.
-        side: of its pictures, in pixels; four pixels are one token, so 48 pixels are 12x12 tokens.
+        side: of its pictures, in pixels; a token is 4x4 pixels, so that 48x48 pixels are 12x12 tokens.
         codes: entries of the vision tokenizer's codebook.
         context: tokens that the model takes.
         seed: of the weights.
@@ -54,7 +54,7 @@ def write_tiny_checkpoint(folder: Path, side: int = 48, codes: int = 16, context
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Emu3ForConditionalGeneration(config)
-        # Codes as far apart as those of a trained tokenizer, so that other tokens are another picture.
+        # Codes are as far apart as in a trained tokenizer, so that other tokens make another picture.
         torch.nn.init.normal_(model.model.vqmodel.quantize.embedding.weight)
     model.save_pretrained(folder)
     return folder

@@ -89,11 +89,11 @@ NEEDED = {("float32", False): 35 * GB, ("bfloat16", False): 18 * GB, ("bfloat16"
         (21, {}, "needs 35.0 GB in float32, 21.0 GB are free: --dtype bfloat16 needs 18.0 GB, --int8 needs 11.0 GB"),
         (17, {}, "needs 35.0 GB in float32, 17.0 GB are free: --int8 needs 11.0 GB"),
         (17, {"dtype": torch.bfloat16}, "needs 18.0 GB in bfloat16, 17.0 GB are free: --int8 needs 11.0 GB"),
-        (17, {"device": "cuda"}, "35.0 GB in float32, 17.0 GB are free: in no other way does it fit; free some"),
+        (17, {"device": "cuda"}, "35.0 GB in float32, 17.0 GB are free: no other way fits; free some"),
         (
             9,
             {"dtype": "bfloat16", "int8": True},
-            "needs 11.0 GB in int8 and bfloat16, 9.0 GB are free: in no other way",
+            "needs 11.0 GB in int8 and bfloat16, 9.0 GB are free: no other way",
         ),
         (36, {}, None),
         (18, {"dtype": "bfloat16"}, None),
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused_and_what_does_is_named(monkeypatch, free, 
 
 def test_the_pipeline_and_the_commands_refuse_too(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
-    with pytest.raises(ValueError, match=r"in float32, 0\.0 GB are free: in no other way"):
+    with pytest.raises(ValueError, match=r"in float32, 0\.0 GB are free: no other way"):
         Emu3Pipeline.from_pretrained("nano")
     with pytest.raises(SystemExit) as stop:
         cli.main(["image", "a cat"])

@@ -3,7 +3,7 @@
     language/   config.json   *.safetensors: model.*, lm_head.*     emu3.tiktoken   emu3_vision_tokens.txt
     vision/     config.json   *.safetensors: encoder.*, quantize.*  preprocessor_config.json
 
-Their configs point to Python files ("auto_map"). Nothing here reads that key, runs such a file, or writes either.
+Their configs name Python files under "auto_map". That key is neither read nor written here, and no such file is run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -24,26 +24,22 @@ from emu3.processing import Emu3Processor
 from emu3.tokenization import read_tiktoken, vocabulary_map, write_tiktoken
 from emu3.vocabulary import Vocabulary, visual_codes
 
-Part = Literal["language", "vision"]
 Shape = tuple[int, ...]
-
-LANGUAGE_TYPE, VISION_TYPE = "Emu3", "Emu3VisionVQ"
-"""`model_type` of the two configs."""
 
 TOKENIZER_FILES = ("emu3.tiktoken", "emu3_vision_tokens.txt")
 
-# Documented name -> BAAI's, in this order. Only this direction is written down: a conversion renames each tensor that
-# the config asks for, and looks up the reverse among those.
-_VISION_RULES = (
-    (re.compile(r"\.down_block\.down\."), ".down."),
-    (re.compile(r"\.up_block\.up\."), ".up."),
-    (re.compile(r"\.middle_block\."), ".mid."),
-    (re.compile(r"\.attn_norms\.(\d+)\."), r".attn.\1.norm."),
-    (re.compile(r"\.attn_norm\."), ".attn_1.norm."),
-    (re.compile(r"\.([qkv])_proj\."), r".\1."),
-    (re.compile(r"\.out_proj\."), ".proj_out."),
-)
-# Linear layers of the documented layout are 1x1 convolutions here: the same numbers, of shape (out, in, 1, 1).
+# Patterns in documented names -> BAAI's, applied in this order. The reverse is not needed: a conversion in either
+# direction starts from the documented names that the config asks for.
+_VISION_RULES = {
+    r"\.down_block\.down\.": ".down.",
+    r"\.up_block\.up\.": ".up.",
+    r"\.middle_block\.": ".mid.",
+    r"\.attn_norms\.(\d+)\.": r".attn.\1.norm.",
+    r"\.attn_norm\.": ".attn_1.norm.",
+    r"\.([qkv])_proj\.": r".\1.",
+    r"\.out_proj\.": ".proj_out.",
+}
+# Linear layers of the documented layout are 1x1 convolutions in BAAI's: the same numbers, of shape (out, in, 1, 1).
 _PROJECTION = re.compile(r"\.(?:[qkv]|out)_proj\.weight$")
 
 _TEXT_KEYS = (
@@ -51,52 +47,58 @@ _TEXT_KEYS = (
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "tie_word_embeddings"),
 )
-# BAAI's key of an id -> the role in a `Vocabulary`.
+# BAAI's key of an id -> the token's role in a `Vocabulary`.
 _ID_KEYS = {f"{role}_token_id": role for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
-# What its code has for settings that preprocessor_config.json leaves out, where the documented classes have others.
+# BAAI's defaults that differ from those of the documented classes.
 _PICTURES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _IMAGE_AREA = 720 * 720
 
 
-def original_tensor(name: str, shape: Shape) -> tuple[Part, str, Shape]:
-    """Which repository holds a tensor of the documented layout, and its name and shape there."""
+def original_tensor(name: str, shape: Shape) -> tuple[str, str, Shape]:
+    """Which part, "language" or "vision", holds a tensor of the documented layout, and its name and shape there."""
     if not name.startswith("model.vqmodel."):
         return "language", re.sub(r"^model\.text_model\.", "model.", name), shape
     original = name.removeprefix("model.vqmodel.")
-    for pattern, replacement in _VISION_RULES:
-        original = pattern.sub(replacement, original)
+    for pattern, replacement in _VISION_RULES.items():
+        original = re.sub(pattern, replacement, original)
     return "vision", original, (*shape, 1, 1) if _PROJECTION.search(name) else shape
 
 
 def read_tokenizer(language: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model's folder. ValueError where one of its two files is missing or damaged."""
-    for name in TOKENIZER_FILES:
-        if not (language / name).is_file():
-            raise ValueError(f"{language} holds no {name}; the tokenizer is {' and '.join(TOKENIZER_FILES)}")
-    return read_tiktoken(*(language / name for name in TOKENIZER_FILES))
+    """The tokenizer in a language model's folder. ValueError if one of its two files is missing or damaged."""
+    files = [language / name for name in TOKENIZER_FILES]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{language} holds no {file.name}; the tokenizer is {' and '.join(TOKENIZER_FILES)}")
+    return read_tiktoken(*files)
 
 
 def documented_config(
     language: Mapping[str, Any], vision: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Emu3Config:
-    """The documented config of two of BAAI's, given as `read_original_config` reads them.
+    """The documented config of BAAI's two, which `read_original_config` has read.
 
     Raises:
-        ValueError: the config and the tokenizer disagree on an id, the tokenizer has more ids than the embedding, the
-            codebook has another size than the tokenizer's visual tokens, or there is no model of such settings.
+        ValueError: configs and tokenizer disagree on an id or a size, or no model can have these settings.
     """
     surfaces = vocabulary_map(tokenizer)
     vocabulary = Vocabulary.from_map(surfaces)
     for key, role in _ID_KEYS.items():
         if language.get(key, getattr(vocabulary, role)) != getattr(vocabulary, role):
-            raise ValueError(f"config.json says {key}={language[key]}, the tokenizer {getattr(vocabulary, role)}")
+            raise ValueError(
+                f"config.json says {key}={language[key]}, the tokenizer {getattr(vocabulary, role)}; "
+                f"give the {TOKENIZER_FILES[1]} that belongs to the model"
+            )
     text = {key: language[key] for key in (*_TEXT_KEYS, "rope_theta") if key in language}
     if language.get("rope_scaling"):
-        text["rope_scaling"] = dict(language["rope_scaling"])  # a copy, because the config completes what it is given
+        text["rope_scaling"] = dict(language["rope_scaling"])  # a copy, because the config adds keys to it
     vocabulary_size = text.get("vocab_size", Emu3TextConfig.vocab_size)
     if len(tokenizer) > vocabulary_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but config.json says vocab_size={vocabulary_size}")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, but config.json says vocab_size={vocabulary_size}; "
+            "give the tokenizer that belongs to the model"
+        )
     pictures: dict[str, Any] = {VISION_KEYS[key]: value for key, value in vision.items() if key in VISION_KEYS}
     codes = pictures.get("codebook_size", Emu3VQVAEConfig.codebook_size)
     if (len(visual_codes(surfaces)), vocabulary.codebook_size) != (codes, codes):
@@ -120,11 +122,10 @@ def documented_config(
 def documented_processor(
     language: Mapping[str, Any], vision: Path, tokenizer: PreTrainedTokenizerBase, config: Emu3Config
 ) -> Emu3Processor:
-    """The processor of the language model's config (`image_area`) and the vision tokenizer's folder.
+    """The processor, from the language model's config (`image_area`) and the settings in the vision tokenizer's folder.
 
     Raises:
-        ValueError: preprocessor_config.json is no JSON, has a setting of another type or out of range, or means another
-            number of pixels per token side than `config`.
+        ValueError: preprocessor_config.json cannot be used, or has other pixels per token side than `config`.
     """
     given, file = read_picture_settings(vision)
     pictures = Emu3ImageProcessor(**_PICTURES | {key: value for key, value in given.items() if key in PICTURES})
@@ -132,31 +133,23 @@ def documented_processor(
     return Emu3Processor(pictures, tokenizer, image_area=language.get("image_area", _IMAGE_AREA))
 
 
-def original_configs(config: Emu3Config, image_area: int) -> dict[Part, dict[str, Any]]:
-    """BAAI's two configs of a documented one.
-
-    Raises:
-        ValueError: the model has something that BAAI's layout has no place for.
-    """
+def original_configs(config: Emu3Config, image_area: int) -> dict[str, dict[str, Any]]:
+    """BAAI's configs, "language" and "vision", of a documented one. ValueError if they cannot express a setting."""
     text, vq = parts_of(config)
     rope = dict(text.rope_parameters or {})
     kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta", text.default_theta)
-    unknown = [
-        f"{name}={value}"
-        for name, value, known in (
-            ("attention_bias", text.attention_bias, not text.attention_bias),
-            ("mlp_bias", text.mlp_bias, not text.mlp_bias),
-            ("rope_type", kind, kind in ("default", "linear", "dynamic")),
-            ("vq_config.num_attention_heads", vq.num_attention_heads, vq.num_attention_heads == 1),
-        )
-        if not known
-    ]
-    if unknown:
+    settings = (
+        ("attention_bias", text.attention_bias, (False,)),
+        ("mlp_bias", text.mlp_bias, (False,)),
+        ("rope_type", kind, ("default", "linear", "dynamic")),
+        ("vq_config.num_attention_heads", vq.num_attention_heads, (1,)),
+    )
+    if unknown := [f"{name}={value}" for name, value, possible in settings if value not in possible]:
         raise ValueError(f"BAAI's layout has no place for {', '.join(unknown)}; keep the documented layout")
     vocabulary = Vocabulary.from_map(config.vocabulary_map or {})
     language = {key: getattr(text, key) for key in _TEXT_KEYS} | {
         "architectures": ["Emu3ForCausalLM"],
-        "model_type": LANGUAGE_TYPE,
+        "model_type": "Emu3",
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
@@ -167,7 +160,7 @@ def original_configs(config: Emu3Config, image_area: int) -> dict[Part, dict[str
     }
     vision = {key: getattr(vq, documented) for key, documented in VISION_KEYS.items()} | {
         "architectures": ["Emu3VisionVQModel"],
-        "model_type": VISION_TYPE,
+        "model_type": "Emu3VisionVQ",
         "dropout": 0.0,
         "torch_dtype": _dtype(vq),
     }
@@ -175,9 +168,9 @@ def original_configs(config: Emu3Config, image_area: int) -> dict[Part, dict[str
 
 
 def write_original_files(
-    folders: Mapping[Part, Path], tokenizer: PreTrainedTokenizerBase, pictures: Emu3ImageProcessor, config: Emu3Config
+    folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, pictures: Emu3ImageProcessor, config: Emu3Config
 ) -> None:
-    """All that BAAI's folders hold besides weights and config.json."""
+    """Write the files of BAAI's folders besides weights and config.json."""
     language, vision = folders["language"], folders["vision"]
     write_tiktoken(tokenizer, *(language / name for name in TOKENIZER_FILES))
     write_json(language / "tokenizer_config.json", {"tokenizer_class": "Emu3Tokenizer", "padding_side": "left"})
@@ -187,7 +180,7 @@ def write_original_files(
 
 
 def generation_config(config: Emu3Config) -> GenerationConfig:
-    """The ids that generation needs."""
+    """The generation config of a model: the ids of its control tokens."""
     text = parts_of(config)[0]
     return GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id

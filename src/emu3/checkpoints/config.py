@@ -1,9 +1,9 @@
-"""The model that a config.json describes: whether it can be, and which tensors it has. None of them is allocated."""
+"""The model that a config.json describes: whether it can be built, and which tensors it has."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +19,9 @@ from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision_blocks import NORM_GROUPS
 from emu3.vocabulary import EMU3, Vocabulary
 
-# How many of each there are, by the names of tensors in any layout.
-_COUNTS = {
-    "text_config.num_hidden_layers": re.compile(r"(?:^|\.)layers\.(\d+)\."),
-    "len(vq_config.channel_multiplier)": re.compile(r"encoder\.(?:down_block\.)?down\.(\d+)\."),
-    "vq_config.num_res_blocks": re.compile(r"encoder\.(?:down_block\.)?down\.0\.block\.(\d+)\."),
-}
-# Attributes of every config that files may hold beside the documented fields. Others are its methods and machinery,
-# which a file would put a value in place of.
+_REMEDY = "get the checkpoint again, or the config.json that it was saved with"
+# Attributes of transformers' configs that files may hold beside the documented fields. All others are its methods and
+# internal state, which a value from a file would overwrite.
 _HARMLESS = {
     *("architectures", "chunk_size_feed_forward", "is_encoder_decoder", "name_or_path", "problem_type"),
     *("rope_scaling", "transformers_version", "use_return_dict"),
@@ -34,157 +29,144 @@ _HARMLESS = {
 
 
 def build_config(raw: Mapping[str, Any], file: Path) -> Emu3Config:
-    """The config of a config.json whose fields were checked.
+    """The config of a config.json whose fields `check_fields` has accepted.
 
     Raises:
-        ValueError: fields that do not go together, that transformers refuses, or that are none but part of its code.
+        ValueError: fields contradict one another, transformers refuses one, or one would overwrite a part of its code.
     """
     for holder, kind, settings in (
-        ("", Emu3Config, WHOLE),
+        ("the model", Emu3Config, WHOLE),
         ("text_config", Emu3TextConfig, TEXT),
         ("vq_config", Emu3VQVAEConfig, VISION),
     ):
-        for key in (raw.get(holder) or {}) if holder else raw:
+        for key in raw if kind is Emu3Config else raw.get(holder) or {}:
             if hasattr(kind, key) and key not in settings and key not in _HARMLESS:
-                raise ValueError(f"{file} sets {key!r} of {holder or 'the model'}, which is no setting; leave it out")
+                raise ValueError(f"{file} sets {key!r} of {holder}, which is no setting; leave it out")
     try:
         config = cast(Emu3Config, Emu3Config.from_dict(dict(raw)))
-    # What transformers raises depends on which of its own fields is odd.
-    except Exception as error:
+    except Exception as error:  # the class depends on which of transformers' own fields is wrong
         raise ValueError(f"{file} cannot be read as settings: {error}; get the checkpoint again") from error
-    for wrong, words in (*_faults(config), *_vocabulary_faults(config)):
-        if wrong:
-            raise ValueError(f"{file}: {words}; get the checkpoint again, or the config.json that it was saved with")
+    if fault := next(_faults(config), None):
+        raise ValueError(f"{file}: {fault}; {_REMEDY}")
     return config
 
 
-def _faults(config: Emu3Config) -> list[tuple[bool, str]]:
-    """Whether fields contradict one another, so that there is no model that has them all; and in which words."""
+def _faults(config: Emu3Config) -> Iterator[str]:
+    """Describe each contradiction between fields."""
     text, vision = parts_of(config)
     rope_type, rope_types = (text.rope_parameters or {}).get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
+    if text.hidden_act not in ACT2FN:
+        yield f"hidden_act={text.hidden_act!r} is unknown; it is one of {', '.join(ACT2FN)}"
+    if rope_type not in rope_types:
+        yield f"rope_type={rope_type!r} is unknown; it is one of {', '.join(rope_types)}"
     hidden, heads, groups = text.hidden_size, text.num_attention_heads, cast(int, text.num_key_value_heads)
-    width = getattr(text, "head_dim", None)
-    widths = [vision.base_channels * multiplier for multiplier in vision.channel_multiplier]
-    attending = [len(widths) - 1, *vision.attn_resolutions]
+    if heads % groups:
+        yield f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
+    head_dim = getattr(text, "head_dim", None) or hidden / heads
+    if head_dim % 2:
+        yield f"hidden_size={hidden} and num_attention_heads={heads} make head_dim={head_dim:g}, which must be even"
     own = {"pad": text.pad_token_id, "bos": text.bos_token_id, "eos": text.eos_token_id}
     ids = [id_ for given in own.values() for id_ in (given if isinstance(given, list) else [given]) if id_ is not None]
-    return [
-        (text.hidden_act not in ACT2FN, f"hidden_act={text.hidden_act!r} is unknown; it is one of {', '.join(ACT2FN)}"),
-        (rope_type not in rope_types, f"rope_type={rope_type!r} is unknown; it is one of {', '.join(rope_types)}"),
-        (heads % groups != 0, f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"),
-        (
-            (hidden % heads if width is None else width % 2) != 0,
-            f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, or head_dim={width} is odd",
-        ),
-        (width is None and hidden // heads % 2 != 0, f"hidden_size={hidden} makes {heads} heads of an odd width"),
-        (max(ids, default=0) >= text.vocab_size, f"vocab_size={text.vocab_size} is too small for the ids of {own}"),
-        (
-            any(each % NORM_GROUPS for each in widths),
-            f"base_channels={vision.base_channels} times channel_multiplier={list(vision.channel_multiplier)} must be "
-            f"multiples of {NORM_GROUPS}",
-        ),
-        (
-            any(level >= len(widths) or widths[level] != vision.hidden_size for level in attending),
-            f"vq_config.hidden_size={vision.hidden_size} must be the width of the last stage and of the stages in "
-            f"attn_resolutions={list(vision.attn_resolutions)}; the widths are {widths}",
-        ),
-        (
-            vision.hidden_size % vision.num_attention_heads != 0,
-            f"vq_config.hidden_size={vision.hidden_size} is no multiple of "
-            f"vq_config.num_attention_heads={vision.num_attention_heads}",
-        ),
-    ]
-
-
-def _vocabulary_faults(config: Emu3Config) -> list[tuple[bool, str]]:
-    text, vision = parts_of(config)
+    if max(ids, default=0) >= text.vocab_size:
+        yield f"vocab_size={text.vocab_size} is too small for the ids of {own}"
+    multipliers, levels = list(vision.channel_multiplier), list(vision.attn_resolutions)
+    widths = [vision.base_channels * multiplier for multiplier in multipliers]
+    if any(width % NORM_GROUPS for width in widths):
+        yield (
+            f"base_channels={vision.base_channels} times channel_multiplier={multipliers} must be multiples of "
+            f"{NORM_GROUPS}"
+        )
+    size, vision_heads = vision.hidden_size, vision.num_attention_heads
+    if any(level >= len(widths) or widths[level] != size for level in (len(widths) - 1, *levels)):
+        yield (
+            f"vq_config.hidden_size={size} must be the width of the last stage and of the stages in "
+            f"attn_resolutions={levels}; the widths are {widths}"
+        )
+    if size % vision_heads:
+        yield f"vq_config.hidden_size={size} is no multiple of vq_config.num_attention_heads={vision_heads}"
     vocabulary = vocabulary_of(config)
     base, codes = vocabulary.visual_base, vocabulary.codebook_size
+    if codes > (entries := vision.codebook_size):
+        yield f"vq_config.codebook_size={entries}, but the vocabulary has visual tokens up to code {codes - 1}"
     visual = range(base, base + codes) if vocabulary.table is None else [id_ for id_ in vocabulary.table if id_ >= 0]
     ids = [*vocabulary.control.values(), *visual]
-    return [
-        (
-            codes > vision.codebook_size,
-            f"vq_config.codebook_size={vision.codebook_size}, but the vocabulary has visual tokens up to code "
-            f"{codes - 1}",
-        ),
-        (
-            max(ids, default=0) >= text.vocab_size,
-            f"text_config.vocab_size={text.vocab_size}, but its vocabulary_map has the id {max(ids, default=0)}",
-        ),
-        (len(set(ids)) < len(ids), "two tokens of its vocabulary_map have one id"),
-    ]
+    largest = max(ids, default=0)
+    if largest >= text.vocab_size:
+        yield f"text_config.vocab_size={text.vocab_size}, but its vocabulary_map has the id {largest}"
+    if len(set(ids)) < len(ids):
+        yield "two tokens of its vocabulary_map have one id"
 
 
 def parts_of(config: Emu3Config) -> tuple[Emu3TextConfig, Emu3VQVAEConfig]:
-    """The configs of language model and vision tokenizer, whose types transformers does not know."""
+    """The configs of language model and vision tokenizer. transformers' types do not tell that they are these."""
     return cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)
 
 
 def vocabulary_of(config: Emu3Config) -> Vocabulary:
-    """Control and visual tokens of a model; without a map of its own, those of the released ones."""
+    """Control and visual tokens of a model; those of the released checkpoints if its config has no map."""
     return Vocabulary.from_map(config.vocabulary_map) if config.vocabulary_map else EMU3
 
 
 def check_factor(spatial_factor: int, config: Emu3Config, file: Path) -> None:
-    """ValueError where the image processor counts other pixels per token side than the vision tokenizer.
+    """ValueError where image processor and vision tokenizer have different numbers of pixels per token side.
 
-    Pictures would be drawn in another size than asked for, and read with rows that are cut in the wrong place.
+    Pictures would be drawn in another size than asked for, and rows would be cut in the wrong place when one is read.
     """
     side = 2 ** (len(parts_of(config)[1].channel_multiplier) - 1)
     if spatial_factor != side:
         raise ValueError(
             f"{file} says spatial_factor={spatial_factor}, but the vision tokenizer has {side} pixels per token side "
-            "(a factor of 2 for each stage of channel_multiplier but one); give the settings that belong to it"
+            "(each stage of channel_multiplier after the first doubles it); give the settings that belong to it"
         )
 
 
 class RefusedTensorsError(ValueError):
-    """A checkpoint's tensors are not those of its config. `refused` has all of them: name -> why."""
+    """A checkpoint's tensors are not those of its config. `refused` holds each of them and why."""
 
     def __init__(self, source: str, refused: Mapping[str, str]) -> None:
         self.refused = dict(refused)
         first = ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
         more = f", and {len(refused) - 5} more" if len(refused) > 5 else ""
         super().__init__(
-            f"{source} and its config.json do not fit, {len(refused)} tensors are refused: {first}{more}; "
-            "get the checkpoint again, or the config.json that it was saved with"
+            f"{source} and its config.json do not fit, {len(refused)} tensors are refused: {first}{more}; {_REMEDY}"
         )
 
 
 def build_on_meta(config: Emu3Config, headers: Mapping[str, TensorHeader], file: Path) -> Emu3ForConditionalGeneration:
-    """The model of a config, without its weights.
+    """The model of a config without its weights, on the meta device.
 
     Args:
-        config: as of `build_config`.
-        headers: what the files announce, under the names of any layout.
-        file: where the config comes from.
+        headers: those of the checkpoint's tensors, under their names in any layout.
+        file: where the config comes from, for messages.
 
     Raises:
-        ValueError: the config asks for another number of layers than the files have, or cannot be built.
+        ValueError: config and tensors have different numbers of layers, or the model cannot be built.
     """
     text, vision = parts_of(config)
-    counts = (text.num_hidden_layers, len(vision.channel_multiplier), vision.num_res_blocks)
-    # Before a module is built: one of a thousand million layers takes forever, even without its numbers.
-    for (field, pattern), count in zip(_COUNTS.items(), counts, strict=True):
-        found = len({match[1] for match in map(pattern.search, headers) if match})
+    # Counted before a module is built: a billion layers would take forever, even without weights.
+    for field, count, pattern in (
+        ("text_config.num_hidden_layers", text.num_hidden_layers, r"(?:^|\.)layers\.(\d+)\."),
+        (
+            "len(vq_config.channel_multiplier)",
+            len(vision.channel_multiplier),
+            r"encoder\.(?:down_block\.)?down\.(\d+)\.",
+        ),
+        ("vq_config.num_res_blocks", vision.num_res_blocks, r"encoder\.(?:down_block\.)?down\.0\.block\.(\d+)\."),
+    ):
+        found = len({match[1] for name in headers if (match := re.search(pattern, name))})
         if found != count:
-            raise ValueError(
-                f"{file} says {field}={count}, the tensors are those of {found}; "
-                "get the checkpoint again, or the config.json that it was saved with"
-            )
+            raise ValueError(f"{file} says {field}={count}, the tensors are those of {found}; {_REMEDY}")
     try:
         with torch.device("meta"):
             return Emu3ForConditionalGeneration(config)
-    # What it raises depends on which of the settings is odd, of some of which only transformers knows.
-    except Exception as error:
+    except Exception as error:  # the class depends on which setting is wrong, and transformers alone knows some of them
         raise ValueError(f"{file} describes a model that cannot be built: {error}; get the checkpoint again") from error
 
 
 def expected_tensors(model: Emu3ForConditionalGeneration, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:
-    """Name in the documented layout -> tensor on the meta device, of every tensor that a model on it asks for.
+    """The tensors that a checkpoint of `model` must have: name in the documented layout -> tensor on the meta device.
 
-    A head that is tied to the embedding is asked for only if `headers`, of any layout, have it.
+    A head that is tied to the embedding may be missing, and is among them only if `headers` has it under any name.
     """
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings and not any(name.endswith("lm_head.weight") for name in headers):
@@ -193,16 +175,11 @@ def expected_tensors(model: Emu3ForConditionalGeneration, headers: Mapping[str, 
 
 
 def check_tensors(source: str, expected: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]) -> None:
-    """Compare tensors before any of them is read.
-
-    Args:
-        source: what is compared, for people.
-        expected: name -> tensor that a model has.
-        headers: name -> what a file announces.
+    """Compare the tensors that a checkpoint should have with those that it has, before any of them is read.
 
     Raises:
-        RefusedTensorsError: one is missing, unknown to the model, of another shape, or whole numbers instead of real
-            ones or the reverse.
+        RefusedTensorsError: tensors of `source` are missing, unknown, of another shape, or integers instead of
+            floating-point numbers or the reverse.
     """
     refused = {name: "missing" for name in expected if name not in headers}
     for name, header in headers.items():

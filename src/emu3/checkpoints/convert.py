@@ -1,11 +1,11 @@
-"""Checkpoints from one layout to another: BAAI's original one, and the two of transformers.
+"""Converts checkpoints between BAAI's original layout and the two of transformers.
 
     documented   one folder: model.text_model.*, model.vqmodel.*, lm_head.*
     legacy       one folder: text_model.model.*, vqmodel.*, text_model.lm_head.*
     baai         two folders, see `emu3.checkpoints.baai`
 
-Each tensor that config.json asks for is looked for under its name and shape in the source's layout, and written under
-those of the target's. All of it is decided, and refused where need be, before a tensor is written.
+Each tensor that config.json asks for is looked up under its name and shape in the source's layout, and written under
+its name and shape in the target's. Whatever is wrong with the source is refused before a tensor is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -36,28 +36,27 @@ from emu3.checkpoints.baai import (
 )
 from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, expected_tensors, parts_of
 from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, write_json
-from emu3.checkpoints.info import LAYOUTS, Layout, folders_of
+from emu3.checkpoints.info import LAYOUTS, Layout, folders_of, layout_of
 from emu3.checkpoints.load import load_processor
 from emu3.checkpoints.settings import ABILITIES, read_config, read_original_config
 from emu3.configuration import Emu3Config
-from emu3.modeling.legacy import documented_name, legacy_name
+from emu3.modeling.legacy import legacy_name
 from emu3.processing import Emu3Processor
 
 MAX_SHARD_BYTES = 2 * 10**9
 
-# What a folder of transformers' layouts holds besides weights; config.json is written apart.
+# The files of transformers' layouts besides weights; config.json is written apart.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
-_PARTS = {"documented": ("",), "legacy": ("",), "baai": ("language", "vision")}
 
 
 @dataclass(frozen=True)
 class Move:
-    """One tensor: name and shape in the source and in the target. In BAAI's layout a name begins with its folder's."""
+    """One tensor: name and shape in the source and in the target. In BAAI's layout a name begins with its folder."""
 
     source: str
     target: str
-    source_shape: tuple[int, ...]
-    target_shape: tuple[int, ...]
+    source_shape: Shape
+    target_shape: Shape
     bytes: int
 
 
@@ -89,14 +88,21 @@ class Report:
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint to convert. Keys of `folders` are parts: "" or "language" and "vision"; of `headers`, labels."""
+    """A checkpoint to convert.
+
+    Attributes:
+        folders: part of BAAI's layout, or "" in the other layouts -> folder.
+        headers: label of a tensor, see `_label` -> its header.
+        raw_config: config.json as it was read; in BAAI's layout the language model's.
+        processor: None if the conversion does not need it.
+    """
 
     layout: Layout
     folders: Mapping[str, Path]
     headers: Mapping[str, TensorHeader]
     raw_config: dict[str, Any]
     config: Emu3Config
-    processor: Callable[[], Emu3Processor]
+    processor: Emu3Processor | None
 
 
 def convert(
@@ -114,29 +120,28 @@ def convert(
     Args:
         source: a folder in any of the layouts. Of BAAI's two repositories, the language model's; or a folder that holds
             both as `language` and `vision`.
-        target: a folder that does not exist yet; it appears when everything is in it. In BAAI's layout it holds the
-            folders `language` and `vision`.
+        target: a folder that does not exist yet. It appears when all is written. In BAAI's layout it holds the folders
+            `language` and `vision`.
         vision: the folder of BAAI's vision tokenizer, where `source` is the language model's.
         to: "documented", "legacy" or "baai".
-        abilities: what the weights were trained for, of "draw" and "read". It goes into config.json, and other uses are
-            refused. None keeps what the source's config.json says; where it says nothing, nothing is refused.
+        abilities: what the weights were trained for, of "draw" and "read". config.json records it, and the pipeline
+            refuses other uses. None keeps the source's record; without a record, nothing is refused.
         max_shard_bytes: the largest file of weights, unless one tensor is larger.
-        on_progress: called after each file of weights, with the bytes written so far, and in all.
+        on_progress: is called after each file of weights, with the bytes written so far and the bytes in all.
 
     Raises:
-        ValueError: before a weight is written; what is wrong with the source, or `target` exists.
+        ValueError: the source has a fault, the target exists, or an argument is wrong. No weight was written then.
     """
     if to not in LAYOUTS:
         raise ValueError(f"unknown layout {to!r}; convert to {', '.join(LAYOUTS)}")
     if abilities is not None and (not abilities or isinstance(abilities, str) or set(abilities) - set(ABILITIES)):
         raise ValueError(f"abilities={abilities!r} must be a list of one or more of {', '.join(ABILITIES)}")
     layout: Layout = to
-    found = _open_source(Path(source), None if vision is None else Path(vision))
-    if found.layout == layout:
-        raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
+    found = _open_source(Path(source), None if vision is None else Path(vision), layout)
     moves = _plan(found, layout, str(source))
-    processor = found.processor() if "baai" in (found.layout, layout) else None
-    configs = _target_configs(found, layout, processor, abilities)
+    configs = _target_configs(found, layout)
+    if known := abilities or found.raw_config.get("abilities"):
+        next(iter(configs.values()))["abilities"] = list(known)
     total = sum(move.bytes for move in moves)
     done = 0
 
@@ -146,11 +151,11 @@ def convert(
         on_progress(done, total)
 
     with staged_folder(Path(target)) as folder:
-        folders = {part: folder / part for part in _PARTS[layout]}
+        folders = {part: folder / part for part in configs}
         for place in folders.values():
             place.mkdir(exist_ok=True)
-        # First, because a tokenizer may be refused here.
-        _write_companions(found, layout, folders, processor)
+        # First, because writing them may refuse a tokenizer.
+        _write_companions(found, folders)
         for part, place in folders.items():
             prefix = _label(part, "")
             own = [move for move in moves if move.target.startswith(prefix)]
@@ -166,15 +171,13 @@ def convert(
 def staged_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` that is renamed to `target` when the block ends, and removed if it fails.
 
-    A process that is killed leaves it behind under its temporary name; the next one for the same target empties it.
-
-    Raises:
-        ValueError: `target` exists, or another process is writing it.
+    A killed process leaves it behind under its temporary name, and the next process for the same target empties it.
+    Raises ValueError if `target` exists or another process is writing it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     folder, lock = target.with_name(f".{target.name}.unfinished"), FileLock(target.with_name(f".{target.name}.lock"))
     try:
-        # It ends with the process that holds it, however that ends: what is there without a lock is stale.
+        # The system releases the lock however its process ends, so a folder without a lock is stale.
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(f"another process is writing {target}; wait for it, or name another folder") from None
@@ -187,7 +190,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # on Windows a file that is open stays, and releasing removes it
+        with suppress(OSError):  # Windows keeps an open file; releasing the lock removes it there
             os.unlink(lock.lock_file)
         lock.release()
 
@@ -198,14 +201,15 @@ def write_shards(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write `model.safetensors`, or numbered shards and their index where one file would pass `max_shard_bytes`.
+    """Write `model.safetensors`, or numbered shards and their index where one file would exceed `max_shard_bytes`.
 
-    No tensor is decoded, so every dtype keeps its bits, NaN included. Sources are memory-mapped, and memory does not
-    grow beyond one shard. `advance` is told the number of bytes after each.
+    No tensor is decoded, so every dtype keeps its bits, NaN included. Sources are memory-mapped, and at most one shard
+    is in memory.
 
     Args:
         folder: an empty one.
-        tensors: name to write -> where the tensor is, and the shape to write it in.
+        tensors: name to write -> the tensor's header in the source, and the shape to write.
+        advance: is called after each file with the number of bytes in it.
     """
     split = split_state_dict_into_shards_factory(
         dict(tensors),
@@ -214,113 +218,95 @@ def write_shards(
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        # Opened anew for each shard, because pages once read count as memory until the file is closed.
+        # Opened again for each shard, because pages that were read count as memory until the file is closed.
         with ExitStack() as stack:
             sources = {tensors[name][0].file for name in names}
             opened = {source: stack.enter_context(safe_open(source, framework="pt")) for source in sources}
-            shard = {
-                name: opened[header.file].get_tensor(header.name).view(shape)
-                for name, (header, shape) in ((name, tensors[name]) for name in names)
-            }
+            shard = {}
+            for name in names:
+                header, shape = tensors[name]
+                shard[name] = opened[header.file].get_tensor(header.name).view(shape)
             save_file(shard, folder / file, metadata={"format": "pt"})
         advance(sum(tensors[name][0].bytes for name in names))
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _open_source(source: Path, vision: Path | None) -> _Source:
+def _open_source(source: Path, vision: Path | None, target_layout: Layout) -> _Source:
     folders = folders_of(source, vision)
-    headers = {
-        _label(part, name): header for part, folder in folders.items() for name, header in read_headers(folder).items()
-    }
-    if set(folders) == {""}:
+    by_part = {part: read_headers(folder) for part, folder in folders.items()}
+    headers = {_label(part, name): header for part, found in by_part.items() for name, header in found.items()}
+    layout = layout_of(by_part)
+    if layout == target_layout:
+        raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
+    if layout != "baai":
         raw = read_config(source)
-        return _Source(
-            layout="legacy" if any(documented_name(name) != name for name in headers) else "documented",
-            folders=folders,
-            headers=headers,
-            raw_config=raw,
-            config=build_config(raw, source / "config.json"),
-            processor=lambda: load_processor(source),
-        )
-    if set(folders) != {"language", "vision"}:
+        config = build_config(raw, source / "config.json")
+        processor = load_processor(source) if target_layout == "baai" else None
+        return _Source(layout, folders, headers, raw, config, processor)
+    if len(folders) == 1:
         part, missing = ("language model", "--vision") if "language" in folders else ("vision tokenizer", "SOURCE")
         raise ValueError(f"{source} is only BAAI's {part}; give the folder of the other repository as {missing}")
     language, pictures = (read_original_config(folders[part], part) for part in ("language", "vision"))
     tokenizer = read_tokenizer(folders["language"])
     config = documented_config(language, pictures, tokenizer)
-    return _Source(
-        layout="baai",
-        folders=folders,
-        headers=headers,
-        raw_config=language,
-        config=config,
-        processor=lambda: documented_processor(language, folders["vision"], tokenizer, config),
-    )
+    processor = documented_processor(language, folders["vision"], tokenizer, config)
+    return _Source(layout, folders, headers, language, config, processor)
+
+
+def _plan(source: _Source, layout: Layout, name: str) -> list[Move]:
+    """Where each tensor comes from and goes to. `RefusedTensorsError` unless they are exactly those of the config."""
+    model = build_on_meta(source.config, source.headers, Path(name) / "config.json")
+    places, here = [], {}
+    for documented, tensor in expected_tensors(model, source.headers).items():
+        label, shape = _place(source.layout, documented, tuple(tensor.shape))
+        places.append((label, shape, *_place(layout, documented, tuple(tensor.shape))))
+        here[label] = tensor.view(shape)
+    check_tensors(name, here, source.headers)
+    return [
+        Move(label, target, shape, target_shape, source.headers[label].bytes)
+        for label, shape, target, target_shape in places
+    ]
 
 
 def _place(layout: Layout, name: str, shape: Shape) -> tuple[str, Shape]:
-    """Label and shape in a layout of a tensor of the documented one."""
+    """Label and shape in a layout, of a tensor of the documented one."""
     if layout == "baai":
         part, original, shape = original_tensor(name, shape)
         return _label(part, original), shape
     return legacy_name(name) if layout == "legacy" else name, shape
 
 
-def _plan(source: _Source, layout: Layout, name: str) -> list[Move]:
-    """What goes where. Raises `RefusedTensorsError` unless the tensors are exactly those of the config."""
-    wanted = expected_tensors(build_on_meta(source.config, source.headers, Path(name) / "config.json"), source.headers)
-    places = {
-        documented: _place(source.layout, documented, tuple(tensor.shape)) for documented, tensor in wanted.items()
-    }
-    here = {label: wanted[documented].view(shape) for documented, (label, shape) in places.items()}
-    check_tensors(name, here, source.headers)
-    targets = {documented: _place(layout, documented, tuple(tensor.shape)) for documented, tensor in wanted.items()}
-    return [
-        Move(label, targets[documented][0], shape, targets[documented][1], source.headers[label].bytes)
-        for documented, (label, shape) in places.items()
-    ]
-
-
 def _label(part: str, name: str) -> str:
+    """A tensor's name; in BAAI's layout with its folder in front."""
     return f"{part}/{name}" if part else name
 
 
-def _target_configs(
-    source: _Source, layout: Layout, processor: Emu3Processor | None, abilities: Sequence[str] | None
-) -> dict[str, dict[str, Any]]:
-    """config.json of each folder of the target."""
+def _target_configs(source: _Source, layout: Layout) -> dict[str, dict[str, Any]]:
+    """config.json of each folder of the target; the first is the one that records abilities."""
     if layout == "baai":
-        assert processor is not None
-        configs = cast(dict[str, dict[str, Any]], original_configs(source.config, processor.image_area))
-    else:
-        raw = json.loads(source.config.to_json_string()) if source.layout == "baai" else dict(source.raw_config)
-        configs = {"": _legacy_config(raw, source.config) if layout == "legacy" else raw}
-    if known := abilities or source.raw_config.get("abilities"):
-        configs["language" if layout == "baai" else ""]["abilities"] = list(known)
-    return configs
+        assert source.processor is not None
+        return original_configs(source.config, source.processor.image_area)
+    raw = json.loads(source.config.to_json_string()) if source.layout == "baai" else dict(source.raw_config)
+    if layout == "legacy":
+        # transformers 4 looks for the rotary embedding under these keys, and takes its defaults where they are missing.
+        text = parts_of(source.config)[0]
+        rope = dict(text.rope_parameters or {})
+        theta = rope.pop("rope_theta", text.default_theta)
+        scaling = None if rope.get("rope_type", "default") == "default" else rope
+        raw["text_config"] = {**(raw.get("text_config") or {}), "rope_theta": theta, "rope_scaling": scaling}
+    return {"": raw}
 
 
-def _legacy_config(raw: dict[str, Any], config: Emu3Config) -> dict[str, Any]:
-    """With the keys under which transformers 4 looks for the rotary embedding, which would else be the default."""
-    text = parts_of(config)[0]
-    rope = dict(text.rope_parameters or {})
-    theta = rope.pop("rope_theta", text.default_theta)
-    scaling = None if rope.get("rope_type", "default") == "default" else rope
-    return {**raw, "text_config": {**raw.get("text_config", {}), "rope_theta": theta, "rope_scaling": scaling}}
-
-
-def _write_companions(
-    source: _Source, layout: Layout, folders: Mapping[str, Path], processor: Emu3Processor | None
-) -> None:
-    if layout == "baai":
-        assert processor is not None
-        write_original_files(cast(Any, folders), processor.tokenizer, processor.image_processor, source.config)
-    elif processor is not None:
-        processor.save_pretrained(folders[""])
-        generation_config(source.config).save_pretrained(folders[""])
-    else:
+def _write_companions(source: _Source, folders: Mapping[str, Path]) -> None:
+    processor = source.processor
+    if processor is None:
         for pattern in _COMPANIONS:
             for file in source.folders[""].glob(pattern):
                 if file.is_file() and file.name not in ("config.json", INDEX):
                     shutil.copyfile(file, folders[""] / file.name)
+    elif source.layout == "baai":
+        processor.save_pretrained(folders[""])
+        generation_config(source.config).save_pretrained(folders[""])
+    else:
+        write_original_files(folders, processor.tokenizer, processor.image_processor, source.config)

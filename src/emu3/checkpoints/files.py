@@ -1,5 +1,4 @@
-"""The files of a checkpoint: JSON, and the headers of safetensors files. They are checked before anything relies on
-them; no weight is read."""
+"""Reads a checkpoint's JSON files and the headers of its safetensors files, and refuses damaged ones."""
 
 from __future__ import annotations
 
@@ -16,16 +15,16 @@ INDEX = "model.safetensors.index.json"
 """The file that says which shard holds which tensor."""
 
 FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
-"""The dtypes of real numbers that are read."""
+"""The floating-point dtypes that can be loaded."""
 
 _MAX_JSON_BYTES = 100_000_000
-# Real ones nest to about ten levels. Far fewer than Python's recursion takes, because what copies a setting recurses.
+# Real files nest about ten levels. Python's own limit is too high: the code that later copies a setting recurses too.
 _MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as its file announces it; `dtype` as in safetensors, "F32"."""
+    """One tensor as the header of its file describes it. `dtype` is in safetensors' spelling, such as "F32"."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,13 +42,12 @@ class TensorHeader:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor announced by the safetensors files of a folder, under the name it is saved with.
+    """The headers of all tensors in a folder, under the names they are saved with.
 
     Raises:
-        ValueError: no safetensors file, a damaged index, a file that an index names is missing, a file that is cut
-            short, damaged or not safetensors at all, or a tensor that two files hold.
+        ValueError: a file is missing, damaged or no safetensors file, two files hold one tensor, or the index is wrong.
     """
-    index = read_index(folder)
+    index = _read_index(folder)
     files = [folder / name for name in sorted(set(index.values()))] or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no *.safetensors file; weights in other formats are not read: convert them")
@@ -68,12 +66,8 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    """Name of each tensor -> its file, as the index of a folder says; empty without an index.
-
-    Raises:
-        ValueError: the index is no such map, or names a file outside the folder.
-    """
+def _read_index(folder: Path) -> dict[str, str]:
+    """Name of each tensor -> name of its file, from a folder's index; empty without an index."""
     file = folder / INDEX
     if not file.is_file():
         return {}
@@ -82,7 +76,9 @@ def read_index(folder: Path) -> dict[str, str]:
         raise ValueError(f'{file} has no "weight_map" of tensors and their files; get the checkpoint again')
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{file} names {name!r:.100}, which is no *.safetensors file of its folder")
+            raise ValueError(
+                f"{file} names {name!r:.100}, which is no *.safetensors file of its folder; get the checkpoint again"
+            )
     return weight_map
 
 
@@ -100,32 +96,31 @@ def _read_header(file: Path) -> list[TensorHeader]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty without the file.
+    """The JSON object in a file; empty without the file.
 
     Raises:
-        ValueError: it is too large, is no JSON in UTF-8, holds NaN or infinity, nests deeper than any setting, or is
-            no object.
+        ValueError: the file is larger or nests deeper than any of a checkpoint, or holds something else.
     """
     if not file.is_file():
         return {}
     if file.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, no JSON file of a checkpoint is that large")
+        raise ValueError(
+            f"{file} has {file.stat().st_size} bytes, more than any JSON file of a checkpoint; get it again"
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        too_deep = _depth(content) > _MAX_DEPTH
-    except RecursionError:
-        too_deep = True
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); get the checkpoint again") from error
-    if too_deep:
-        raise ValueError(f"{file} is not JSON (nested deeper than {_MAX_DEPTH} levels); get the checkpoint again")
+        if _depth(content) > _MAX_DEPTH:
+            raise RecursionError
+    except (ValueError, RecursionError) as error:
+        why = f"nested deeper than {_MAX_DEPTH} levels" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file} is not JSON ({why}); get the checkpoint again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object; get the checkpoint again")
     return content
 
 
 def write_json(file: Path, value: object) -> None:
-    """A JSON file as transformers writes its own: two spaces, characters as they are."""
+    """Write JSON as transformers does: indented by two spaces, in UTF-8 without escapes."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

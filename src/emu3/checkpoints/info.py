@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from its headers: no weight is loaded, no module is built, no torch imported."""
+"""What a checkpoint holds, read from its settings and headers: no weight is loaded, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emu3.modeling.legacy import documented_name
 Layout = Literal["documented", "legacy", "baai"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-# How names begin -> part of the model; by part of BAAI's layout, "" for the documented one.
+# Part of BAAI's layout, or "" for the documented one -> how tensors' names begin -> part of the model.
 _PARTS: Mapping[str, Mapping[str, str]] = {
     "": {
         "model.text_model.embed_tokens.": "embedding",
@@ -33,13 +33,13 @@ _GROUP = 128
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint's contents. Counts are elements, memory is bytes of weights, picture areas are pixels.
+    """A checkpoint's contents. Parameters are counted in elements, memory in bytes of weights, pictures in pixels.
 
     Attributes:
-        memory_bfloat16: with the vision tokenizer in float32, as loading keeps it.
+        memory_bfloat16: with the vision tokenizer in float32, as `load_model` keeps it.
         memory_int8, memory_int4: the same with the matrices of the decoder layers in 8 or 4 bits.
-        abilities: of "draw" and "read", what config.json says that the weights were trained for; None for unknown.
-        missing: what has to be added before it loads, such as BAAI's other repository.
+        abilities: what config.json says that the weights were trained for, of "draw" and "read"; None for unknown.
+        missing: what must be added before the checkpoint loads: "language model" or "vision tokenizer".
     """
 
     path: str
@@ -69,7 +69,7 @@ class CheckpointInfo:
 
 
 def inspect(folder: Path) -> CheckpointInfo:
-    """Read what a checkpoint holds. Raises ValueError where it is incomplete, damaged or no Emu3 checkpoint."""
+    """Describe the checkpoint in a folder. Raises ValueError if it is incomplete, damaged or not one of Emu3."""
     folders = folders_of(folder)
     headers = {part: read_headers(place) for part, place in folders.items()}
     files = [file for place in folders.values() for file in place.iterdir() if file.is_file()]
@@ -77,10 +77,10 @@ def inspect(folder: Path) -> CheckpointInfo:
 
 
 def inspect_hub(name: str) -> CheckpointInfo:
-    """The same of a hub id `owner/name`. Fetches settings and the headers of weights, a few megabytes, and keeps none.
+    """Describe a repository `owner/name` of the hub. Fetches settings and headers, a few megabytes, and keeps nothing.
 
     Raises:
-        ValueError: as of `inspect`, or the hub has no such repository or cannot be reached.
+        ValueError: as in `inspect`, or the hub has no such repository or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, RepositoryNotFoundError
@@ -92,13 +92,14 @@ def inspect_hub(name: str) -> CheckpointInfo:
             metadata = hub.get_safetensors_metadata(name)
             hub.snapshot_download(name, allow_patterns="*config.json", local_dir=folder)
         except RepositoryNotFoundError as error:
-            raise ValueError(f"the hub has no model {name!r} that is open to you") from error
+            raise ValueError(
+                f"the hub has no model {name!r}, or it is not open to you; check the name, or run `hf auth login`"
+            ) from error
         except NotASafetensorsRepoError as error:
             raise ValueError(f"{name!r} holds no model.safetensors; weights in other formats are not read") from error
         except HfHubHTTPError as error:
             raise ValueError(f"the hub refused {name!r}: {error}") from error
-        # Which class says so depends on the HTTP library, which the hub's client has changed.
-        except Exception as error:
+        except Exception as error:  # the class depends on the HTTP library, which the hub's client has changed once
             raise ValueError(f"cannot reach the hub for {name!r}: {error}") from error
         headers = {
             tensor: TensorHeader(tensor, tuple(entry.shape), entry.dtype, Path(file))
@@ -115,10 +116,7 @@ def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
 
     Args:
         source: a folder with config.json, or with the folders "language" and "vision" of BAAI's layout.
-        vision: where BAAI's vision tokenizer lies, if not in `source`.
-
-    Raises:
-        ValueError: the folder is no checkpoint, or `vision` does not go with `source`.
+        vision: the folder of BAAI's vision tokenizer, if it is not in `source`.
     """
     if not (source / "config.json").is_file() and (source / "language" / "config.json").is_file():
         folders = {"language": source / "language", "vision": source / "vision"}
@@ -140,28 +138,43 @@ def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
     return folders
 
 
+def layout_of(headers: Mapping[str, Mapping[str, TensorHeader]]) -> Layout:
+    """The layout of a checkpoint with these headers in each of its folders."""
+    if "" not in headers:
+        return "baai"
+    return "legacy" if any(documented_name(name) != name for name in headers[""]) else "documented"
+
+
 def _summarize(
     path: str,
     folders: Mapping[str, Path],
     headers: Mapping[str, Mapping[str, TensorHeader]],
     files: list[tuple[str, int]],
 ) -> CheckpointInfo:
-    """Of the folders that hold the settings, the headers in each, and names and sizes of all files."""
+    """Describe a checkpoint by the folders of its settings, the headers in each, and names and sizes of its files."""
     tensors = [tensor for part in headers for tensor in tensors_by_part(path, part, headers[part])]
     by_part = Counter(dict.fromkeys(_PARTS[""].values(), 0))
     by_dtype: Counter[str] = Counter()
     for part, header in tensors:
         by_part[part] += header.elements
         by_dtype[header.dtype] += header.elements
-    text, vision, pictures, abilities = _settings(folders)
-    # What a config leaves out has the documented default; a part that is not there has none.
+    if "" in folders:
+        config = read_config(folders[""])
+        text, vision = config.get("text_config") or {}, config.get("vq_config") or {}
+    else:
+        text, vision = (
+            read_original_config(folders[key], key) if key in folders else {} for key in ("language", "vision")
+        )
+        config = text
     has_text, has_vision = set(folders) != {"vision"}, set(folders) != {"language"}
+    pictures = read_picture_settings(folders["" if "" in folders else "vision"])[0] if has_vision else {}
+    # The defaults are those of the documented configs, which cannot be imported without torch.
     context, vocabulary = text.get("max_position_embeddings", 9216), text.get("vocab_size", 184622)
     stages = vision.get("channel_multiplier", vision.get("ch_mult", (1, 2, 2, 4)))
-    is_legacy = any(documented_name(name) != name for name in headers.get("", ()))
+    abilities = config.get("abilities")
     return CheckpointInfo(
         path=path,
-        layout="baai" if "" not in folders else "legacy" if is_legacy else "documented",
+        layout=layout_of(headers),
         tensors=len(tensors),
         parameters=by_part.total(),
         parameters_by_part=dict(by_part),
@@ -184,7 +197,7 @@ def _summarize(
 
 
 def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]) -> list[tuple[str, TensorHeader]]:
-    """Each tensor with the part of the model that it belongs to."""
+    """Each tensor with the part of the model that it belongs to. `folder` is a part of BAAI's layout, or ""."""
     found = []
     for name, header in headers.items():
         known = name if folder else documented_name(name)
@@ -196,7 +209,7 @@ def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader])
 
 
 def tensor_bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | None = None) -> int:
-    """Memory of a tensor that is loaded in so many bits, and in others if it is a matrix of a decoder layer."""
+    """Memory of a tensor that is loaded in `bits`, or in `matrix_bits` if it is a matrix of a decoder layer."""
     if "F" not in header.dtype:
         return header.bytes
     if matrix_bits and part == "language model" and len(header.shape) == 2:
@@ -206,27 +219,13 @@ def tensor_bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | 
 
 
 def own_dtype(config: Mapping[str, Any], headers: Mapping[str, TensorHeader], device: object = "cpu") -> str:
-    """In which dtype to load a checkpoint that is asked for none: what its config.json says, or how it is stored.
+    """The dtype in which a checkpoint is loaded by default: what its config.json says, or else how it is stored.
 
-    In float16 a CPU computes slowly. There it is bfloat16, which is as small and loses three of eleven bits: ask for
-    float32 to keep them.
-
-    Returns:
-        "float32", "bfloat16" or "float16".
+    It is "float32", "bfloat16" or "float16". A CPU is slow in float16, so "bfloat16" takes its place there: as small,
+    but three of eleven bits are lost. Ask for float32 to keep them.
     """
     stored = next((header.dtype for name, header in headers.items() if name.endswith("embed_tokens.weight")), "")
     name = config.get("dtype") or config.get("torch_dtype") or {"BF16": "bfloat16", "F16": "float16"}.get(stored)
     if name == "float16" and str(device).startswith("cpu"):
         return "bfloat16"
     return name if name in ("bfloat16", "float16") else "float32"
-
-
-def _settings(folders: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[str] | None]:
-    """The configs of language model, vision tokenizer and image processor, and the abilities."""
-    if "" in folders:
-        config = read_config(folders[""])
-        pictures = read_picture_settings(folders[""])[0]
-        return config.get("text_config") or {}, config.get("vq_config") or {}, pictures, config.get("abilities")
-    text, vision = (read_original_config(folders[key], key) if key in folders else {} for key in ("language", "vision"))
-    pictures = read_picture_settings(folders["vision"])[0] if "vision" in folders else {}
-    return text, vision, pictures, text.get("abilities")

@@ -1,9 +1,8 @@
-"""Models and processors from a checkpoint's folder. A checkpoint that does not fit is refused, never patched up."""
+"""Loads model and processor from a checkpoint's folder. A checkpoint that does not fit is refused, never mended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,19 +22,18 @@ from emu3.checkpoints.config import (
     parts_of,
     vocabulary_of,
 )
-from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_index, read_json
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json
 from emu3.checkpoints.info import own_dtype
 from emu3.checkpoints.settings import (
     PICTURES,
-    PROMPTS,
     TOKENIZER,
+    Kind,
     check_fields,
     check_pictures,
     read_config,
     read_picture_settings,
 )
 from emu3.configuration import Emu3Config
-from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.legacy import documented_name
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.text import Emu3DecoderLayer
@@ -45,9 +43,9 @@ from emu3.tokenization import CONTROL_TOKENS, encode_plain
 from emu3.vocabulary import SURFACES
 
 LONG_LOAD = 1e9
-"""Bytes from which loading shows a progress bar."""
+"""Checkpoints of more bytes than this show a progress bar while they load."""
 
-# What any tokenizer and template of Emu3 must get through: all printable ASCII, and letters of two to four bytes.
+# Every tokenizer and chat template must handle all printable ASCII, and characters of two to four bytes.
 _SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u6f22\U0001f41e"
 _CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
     [{"role": "user", "content": _SAMPLE}],
@@ -58,7 +56,8 @@ _CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
     ],
 )
-_GENERATION, _TOKENIZER_FILES = "generation_config.json", ("tokenizer.json", "tokenizer_config.json")
+_GENERATION = "generation_config.json"
+_TOKENIZER_FILES: Mapping[str, Mapping[str, Kind]] = {"tokenizer.json": {}, "tokenizer_config.json": TOKENIZER}
 
 
 def load_model(
@@ -69,29 +68,28 @@ def load_model(
     int8: bool = False,
     device_map: str | dict[str, Any] | None = None,
 ) -> Emu3ForConditionalGeneration:
-    """The model of a checkpoint folder, in eval mode.
+    """Load the model of a checkpoint folder, in eval mode.
 
-    Weights are mapped from their files, and converted, checked, quantized and moved piece by piece. Those that stay as
-    they are stored take no memory of their own on a CPU; otherwise the peak is the result and about one layer.
+    Weights are mapped from their files, then converted, checked, quantized and moved layer by layer. On a CPU, weights
+    that stay as they are stored take no memory of their own; otherwise the peak is the result and about one layer.
 
     Args:
         path: the folder.
-        dtype: of the language model's weights. "auto" is the checkpoint's own; see `own_dtype`. The vision tokenizer is
-            in float32 in any case.
+        dtype: of the language model. "auto" is the checkpoint's own; see `own_dtype`. The vision tokenizer is always in
+            float32.
         device: where the model runs.
-        int8: whether its layers are in 8 bits, on a CPU; see `emu3.quantization`. They are the same as if the model was
-            loaded in `dtype` and quantized then.
+        int8: whether to quantize the layers to 8 bits, on a CPU, as `emu3.quantization.quantize_int8` would.
         device_map: in place of `device`, how transformers spreads the layers; needs accelerate.
 
     Raises:
-        ValueError: the folder is no checkpoint, a file is damaged, a setting is none that a model can have, its tensors
-            are not exactly those of config.json, or hold NaN or infinity; or int8 is asked for where it cannot be.
+        ValueError: a file is missing or damaged, no model can have these settings, the tensors are not exactly those of
+            config.json, a weight is NaN or infinite, or int8 cannot be used here.
     """
     folder = Path(path)
     raw = read_config(folder)
     config = build_config(raw, folder / "config.json")
     headers = read_headers(folder)
-    # transformers fills missing tensors with random values and drops extra ones, with a warning; so look first.
+    # transformers only warns of missing and extra tensors: it makes random values for the first and drops the others.
     tensors = {documented_name(name): header for name, header in headers.items()}
     if len(tensors) < len(headers):
         twice = next(name for name in headers if documented_name(name) != name and documented_name(name) in headers)
@@ -106,21 +104,21 @@ def load_model(
         if device_map is not None:
             raise ValueError("int8 is for one CPU; leave out device_map")
         check_int8(device)
-    with _progress_bar(shown=sum(header.bytes for header in headers.values()) > LONG_LOAD):
+    if device_map is None:
+        _map_weights(model, tensors, folder)
+    else:
+        model = Emu3ForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=wanted, device_map=device_map, use_safetensors=True, local_files_only=True
+        )
+    model = cast(Emu3ForConditionalGeneration, model.eval())
+    is_short = sum(header.bytes for header in headers.values()) <= LONG_LOAD
+    for name in logging.tqdm(_pieces(model), desc="Reading weights", disable=is_short):
+        piece = model.get_submodule(name)
         if device_map is None:
-            _map_weights(model, tensors, folder)
-        else:
-            model = Emu3ForConditionalGeneration.from_pretrained(
-                folder, config=config, dtype=wanted, device_map=device_map, use_safetensors=True, local_files_only=True
-            )
-        model = cast(Emu3ForConditionalGeneration, model.eval())
-        for name in logging.tqdm(_pieces(model), desc="Reading weights"):
-            piece = model.get_submodule(name)
-            if device_map is None:
-                _convert(name, piece, wanted, torch.device(device), expected)
-            _check_finite(name, piece, folder)
-            if int8 and isinstance(piece, Emu3DecoderLayer):
-                quantize_layer(piece)
+            _convert(name, piece, wanted, torch.device(device), expected)
+        _check_finite(name, piece, folder)
+        if int8 and isinstance(piece, Emu3DecoderLayer):
+            quantize_layer(piece)
     for part in (model.config, parts_of(model.config)[0]):
         part.dtype = wanted
     return model
@@ -128,13 +126,10 @@ def load_model(
 
 def _map_weights(model: Emu3ForConditionalGeneration, tensors: Mapping[str, TensorHeader], folder: Path) -> None:
     """Put the tensors of a folder into a model on the meta device. They are mapped from their files, not read."""
-    by_file: dict[Path, list[str]] = {}
-    for name, header in tensors.items():
-        by_file.setdefault(header.file, []).append(name)
     mapped: dict[str, Tensor] = {}
-    for file, names in by_file.items():
+    for file in {header.file for header in tensors.values()}:
         with safe_open(file, framework="pt") as opened:
-            mapped |= {name: opened.get_tensor(tensors[name].name) for name in names}
+            mapped |= {name: opened.get_tensor(each.name) for name, each in tensors.items() if each.file == file}
     model.load_state_dict(mapped, strict=False, assign=True)  # a tied head may be missing
     text_model = model.model.text_model
     text_model.rotary_emb = type(text_model.rotary_emb)(text_model.config)  # its buffers are in no file
@@ -145,7 +140,7 @@ def _map_weights(model: Emu3ForConditionalGeneration, tensors: Mapping[str, Tens
 
 
 def load_processor(path: str | Path) -> Emu3Processor:
-    """The processor of a checkpoint folder.
+    """Load the processor of a checkpoint folder.
 
     Raises:
         ValueError: a file is missing or damaged, or its pictures or tokens are not those of the model in the folder.
@@ -154,9 +149,8 @@ def load_processor(path: str | Path) -> Emu3Processor:
     config = build_config(read_config(folder), folder / "config.json")
     try:
         file = read_picture_settings(folder)[1]
-        for name in _TOKENIZER_FILES:
-            read_json(folder / name)
-        check_fields(read_json(folder / _TOKENIZER_FILES[1]), TOKENIZER, folder / _TOKENIZER_FILES[1])
+        for name, kinds in _TOKENIZER_FILES.items():
+            check_fields(read_json(folder / name), kinds, folder / name)
         processor = _read_processor(folder)
         _check_pictures(processor, config, file)
         _check_tokenizer(processor.tokenizer, config, folder)
@@ -176,7 +170,7 @@ def _check_weight_files(folder: Path, headers: Mapping[str, TensorHeader]) -> No
                 f"{folder} holds weights in {', '.join(sorted(read))}; name a single file model.safetensors, or list "
                 f"several in {INDEX} and keep no model.safetensors beside them"
             )
-    elif not isinstance(read_json(index).get("metadata"), dict) or not read_index(folder):
+    elif not isinstance(read_json(index).get("metadata"), dict):
         raise ValueError(f'{index} has no "metadata"; get the checkpoint again')
 
 
@@ -190,8 +184,7 @@ def _check_generation(folder: Path, vocab_size: int) -> None:
         ids = [id_ for each in given if each is not None for id_ in (each if isinstance(each, list) else [each])]
         if not all(type(id_) is int and 0 <= id_ < vocab_size for id_ in ids):
             raise ValueError(f"its ids {ids!r:.100} must be whole numbers from 0 to {vocab_size - 1}")
-    # What transformers raises depends on which setting is odd.
-    except Exception as error:
+    except Exception as error:  # the class depends on which setting is wrong
         raise ValueError(f"{file} cannot be used: {error}; correct it, or get the checkpoint again") from error
 
 
@@ -203,33 +196,30 @@ def _dtype_named(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _pieces(model: Emu3ForConditionalGeneration) -> list[str]:
-    """Names of the modules that are converted one by one: every layer, and what is beside the layers."""
-    text = [name for name, _ in model.model.text_model.named_children() if name != "layers"]
-    layers = [f"layers.{number}" for number in range(len(model.model.text_model.layers))]
-    return ["model.vqmodel", *(f"model.text_model.{name}" for name in (*text, *layers)), "lm_head"]
+    """Names of the modules that are converted one by one: each layer, and the modules beside the layers."""
+    text_model = model.model.text_model
+    parts = [name for name, _ in text_model.named_children() if name != "layers"]
+    parts += [f"layers.{number}" for number in range(len(text_model.layers))]
+    return ["model.vqmodel", *(f"model.text_model.{name}" for name in parts), "lm_head"]
 
 
 def _convert(
     name: str, piece: nn.Module, dtype: torch.dtype, device: torch.device, built: Mapping[str, Tensor]
 ) -> None:
-    """Weights of the language model to `dtype`, all others to that in which the model is `built`."""
+    """Convert the language model's weights to `dtype`, and all other tensors to the dtype they were built in."""
     for own, tensor in (*piece.named_parameters(), *piece.named_buffers()):
-        # transformers makes counters of the vision tokenizer real numbers where it loads in 16 bits.
         is_text = isinstance(tensor, nn.Parameter) and name != "model.vqmodel"
         tensor.data = tensor.data.to(device, dtype if is_text else built.get(f"{name}.{own}", tensor).dtype)
 
 
 def _check_finite(name: str, piece: nn.Module, folder: Path) -> None:
-    """ValueError where a weight is NaN or infinite, or the rotary positions come to that."""
+    """ValueError where a weight, or a frequency of the rotary embedding, is NaN or infinite."""
     for own, tensor in (*piece.named_parameters(), *piece.named_buffers()):
-        # A sum reads the numbers once and keeps none, and is finite only if they are. Only large ones sum to infinity.
-        # With a device map, what does not fit is left on disk, as "meta".
-        if (
-            tensor.is_floating_point()
-            and not tensor.is_meta
-            and not tensor.sum().isfinite()
-            and not tensor.isfinite().all()
-        ):
+        # With a device map, tensors that do not fit stay on disk, and are on "meta" here.
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        # The sum needs no memory. It is finite only if all numbers are; but large finite numbers may overflow in it.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(
                 f"{folder}: {name}.{own} holds NaN or infinite values as {tensor.dtype}; get the checkpoint again, or "
                 "load it in a wider dtype"
@@ -239,25 +229,19 @@ def _check_finite(name: str, piece: nn.Module, folder: Path) -> None:
 def _read_processor(folder: Path) -> Emu3Processor:
     try:
         return Emu3Processor.from_pretrained(folder, local_files_only=True)
-    # What is raised depends on which file is missing or broken, and where; the tokenizers library raises Exception.
-    except Exception as error:
-        readers: dict[str, Callable[..., Any]] = {
-            "processor_config.json or preprocessor_config.json": Emu3ImageProcessor.from_pretrained,
-            " or ".join(_TOKENIZER_FILES): AutoTokenizer.from_pretrained,
-        }
-        for files, read in readers.items():
-            try:
-                read(folder, local_files_only=True)
-            except Exception:
-                raise ValueError(f"{files} is missing or damaged ({error}); get the checkpoint again") from error
-        raise ValueError(f"{error}; get the checkpoint again") from error
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        try:
+            AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            files = "processor_config.json, preprocessor_config.json or chat_template.jinja"
+        except Exception:
+            files = " or ".join(_TOKENIZER_FILES)
+        raise ValueError(f"{files} is missing or damaged ({error}); get the checkpoint again") from error
 
 
 def _check_pictures(processor: Emu3Processor, config: Emu3Config, file: Path) -> None:
     pictures = processor.image_processor
     settings = {name: getattr(pictures, name) for name in PICTURES}
-    check_pictures(settings | {"resample": int(pictures.resample)}, file)
-    check_fields({"image_area": processor.image_area}, PROMPTS, file)
+    check_pictures(settings | {"resample": int(pictures.resample)}, file)  # again, now that defaults are filled in
     check_factor(pictures.spatial_factor, config, file)
     context = parts_of(config)[0].max_position_embeddings
     if pictures.min_pixels > context * pictures.spatial_factor**2:
@@ -269,7 +253,7 @@ def _check_pictures(processor: Emu3Processor, config: Emu3Config, file: Path) ->
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Emu3Config, folder: Path) -> None:
     """ValueError where the tokenizer's ids are not the model's, or it cannot encode and decode."""
-    files = f"{folder / _TOKENIZER_FILES[0]} and {_TOKENIZER_FILES[1]}"
+    files = f"{folder}/{' and '.join(_TOKENIZER_FILES)}"
     control = vocabulary_of(config).control
     roles: Mapping[str, str] = {surface: role for role, surface in SURFACES.items()}
     for attribute, surface in CONTROL_TOKENS.items():
@@ -283,7 +267,10 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Emu3Config, fol
     vocab_size = parts_of(config)[0].vocab_size
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
-        raise ValueError(f"{files} have the id {largest}, but config.json says text_config.vocab_size={vocab_size}")
+        raise ValueError(
+            f"{files} have the id {largest}, but config.json says text_config.vocab_size={vocab_size}; "
+            "give the tokenizer that belongs to the model"
+        )
     try:
         ids = encode_plain(tokenizer, _SAMPLE)
         tokenizer.decode(ids, skip_special_tokens=True)
@@ -294,26 +281,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Emu3Config, fol
 
 
 def _check_template(processor: Emu3Processor, folder: Path) -> None:
-    """ValueError where the chat template is none. It may refuse a conversation, but not fail at one."""
+    """ValueError where the chat template is broken. It may refuse a conversation, but must not fail on one."""
     for conversation in _CONVERSATIONS:
         try:
             processor.apply_chat_template(conversation, add_generation_prompt=True)
         except Exception as error:
-            if isinstance(error.__cause__ or error, TemplateError) and not isinstance(
-                error.__cause__ or error, TemplateSyntaxError
-            ):
-                continue
-            raise ValueError(f"the chat template of {folder} fails: {error}; get the checkpoint again") from error
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[None]:
-    """Hide the bar of transformers unless `shown`; afterwards it is as it was."""
-    enabled = logging.is_progress_bar_enabled()
-    if not shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+            cause = error.__cause__ or error
+            if isinstance(cause, TemplateSyntaxError) or not isinstance(cause, TemplateError):
+                raise ValueError(f"the chat template of {folder} fails: {error}; get the checkpoint again") from error

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits into memory, from the headers of its files and before torch is imported."""
+"""Whether a checkpoint fits into memory, from the headers of its files and without importing torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ _BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 def memory_needed(folder: Path) -> dict[str, int]:
     """Bytes of a checkpoint's weights in "float32", in "bfloat16", and in "int8" with the rest in bfloat16.
 
-    The vision tokenizer is in float32 in each. What a picture needs beside the weights is not counted.
-
-    Raises:
-        ValueError: the folder is no checkpoint that loads, or a file is damaged.
+    The vision tokenizer is always in float32. What a picture needs in addition is not counted. Raises ValueError where
+    the folder is not a checkpoint that loads.
     """
     read_config(folder)
     headers = read_headers(folder)
@@ -33,10 +31,10 @@ def memory_needed(folder: Path) -> dict[str, int]:
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be taken: of a GPU, or of this machine within the limits of the process's control group.
+    """Free bytes of a GPU, or of this machine within the limits of the process's control groups.
 
-    Memory that only caches files counts as free. Where the system does not tell, it is all that the machine has, and on
-    Windows any number.
+    Memory that only caches files counts as free. A system that does not tell what is free counts as empty; on Windows
+    and on devices other than CPUs and CUDA GPUs, there is no limit.
     """
     if not str(device).startswith("cpu"):
         import torch
@@ -54,16 +52,9 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 def check_fits(
     folder: Path, dtype: torch.dtype | str = "auto", int8: bool = False, device: torch.device | str = "cpu"
 ) -> None:
-    """Refuse to load what would not fit. Takes milliseconds.
+    """ValueError if `load_model` with the same arguments needs more memory than is free. Takes milliseconds.
 
-    Args:
-        folder: a checkpoint that loads.
-        dtype: of the weights; "auto" is the checkpoint's own.
-        int8: whether the layers are loaded in 8 bits.
-        device: where it will run.
-
-    Raises:
-        ValueError: it does not fit; what would is named, if anything would.
+    The message names the options that would fit.
     """
     config, headers = read_config(folder), read_headers(folder)
     name = own_dtype(config, headers, device) if dtype == "auto" else str(dtype).removeprefix("torch.")
@@ -78,7 +69,7 @@ def check_fits(
     fitting = [f"{way} needs {count / 1e9:.1f} GB" for way, count in ways.items() if count <= free and count < needed]
     raise ValueError(
         f"{folder} needs {needed / 1e9:.1f} GB in {'int8 and ' * int8}{name}, {free / 1e9:.1f} GB are free: "
-        + (", ".join(fitting) or "in no other way does it fit; free some memory, or use a larger machine")
+        + (", ".join(fitting) or "no other way fits; free some memory, or use a larger machine")
     )
 
 
@@ -88,12 +79,12 @@ def _needed(folder: Path, headers: Mapping[str, TensorHeader], dtype: str, int8:
 
 
 def _free_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Of each control group that this process is in and that has a limit, what is left of it."""
+    """What is left of the limit of each control group that this process is in."""
     for line in groups.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        # The second version of control groups has no controllers in this line, and other names.
+        # In version 2 of control groups, this line names no controllers, and the files have other names.
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         prefix = "total_" if controllers else ""
         place = root / controllers / path.lstrip("/")
@@ -103,7 +94,7 @@ def _free_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path(
             try:
                 limit, used = ((group / name).read_text().strip() for name in names)
                 stat = _read_numbers(group / "memory.stat")
-            except OSError:  # such as the root, which has no limit
+            except OSError:  # the root has no limit
                 continue
             if limit != "max":
                 cached = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)

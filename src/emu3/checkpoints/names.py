@@ -16,10 +16,10 @@ def resolve(name: str | Path, download: bool = False) -> Path:
 
     Args:
         name: "nano" (shipped with the package), a folder, or a hub id `owner/name`.
-        download: whether a hub id may be fetched. Without it only the local cache of the hub is looked at.
+        download: whether to fetch a hub id that is not in the hub's local cache.
 
     Raises:
-        ValueError: the name is none of these, or a hub id that is not at hand.
+        ValueError: `name` is none of these, or a hub id that cannot be had.
     """
     if str(name) == "nano":
         return NANO
@@ -34,7 +34,7 @@ def resolve(name: str | Path, download: bool = False) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name means a repository of the hub: `owner/name`, and no folder here."""
+    """Whether a name means a repository of the hub: it has the form `owner/name`, and is no folder here."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
 
 
@@ -46,10 +46,10 @@ def _from_hub(name: str, download: bool) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=not download))
     except LocalEntryNotFoundError as error:
         if download:
-            raise ValueError(f"cannot reach the hub for {name!r}, and its local cache holds no copy") from error
+            raise ValueError(f"cannot reach the hub for {name!r}, which is not in the cache; try again") from error
         raise ValueError(
             f"{name!r} is no folder here and not in the local cache of the hub; "
-            f"fetch it with `emu3 pull {name}`, or allow it with --download, in Python with `download=True`"
+            f"fetch it with `emu3 pull {name}`, or in Python with `download=True`"
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"the hub refused {name!r}: {error}") from error

@@ -1,14 +1,13 @@
-"""What the settings of a checkpoint may be: types and ranges of the documented fields.
+"""The types and ranges that a checkpoint's settings may have, checked as they are read from JSON.
 
-They are looked at as read from JSON. What is built of wrong ones, a config, a module or an image processor, would fail
-in other ways, or never be done.
+With wrong values, a config, a module or an image processor would fail with other errors, or take forever to build.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,20 @@ ABILITIES = ("draw", "read")
 
 # `model_type` -> the part of BAAI's layout; "" for the documented one.
 _PARTS = {"emu3": "", "Emu3": "language", "Emu3VisionVQ": "vision"}
-# What torch indexes with 32 bits.
-_LARGEST = 2**31 - 1
+_LARGEST = 2**31 - 1  # torch indexes some dimensions with 32 bits
 _MAX_STAGES = 12
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a setting may have: in words, and as a test."""
+    """The values that a setting may have, in words and as a test; for an object, also the kinds of its fields."""
 
     words: str
     holds: Callable[[Any], bool]
+    fields: Mapping[str, Kind] = field(default_factory=dict)
+
+    def __or__(self, other: Kind) -> Kind:
+        return Kind(f"{self.words}, or {other.words}", lambda value: self.holds(value) or other.holds(value))
 
 
 def _whole(low: int, high: int = _LARGEST) -> Kind:
@@ -43,11 +45,9 @@ def _real(low: float, high: float) -> Kind:
 
 
 def _one_of(*values: Any) -> Kind:
-    # By type too: in Python 1 is True, and 1.0.
-    return Kind(
-        f"one of {', '.join(map(str, values))}",
-        lambda value: any(type(value) is type(each) and value == each for each in values),
-    )
+    # The types are compared too, because Python takes 1, 1.0 and True for equal.
+    known = [(type(value), value) for value in values]
+    return Kind(f"one of {', '.join(map(str, values))}", lambda value: (type(value), value) in known)
 
 
 def _list_of(kind: Kind, low: int, high: int) -> Kind:
@@ -57,55 +57,46 @@ def _list_of(kind: Kind, low: int, high: int) -> Kind:
     )
 
 
-def _or_null(kind: Kind) -> Kind:
-    return Kind(f"{kind.words}, or null", lambda value: value is None or kind.holds(value))
+def _object(fields: Mapping[str, Kind]) -> Kind:
+    return Kind("an object, or null", lambda value: value is None or isinstance(value, dict), fields)
 
 
-def _or_list(kind: Kind, low: int, high: int) -> Kind:
-    several = _list_of(kind, low, high)
-    return Kind(f"{kind.words}, or {several.words}", lambda value: kind.holds(value) or several.holds(value))
-
-
+_NULL = Kind("null", lambda value: value is None)
 _FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+_SIZE, _ID, _SHARE = _whole(1), _whole(0), _real(0, 1)
 _NAME = Kind("a string", lambda value: isinstance(value, str))
-_OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-_IDS = Kind(
-    "an object of whole numbers",
-    lambda value: isinstance(value, dict) and all(map(_whole(0).holds, value.values())),
-)
-_SIZE, _ID, _SHARE = _whole(1), _or_null(_whole(0)), _real(0, 1)
-_DTYPE = _or_null(_one_of("float64", "float32", "float16", "bfloat16"))
-_ATTENTION = _or_null(_one_of("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"))
+_IDS = Kind("an object of whole numbers", lambda value: isinstance(value, dict) and all(map(_ID.holds, value.values())))
+_ATTENTION = _one_of("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3") | _NULL
 _COMMON = {
     "model_type": _NAME,
-    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
-    # Of every config in transformers.
+    **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float64", "float32", "float16", "bfloat16") | _NULL),
+    # Every config of transformers has these.
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), _FLAG),
-    **dict.fromkeys(("id2label", "label2id"), _or_null(_OBJECT)),
-    "num_labels": _or_null(_whole(0, 10_000)),
-    # Any other name is one of the hub, from where code would come.
+    **dict.fromkeys(("id2label", "label2id"), _object({})),
+    "num_labels": _whole(0, 10_000) | _NULL,
+    # transformers takes any other name for one of the hub, and would run code from there.
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), _ATTENTION),
-    # With these transformers reads other weights than those whose headers are compared.
+    # These make transformers read other weights than those whose headers are compared.
     **dict.fromkeys(("quantization_config", "transformers_weights"), Kind("left out", lambda value: value is None)),
 }
+
+ROPE: Mapping[str, Kind] = {"rope_theta": _real(1, 1e12), "rope_type": _NAME, "type": _NAME, "factor": _real(1, 1e6)}
+"""`rope_parameters` and `rope_scaling`."""
 
 TEXT: Mapping[str, Kind] = _COMMON | {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
     **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _SIZE),
-    **dict.fromkeys(("num_key_value_heads", "head_dim"), _or_null(_SIZE)),
-    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
-    **dict.fromkeys(("rope_parameters", "rope_scaling"), _or_null(_OBJECT)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), _SIZE | _NULL),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID | _NULL),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), _object(ROPE)),
     **dict.fromkeys(("use_cache", "mlp_bias", "attention_bias", "tie_word_embeddings"), _FLAG),
     **dict.fromkeys(("rms_norm_eps", "attention_dropout"), _SHARE),
-    "eos_token_id": _or_null(_or_list(_whole(0), 1, 100)),
+    "eos_token_id": _ID | _list_of(_ID, 1, 100) | _NULL,
     "hidden_act": _NAME,
-    "rope_theta": _or_null(_real(1, 1e12)),
+    "rope_theta": ROPE["rope_theta"] | _NULL,
     "initializer_range": _real(0, 1e6),
 }
 """`text_config`, and in BAAI's layout the language model's config."""
-
-ROPE: Mapping[str, Kind] = {"rope_theta": _real(1, 1e12), "rope_type": _NAME, "type": _NAME, "factor": _real(1, 1e6)}
-"""`rope_parameters` and `rope_scaling`."""
 
 VISION: Mapping[str, Kind] = _COMMON | {
     **dict.fromkeys(("codebook_size", "embed_dim", "latent_channels", "in_channels", "out_channels"), _SIZE),
@@ -129,18 +120,19 @@ VISION_KEYS = {
 """Key in the config of BAAI's vision tokenizer -> the documented one."""
 
 WHOLE: Mapping[str, Kind] = _COMMON | {
-    **dict.fromkeys(("text_config", "vq_config"), _or_null(_OBJECT)),
-    "vocabulary_map": _or_null(_IDS),
+    "text_config": _object(TEXT),
+    "vq_config": _object(VISION),
+    "vocabulary_map": _IDS | _NULL,
     "tie_word_embeddings": _FLAG,
-    # What conversion and training say of the weights: of "draw" and "read". Without it nothing is known.
-    "abilities": _or_null(_list_of(_one_of(*ABILITIES), 1, len(ABILITIES))),
+    # Conversion and training write it. Without it, nothing is known.
+    "abilities": _list_of(_one_of(*ABILITIES), 1, len(ABILITIES)) | _NULL,
 }
 """config.json."""
 
 _ORIGINAL = {
     "language": {
         **TEXT,
-        **{f"{role}_token_id": _ID for role in ("img", "boi", "eoi", "eol", "eof")},
+        **{f"{role}_token_id": _ID | _NULL for role in ("img", "boi", "eoi", "eol", "eof")},
         "image_area": _SIZE,
         "abilities": WHOLE["abilities"],
     },
@@ -151,29 +143,29 @@ PICTURES: Mapping[str, Kind] = {
     **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"), _FLAG),
     "resample": _one_of(0, 1, 2, 3, 4, 5),
     "rescale_factor": _real(1e-6, 1e6),
-    "image_mean": _or_null(_or_list(_real(-1e6, 1e6), 1, 4)),
-    "image_std": _or_null(_or_list(_real(1e-6, 1e6), 1, 4)),
+    "image_mean": _real(-1e6, 1e6) | _list_of(_real(-1e6, 1e6), 1, 4) | _NULL,
+    "image_std": _real(1e-6, 1e6) | _list_of(_real(1e-6, 1e6), 1, 4) | _NULL,
     "min_pixels": _SIZE,
     "max_pixels": _SIZE,
     "spatial_factor": _one_of(*(2**stages for stages in range(_MAX_STAGES))),
 }
 """The image processor's settings."""
 
-PROMPTS: Mapping[str, Kind] = {"image_area": _SIZE, "image_processor": _or_null(_OBJECT)}
+PROMPTS: Mapping[str, Kind] = {"image_area": _SIZE, "image_processor": _object({})}
 """processor_config.json."""
 
 TOKENIZER: Mapping[str, Kind] = {
     "model_max_length": Kind("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
     "padding_side": _one_of("left", "right"),
 }
-"""The tokenizer's settings; its tokens are those of the vocabulary, which is compared."""
+"""tokenizer_config.json. Its tokens are compared with the model's vocabulary elsewhere."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of an Emu3 checkpoint, its documented fields checked one by one.
+    """`config.json` of an Emu3 checkpoint.
 
     Raises:
-        ValueError: it is missing, is no JSON, describes another model, or has a field of another type or out of range.
+        ValueError: the file is missing or no JSON, describes another model, or has a field of another type or range.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -182,29 +174,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if part_of(config):
         raise ValueError(f"{folder} is in BAAI's original layout; `emu3 convert` writes one that loads")
     if part_of(config) is None:
-        raise ValueError(f"{file} describes a {config.get('model_type')!r:.60} model, not 'emu3'")
+        raise ValueError(
+            f"{file} describes a {config.get('model_type')!r:.60} model, not 'emu3'; give a checkpoint of Emu3"
+        )
     check_fields(config, WHOLE, file)
-    for holder, kinds in (("text_config", TEXT), ("vq_config", VISION)):
-        check_fields(config.get(holder) or {}, kinds, file, f"{holder}.")
-    _check_rope(config.get("text_config") or {}, file, "text_config.")
     return config
 
 
 def read_original_config(folder: Path, part: str) -> dict[str, Any]:
-    """The same of BAAI's layout, "language" or "vision"."""
-    file = folder / "config.json"
-    config = read_json(file)
-    check_fields(config, _ORIGINAL[part], file)
-    _check_rope(config, file)
+    """`config.json` of one part, "language" or "vision", of BAAI's layout. ValueError as in `read_config`."""
+    config = read_json(folder / "config.json")
+    check_fields(config, _ORIGINAL[part], folder / "config.json")
     return config
 
 
 def read_picture_settings(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The image processor's settings and the file that holds them.
-
-    Raises:
-        ValueError: a file is no JSON, or a setting is of another type or out of range.
-    """
+    """The image processor's settings and the file that holds them. ValueError where they cannot be used."""
     file = folder / "processor_config.json"
     processor = read_json(file)
     check_fields(processor, PROMPTS, file)
@@ -217,39 +202,34 @@ def read_picture_settings(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def part_of(config: Mapping[str, Any]) -> str | None:
-    """ "" for the documented layout, "language" or "vision" of BAAI's, None for another model."""
+    """ "" for the documented layout, "language" or "vision" for a part of BAAI's, None for another model."""
     kind = config.get("model_type")
     return _PARTS.get(kind) if isinstance(kind, str) else None
 
 
 def check_fields(values: Mapping[str, Any], kinds: Mapping[str, Kind], file: Path, holder: str = "") -> None:
-    """Compare the settings that are given with their kinds; others are not looked at.
+    """ValueError naming the first setting that is not of its kind. Settings without a kind are ignored.
 
     Args:
-        values: as read from JSON.
+        values: the settings, as read from `file`.
         kinds: name -> kind.
-        file: where they stand, and
-        holder: in which part of it.
-
-    Raises:
-        ValueError: naming the first that is of another kind.
+        holder: what precedes a setting's name in the message, such as "text_config.".
     """
     for name, kind in kinds.items():
-        if name in values and not kind.holds(values[name]):
+        if name not in values:
+            continue
+        if not kind.holds(values[name]):
             raise ValueError(
                 f"{file} says {holder}{name}={values[name]!r:.60}, which must be {kind.words}; "
                 "correct it, or get the checkpoint again"
             )
+        if kind.fields:
+            check_fields(values[name] or {}, kind.fields, file, f"{holder}{name}.")
 
 
 def check_pictures(settings: Mapping[str, Any], file: Path) -> None:
-    """`check_fields` of an image processor, and that its limits are in order."""
+    """`check_fields` for an image processor; also compares its two limits."""
     check_fields(settings, PICTURES, file)
     low, high = settings.get("min_pixels"), settings.get("max_pixels")
     if low is not None and high is not None and low > high:
         raise ValueError(f"{file} says min_pixels={low} and max_pixels={high}; give limits in ascending order")
-
-
-def _check_rope(text: Mapping[str, Any], file: Path, holder: str = "") -> None:
-    for name in ("rope_parameters", "rope_scaling"):
-        check_fields(text.get(name) or {}, ROPE, file, f"{holder}{name}.")
