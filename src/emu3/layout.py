@@ -78,6 +78,11 @@ class Emu3Layout:
             raise ValueError(f"Emu3 has no spelling for {shape.frames} frames; give a picture, which is one")
         return [self.vocabulary.boi, *self.words.encode(f"{shape.height}*{shape.width}"), self.vocabulary.img]
 
+    def placeholders(self, shape: Shape) -> list[int]:
+        """A picture whose codes are not known yet: one placeholder for each visual token and each end of a row."""
+        vocabulary, count = self.vocabulary, shape.height * (shape.width + 1)
+        return [*self.opening(shape), *[vocabulary.image_placeholder] * count, vocabulary.eof, vocabulary.eoi]
+
     def prompt(self, text: str, shape: Shape) -> list[int]:
         """bos, the text, the opening."""
         return [self.vocabulary.bos, *self.words.encode(text), *self.opening(shape)]
