@@ -12,6 +12,7 @@ stand-in for each text, and the texts are put in afterwards:
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 CHAT_TEMPLATE = """\
@@ -65,31 +66,48 @@ def as_plain(value: Any) -> Any:
     return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def strip(message: Message, texts: list[str], images: list[Any]) -> dict[str, Any]:
-    """A checked message with a stand-in for each of its texts; texts and pictures are appended to the lists.
+def read_conversation(conversation: Any) -> list[Any]:
+    """One conversation, or a list of them, in plain lists and dicts. ValueError where a message is not usable."""
+    if not conversation:
+        raise ValueError("the conversation is empty; give at least one message")
+    talk: list[Any] = as_plain(conversation)
+    for message in chain.from_iterable(talk) if isinstance(talk[0], list) else talk:
+        check_message(message)
+    return talk
 
-    Raises:
-        ValueError: a role that is not one word, or a part without its picture.
+
+def strip(conversations: list[list[Message]]) -> tuple[list[list[Message]], list[str], list[list[Any]]]:
+    """Conversations with stand-ins for their texts; the texts; and the pictures of each conversation.
+
+    Raises ValueError for a role that is not one word, and for a part without its picture.
     """
+    texts: list[str] = []
+    images: list[list[Any]] = [[] for _ in conversations]
 
     def stand_in(text: str) -> str:
         texts.append(text)
         return f"\ue000{len(texts) - 1}\ue001"
 
-    role, given = message["role"], message["content"]
-    # A template may print the role, so it must not be able to spell a control token either.
-    if not role.isidentifier():
-        raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
-    if isinstance(given, str):
-        return {"role": role, "content": stand_in(given)}
-    content: list[dict[str, str]] = []
-    for part in given:
+    def strip_part(part: Mapping[str, Any], own_images: list[Any]) -> dict[str, str]:
         if part["type"] == "text":
-            content.append({"type": "text", "text": stand_in(part["text"])})
-        else:
-            images.append(picture_of(part))
-            content.append({"type": "image"})
-    return {"role": role, "content": content}
+            return {"type": "text", "text": stand_in(part["text"])}
+        own_images.append(picture_of(part))
+        return {"type": "image"}
+
+    def strip_message(message: Message, own_images: list[Any]) -> Message:
+        role, content = message["role"], message["content"]
+        # A template may print the role, so it must not be able to spell a control token either.
+        if not role.isidentifier():
+            raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
+        if isinstance(content, str):
+            return {"role": role, "content": stand_in(content)}
+        return {"role": role, "content": [strip_part(part, own_images) for part in content]}
+
+    stripped = [
+        [strip_message(message, own_images) for message in messages]
+        for messages, own_images in zip(conversations, images, strict=True)
+    ]
+    return stripped, texts, images
 
 
 def check_message(message: Any) -> None:

@@ -4,6 +4,7 @@ Letters: B, C, H, W, see CONTRIBUTING.md.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -55,6 +56,29 @@ def smart_resize(
         resized_height = math.ceil(height * grow / factor) * factor
         resized_width = math.ceil(width * grow / factor) * factor
     return resized_height, resized_width
+
+
+def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
+    """(height, width) in tokens of a picture of `ratio` ("width:height") and about `image_area` pixels.
+
+    `spatial_factor` is the pixels per token side. `f"{width}:{height}"` and `width * height` give exactly that size
+    where the factor divides it. Raises ValueError for a ratio that is not two positive integers, and for an area too
+    small for one token a side.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(ratio))
+    width, height = map(int, match.groups()) if match else (0, 0)
+    if width < 1 or height < 1:
+        raise ValueError(f'ratio={ratio!r} is not "width:height" in positive integers, such as "16:9"')
+    if image_area < 1:
+        raise ValueError(f"image_area={image_area} holds no pixel; give a positive number of pixels")
+    scale = (image_area / (width * height)) ** 0.5
+    token_height, token_width = round(height * scale / spatial_factor), round(width * scale / spatial_factor)
+    if min(token_height, token_width) < 1:
+        raise ValueError(
+            f"image_area={image_area} at ratio={ratio} is {token_height}x{token_width} tokens "
+            f"of {spatial_factor} pixels a side; give a larger area or a ratio closer to 1:1"
+        )
+    return token_height, token_width
 
 
 def flat_pictures(images: Any) -> Iterator[Any]:

@@ -15,9 +15,9 @@ A prompt for drawing ends where its picture begins, and the model goes on with v
     input_ids     bos, text, boi, 90*90, img                 image_sizes: 90 and 90, in tokens
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Unpack
 
 from huggingface_hub.errors import StrictDataclassError
@@ -26,20 +26,20 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs
 from transformers.utils import logging
 
-from emu3.chat import CHAT_TEMPLATE, STAND_IN, Message, as_plain, check_message, strip
-from emu3.image_processing import Emu3ImageProcessor, Emu3ImageProcessorKwargs, flat_pictures, smart_resize
+from emu3.chat import CHAT_TEMPLATE, STAND_IN, Message, read_conversation, strip
+from emu3.image_processing import (
+    Emu3ImageProcessor,
+    Emu3ImageProcessorKwargs,
+    flat_pictures,
+    generation_size,
+    smart_resize,
+)
 from emu3.layout import Emu3Layout
 from emu3.segments import Shape
-from emu3.tokenization import CONTROL_TOKENS, PlainText, encode_plain
+from emu3.tokenization import CONTROL_TOKENS, Pieces, PlainText, encode_pieces, take_apart, write_pieces
 from emu3.vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)
-
-Pieces = list[str | int]
-"""A prompt in pieces: a string is plain text, a number is the id of a control token. That of "<image>" is a picture."""
-
-# Every control and visual token is spelled <...> without further angle brackets inside.
-_SURFACE = re.compile(r"(<[^<>]*>)")
 
 # Options that need the tokenizer's own call, see `_encode_by_tokenizer`.
 _TOKENIZER_ONLY = (
@@ -158,15 +158,10 @@ class Emu3Processor(ProcessorMixin):
         Raises:
             ValueError: a message that the template refuses, or content that is neither text nor picture.
         """
-        if not conversation:
-            raise ValueError("the conversation is empty; give at least one message")
         plain = split_special_tokens or sanitize_control_tokens
         if plain and not tokenize:
             raise ValueError("split_special_tokens=True needs tokenize=True: a string cannot say what is plain")
-        talk = as_plain(conversation)
-        conversations = talk if isinstance(talk[0], list) else [talk]
-        for message in (message for messages in conversations for message in messages):
-            check_message(message)
+        talk = read_conversation(conversation)
         known = Emu3ProcessorKwargs.__annotations__.keys() | {"common_kwargs"}
         known |= Emu3TextKwargs.__annotations__.keys() | Emu3ImageProcessorKwargs.__annotations__.keys()
         options = {name: kwargs.pop(name) for name in known & kwargs.keys()} | dict(processor_kwargs or {})
@@ -176,15 +171,11 @@ class Emu3Processor(ProcessorMixin):
             kwargs |= {"tokenize": tokenize, "return_dict": return_dict, "return_tensors": tensors}
             return self._render(talk, chat_template, processor_kwargs=options, **kwargs)
         # The template gets a stand-in for each text, and the texts are put in after it has been taken apart.
-        texts: list[str] = []
-        images: list[list[Any]] = [[] for _ in conversations]
-        stripped = [
-            [strip(message, texts, own_images) for message in messages]
-            for messages, own_images in zip(conversations, images, strict=True)
-        ]
+        stripped, texts, images = strip(talk if isinstance(talk[0], list) else [talk])
         prompts = [self._fill(prompt, texts) for prompt in self._render(stripped, chat_template, **kwargs)]
-        fetched = self.image_processor.fetch_images(images) if any(images) else None
-        output = self._encode(prompts, fetched, self._sort_options(options | {"split_special_tokens": True}))
+        output = self._encode(
+            prompts, images if any(images) else None, self._sort_options(options | {"split_special_tokens": True})
+        )
         return output if return_dict else output["input_ids"]
 
     def _render(self, conversation: Any, chat_template: str | None, **kwargs: Any) -> Any:
@@ -200,9 +191,9 @@ class Emu3Processor(ProcessorMixin):
 
     def _fill(self, prompt: str, texts: Sequence[str]) -> Pieces:
         """The pieces of a rendered prompt, with its texts put in for their stand-ins, as plain text."""
-        pieces: Pieces = []
+        pieces: list[str | int] = []
         for index, part in enumerate(STAND_IN.split(prompt)):  # template, number of a text, template, ..., template
-            pieces += [texts[int(part)]] if index % 2 else self._take_apart(part)
+            pieces += [texts[int(part)]] if index % 2 else take_apart(self.tokenizer, part)
         return pieces
 
     # From a prompt to pieces.
@@ -212,7 +203,7 @@ class Emu3Processor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
-        **kwargs: Unpack[Emu3ProcessorKwargs],
+        **kwargs: Unpack[Emu3ProcessorKwargs],  # type: ignore[misc]
     ) -> BatchFeature:
         """Ids of one text or several, each "<image>" in them standing for the next picture.
 
@@ -243,15 +234,13 @@ class Emu3Processor(ProcessorMixin):
         if videos is not None:
             logger.warning_once("the processor reads no clips and leaves out videos; give a clip's pictures as images")
         options = self._sort_options(kwargs)
-        if images is not None:
-            images = self.image_processor.fetch_images(images)
-            if text is None:
-                return self.image_processor(list(flat_pictures(images)), **options.images)
+        if text is None and images is not None:
+            return self.image_processor(list(flat_pictures(images)), **options.images)
         texts = [text] if isinstance(text, str) else list(text or ())
         if not texts or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text={text!r:.80} is no prompt; give a string or a non-empty list of strings")
         plain = options.text.get("split_special_tokens")
-        prompts: list[Pieces] = [[sample] if plain else self._take_apart(sample) for sample in texts]
+        prompts: list[Pieces] = [[sample] if plain else take_apart(self.tokenizer, sample) for sample in texts]
         return self._encode(prompts, images, options)
 
     def _sort_options(self, options: Mapping[str, Any]) -> _Options:
@@ -272,16 +261,6 @@ class Emu3Processor(ProcessorMixin):
         ratio, area = for_images.pop("ratio", None) or "1:1", for_images.pop("image_area", None)
         drawing = for_text.pop("return_for_image_generation", False)
         return _Options(for_text, for_images, (ratio, self.image_area if area is None else area) if drawing else None)
-
-    def _take_apart(self, text: str) -> Pieces:
-        """The pieces of a text: its control tokens are those that the tokenizer itself would find."""
-        pieces: Pieces = []
-        for piece in filter(None, _SURFACE.split(text)):
-            looks_like_one = _SURFACE.fullmatch(piece)
-            ids = self.tokenizer.encode(piece, add_special_tokens=False) if looks_like_one else []
-            is_control = len(ids) == 1 and ids != encode_plain(self.tokenizer, piece)
-            pieces.append(ids[0] if is_control else piece)
-        return pieces
 
     # From pieces to ids and pixels.
 
@@ -344,7 +323,10 @@ class Emu3Processor(ProcessorMixin):
     ) -> dict[str, Any]:
         """`input_ids` and `attention_mask`: pieces as ids, cut, with their endings, and padded."""
         remaining = iter(pictures)
-        rows = [self._spell(pieces, remaining) for pieces in prompts]
+        rows = []
+        for pieces in prompts:
+            parts = [next(remaining) if piece == self.image_token_id else [piece] for piece in pieces]
+            rows.append(encode_pieces(self.tokenizer, list(chain.from_iterable(parts))))
         truncation = options.get("truncation") or "do_not_truncate"
         if truncation not in (True, "longest_first", "only_first", "do_not_truncate"):
             raise ValueError(f"truncation={truncation!r} is unknown; give True, False, 'longest_first' or 'only_first'")
@@ -362,18 +344,6 @@ class Emu3Processor(ProcessorMixin):
                 return_attention_mask=options.get("return_attention_mask"),
             )
         )
-
-    def _spell(self, pieces: Pieces, pictures: Iterator[list[int]]) -> list[int]:
-        """The ids of a prompt; each "<image>" takes the next of `pictures`."""
-        ids: list[int] = []
-        # Neighbouring texts are encoded as one, so that the seam between template and user leaves no trace.
-        for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
-            if is_text:
-                ids += encode_plain(self.tokenizer, "".join(map(str, run)))
-            else:
-                for token in map(int, run):
-                    ids += next(pictures) if token == self.image_token_id else [token]
-        return ids
 
     def _longest(self, option: str, options: Mapping[str, Any]) -> int:
         """The length to cut or to pad to: what the call says, or the tokenizer. ValueError where neither does."""
@@ -400,19 +370,12 @@ class Emu3Processor(ProcessorMixin):
 
         It serves `_TOKENIZER_ONLY`, as transformers' own processor does. Its truncation does cut pictures.
         """
-        texts = [
-            "".join(piece if isinstance(piece, str) else self._write_out([piece]) for piece in pieces)
-            for pieces in prompts
-        ]
-        texts, offsets = self.get_text_with_replacements(texts, [self._write_out(ids) for ids in pictures])
+        write = partial(write_pieces, self.tokenizer)
+        texts, offsets = self.get_text_with_replacements([*map(write, prompts)], [*map(write, pictures)])
         wants_offsets = options.pop("return_text_replacement_offsets", False)
-        texts = [text + self._write_out(ending) for text, ending in zip(texts, endings, strict=True)]
+        texts = [text + write(ending) for text, ending in zip(texts, endings, strict=True)]
         encoded = dict(self.tokenizer(texts, **options))
         return encoded | {"text_replacement_offsets": offsets} if wants_offsets else encoded
-
-    def _write_out(self, ids: list[int]) -> str:
-        """Control tokens and digits as text: "<|image start|>2*3<|image token|>"."""
-        return "".join(self.tokenizer.convert_ids_to_tokens(ids))
 
     # From generated ids to texts, and from decoded pixels to pictures.
 
@@ -452,7 +415,7 @@ class Emu3Processor(ProcessorMixin):
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that takes the place of the "<image>" of a processed picture."""
         height, width = (int(side) // self.downsample_ratio for side in image_inputs["image_sizes"][image_idx])
-        return self._write_out(self._layout.placeholders(Shape(height, width)))
+        return write_pieces(self.tokenizer, self._layout.placeholders(Shape(height, width)))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """How many placeholders pictures of so many (height, width) pixels take."""
@@ -465,29 +428,6 @@ class Emu3Processor(ProcessorMixin):
         ]
         tokens = [(height // factor) * (width // factor + 1) for height, width in sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
-
-
-def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
-    """(height, width) in tokens of a picture of `ratio` ("width:height") and about `image_area` pixels.
-
-    `spatial_factor` is the pixels per token side. `f"{width}:{height}"` and `width * height` give exactly that size
-    where the factor divides it. Raises ValueError for a ratio that is not two positive integers, and for an area too
-    small for one token a side.
-    """
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(ratio))
-    width, height = map(int, match.groups()) if match else (0, 0)
-    if width < 1 or height < 1:
-        raise ValueError(f'ratio={ratio!r} is not "width:height" in positive integers, such as "16:9"')
-    if image_area < 1:
-        raise ValueError(f"image_area={image_area} holds no pixel; give a positive number of pixels")
-    scale = (image_area / (width * height)) ** 0.5
-    token_height, token_width = round(height * scale / spatial_factor), round(width * scale / spatial_factor)
-    if min(token_height, token_width) < 1:
-        raise ValueError(
-            f"image_area={image_area} at ratio={ratio} is {token_height}x{token_width} tokens "
-            f"of {spatial_factor} pixels a side; give a larger area or a ratio closer to 1:1"
-        )
-    return token_height, token_width
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -14,8 +14,10 @@ Released checkpoints hold a BPE in tiktoken's file format. RELEASED_TOKENS follo
 
 import base64
 import binascii
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -48,6 +50,11 @@ RELEASED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n
 PLACEHOLDER_ORIGIN = "<|extra_0|>"
 """An unused token of the released checkpoints. The documented layout gives its id to "<image>"."""
 
+Pieces = Sequence[str | int]
+"""A prompt in pieces: a string is plain text, a number is the id of a token that is not text."""
+
+# Every control and visual token is spelled <...> without further angle brackets inside.
+_SURFACE = re.compile(r"(<[^<>]*>)")
 _BASE_ATTRIBUTES = ("bos_token", "eos_token", "pad_token")
 _BYTES = 256
 
@@ -177,6 +184,29 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         raise ValueError(f"text {text!r} is not valid Unicode ({error.reason}); remove the lone surrogate") from error
     return [token.id for piece, _ in pieces for token in backend.model.tokenize(piece)]
+
+
+def take_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> Pieces:
+    """The pieces of a text. Its control tokens are those that the tokenizer itself would find."""
+    pieces: list[str | int] = []
+    for piece in filter(None, _SURFACE.split(text)):
+        ids = tokenizer.encode(piece, add_special_tokens=False) if _SURFACE.fullmatch(piece) else []
+        is_control = len(ids) == 1 and ids != encode_plain(tokenizer, piece)
+        pieces.append(ids[0] if is_control else piece)
+    return pieces
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> list[int]:
+    """Ids of pieces. Neighbouring texts are encoded as one, so that no seam is left between them."""
+    ids: list[int] = []
+    for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+        ids += encode_plain(tokenizer, "".join(map(str, run))) if is_text else map(int, run)
+    return ids
+
+
+def write_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> str:
+    """Pieces as one text, with the surfaces of their tokens: "<|image start|>" for its id."""
+    return "".join(piece if isinstance(piece, str) else tokenizer.convert_ids_to_tokens(piece) for piece in pieces)
 
 
 class PlainText:
