@@ -116,7 +116,7 @@ def test_what_is_too_long_is_cut_but_no_picture_is():
         with pytest.raises(ValueError, match=rf"{len(whole)} tokens cannot be cut to {length}: a picture"):
             PROCESSOR(images=WIDE, text="<image> and a car", truncation=True, max_length=length)
     for options, named in (
-        ({"truncation": True}, "needs max_length"),
+        ({"truncation": True}, "need max_length"),
         ({"truncation": "only_last", "max_length": 9}, "only_last"),
         ({"truncation": True, "max_length": -1}, "cut to -1"),
     ):

@@ -81,6 +81,16 @@ def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[i
     return token_height, token_width
 
 
+def generation_sizes(ratio: Any, image_area: Any, spatial_factor: int, count: int) -> list[tuple[int, int]]:
+    """`generation_size` for `count` prompts: ratio and area are one for all, or a list with one for each."""
+    ratios = [ratio] * count if isinstance(ratio, str) else list(ratio)
+    areas = [image_area] * count if isinstance(image_area, int) else list(image_area)
+    for name, values in (("ratio", ratios), ("image_area", areas)):
+        if len(values) != count:
+            raise ValueError(f"{name} lists {len(values)} values for {count} prompts; give one for all, or one each")
+    return [generation_size(*each, spatial_factor) for each in zip(ratios, areas, strict=True)]
+
+
 def flat_pictures(images: Any) -> Iterator[Any]:
     """Yield each single picture in `images`, in order. Batches and nested lists are flattened."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
@@ -90,6 +100,21 @@ def flat_pictures(images: Any) -> Iterator[Any]:
         yield from images
     else:
         yield images
+
+
+def check_counts(images: Any, marks: list[int]) -> None:
+    """ValueError unless there is a picture for each "<image>" of the prompts, of which `marks` are the numbers.
+
+    They are compared prompt by prompt for nested lists of pictures, otherwise in all.
+    """
+    nested = isinstance(images, list | tuple) and images and all(isinstance(own, list | tuple) for own in images)
+    shares = images if nested else [() if images is None else images]
+    pictures = [sum(1 for _ in flat_pictures(share)) for share in shares]
+    if pictures != (marks if nested else [sum(marks)]):
+        raise ValueError(
+            "the number of <image> tokens in the prompts should be the same as the number of pictures: "
+            f"{sum(pictures)} pictures for {sum(marks)} tokens (by prompt: {pictures} for {marks}); give them in order"
+        )
 
 
 class Emu3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy

@@ -1,18 +1,21 @@
-"""Conversations, prompts and pictures as token ids and pixels, in the layout that Emu3 is trained on; and the way back.
+"""Conversations, prompts and pictures as the token ids and pixels that Emu3 is trained on, and the way back.
 
     messages      [{"role": "user", "content": [{"type": "image", "image": cat}, {"type": "text", "text": "Why?"}]}]
     prompt        You are a helpful assistant. USER: <image>Why?. ASSISTANT:
-    pieces        ["You are a helpful assistant. USER: ", the id of <image>, "Why?. ASSISTANT:"]
-    input_ids     bos, first text, boi, 2*3, img, 8 placeholders, eof, eoi, second text    for 2 rows of 3 tokens
-    pixel_values  the cat's pixels, resized to whole tokens; image_sizes: its height and width, here 16 and 24
+    pieces        bos, "You are a helpful assistant. USER: ", <image>, "Why?. ASSISTANT:"
+    input_ids     bos, ids of the first text, boi, 2*3, img, 8 placeholders, eof, eoi, ids of the second text
+    pixel_values  the cat's pixels, resized to whole tokens; image_sizes: their height and width, here 16 and 24
 
-`apply_chat_template` begins with messages, `__call__` with a prompt, and both end in `_encode`, which turns pieces into
-ids. Each row of a picture takes one placeholder more than it has tokens, for the end of the row. The processor sees no
+`apply_chat_template` makes messages a prompt, `__call__` takes a prompt apart into pieces, and `_encode` makes pieces
+ids. This cat has 2 rows of 3 tokens, and each row takes one more placeholder for its end. The processor sees no
 network: the model encodes `pixel_values` and puts the visual tokens in place of the placeholders.
 
 A prompt for drawing ends where its picture begins, and the model goes on with visual tokens:
 
-    input_ids     bos, text, boi, 90*90, img                 image_sizes: 90 and 90, in tokens
+    input_ids     bos, ids of the text, boi, 90*90, img; image_sizes: 90 and 90, in tokens
+
+Back: `post_process_multimodal_output` makes texts of generated ids. The model decodes generated visual tokens to pixels
+(`decode_image_tokens`), and the same method makes pictures of these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +33,10 @@ from emu3.chat import CHAT_TEMPLATE, STAND_IN, Message, read_conversation, strip
 from emu3.image_processing import (
     Emu3ImageProcessor,
     Emu3ImageProcessorKwargs,
+    check_counts,
     flat_pictures,
     generation_size,
+    generation_sizes,
     smart_resize,
 )
 from emu3.layout import Emu3Layout
@@ -41,21 +46,15 @@ from emu3.vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)
 
-# Options that need the tokenizer's own call, see `_encode_by_tokenizer`.
+# Options that only the tokenizer's own call can serve, see `_encode_by_tokenizer`.
 _TOKENIZER_ONLY = (
-    "return_offsets_mapping",  # for each token, where it begins and ends in the written-out prompt
-    "return_text_replacement_offsets",  # for each picture, where it is in the prompt and in the written-out prompt
-    "return_overflowing_tokens",  # what truncation cuts off becomes further rows...
-    "stride",  # ...that repeat so many tokens of the row before
-    "return_special_tokens_mask",
-    "return_token_type_ids",
-    "return_length",
-    "text_pair",
-    "text_target",
-    "text_pair_target",
-    "is_split_into_words",
+    "return_offsets_mapping",  # for each token: where it begins and ends in the written-out prompt
+    "return_text_replacement_offsets",  # for each picture: where it is in the prompt and in the written-out prompt
+    "return_overflowing_tokens",  # what truncation cuts off comes back as further rows
+    "stride",  # how many tokens such a row repeats of the row before
+    *("return_special_tokens_mask", "return_token_type_ids", "return_length"),  # more to know of each row
+    *("text_pair", "text_target", "text_pair_target", "is_split_into_words"),  # texts in other forms
 )
-_ENDLESS = 10**20  # Tokenizers without a longest text have a `model_max_length` above this.
 
 
 class Emu3TextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
@@ -76,12 +75,11 @@ class Emu3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-a
 
 
 class _Options(NamedTuple):
-    """The options of a call, by what they are for."""
+    """The options of a call: for the texts, for the pictures, and (ratio, area) if pictures are to be drawn."""
 
     text: dict[str, Any]
     images: dict[str, Any]
     drawing: tuple[Any, Any] | None
-    """Ratio and area of the pictures to draw."""
 
 
 class Emu3Processor(ProcessorMixin):
@@ -128,7 +126,7 @@ class Emu3Processor(ProcessorMixin):
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **{"padding_side": "left", **kwargs}),
         ]
 
-    # From messages to a prompt.
+    # 1. Messages to a prompt.
 
     def apply_chat_template(
         self,
@@ -144,6 +142,8 @@ class Emu3Processor(ProcessorMixin):
     ) -> Any:
         """A conversation, or several, as the template's text, or with `tokenize` as ids.
 
+        Raises ValueError for a message that the template refuses, and for content that is neither text nor picture.
+
         Args:
             conversation: messages, see `emu3.chat.Message`; or a list of conversations.
             chat_template: in place of the processor's own.
@@ -154,28 +154,25 @@ class Emu3Processor(ProcessorMixin):
             processor_kwargs: options of `__call__`. They may be given directly too.
             **kwargs: these, `add_generation_prompt` and the other arguments of transformers' method, and variables of
                 the template.
-
-        Raises:
-            ValueError: a message that the template refuses, or content that is neither text nor picture.
         """
         plain = split_special_tokens or sanitize_control_tokens
         if plain and not tokenize:
             raise ValueError("split_special_tokens=True needs tokenize=True: a string cannot say what is plain")
         talk = read_conversation(conversation)
+        # The options of `__call__` among `kwargs`.
         known = Emu3ProcessorKwargs.__annotations__.keys() | {"common_kwargs"}
         known |= Emu3TextKwargs.__annotations__.keys() | Emu3ImageProcessorKwargs.__annotations__.keys()
         options = {name: kwargs.pop(name) for name in known & kwargs.keys()} | dict(processor_kwargs or {})
         if not plain:
-            # With `tokenize`, transformers' method hands the rendered prompt and the pictures to `__call__`.
+            # With `tokenize`, transformers' method calls `__call__` with the rendered prompt and the pictures.
             tensors = options.pop("return_tensors", None)
             kwargs |= {"tokenize": tokenize, "return_dict": return_dict, "return_tensors": tensors}
             return self._render(talk, chat_template, processor_kwargs=options, **kwargs)
-        # The template gets a stand-in for each text, and the texts are put in after it has been taken apart.
+        # The template gets a stand-in for each text, so that it cannot take a typed "<image>" for one of its own.
         stripped, texts, images = strip(talk if isinstance(talk[0], list) else [talk])
         prompts = [self._fill(prompt, texts) for prompt in self._render(stripped, chat_template, **kwargs)]
-        output = self._encode(
-            prompts, images if any(images) else None, self._sort_options(options | {"split_special_tokens": True})
-        )
+        plain_options = self._sort_options({**options, "split_special_tokens": True})
+        output = self._encode(prompts, images if any(images) else None, plain_options)
         return output if return_dict else output["input_ids"]
 
     def _render(self, conversation: Any, chat_template: str | None, **kwargs: Any) -> Any:
@@ -196,7 +193,7 @@ class Emu3Processor(ProcessorMixin):
             pieces += [texts[int(part)]] if index % 2 else take_apart(self.tokenizer, part)
         return pieces
 
-    # From a prompt to pieces.
+    # 2. A prompt to pieces.
 
     def __call__(
         self,
@@ -208,8 +205,8 @@ class Emu3Processor(ProcessorMixin):
         """Ids of one text or several, each "<image>" in them standing for the next picture.
 
         Args:
-            images: pictures in the order of their marks, flat or one list per text. An address, a path or base64 is
-                read, see `emu3.pictures.open_picture`.
+            images: pictures in the order of their marks, flat or one list per text: PIL pictures, arrays, tensors,
+                or strings for `emu3.pictures.open_picture`.
             text: one prompt, or B of them; None gives the pictures alone.
             videos: left out, which is logged.
             return_for_image_generation: end each prompt where its picture begins; takes no `images`.
@@ -217,15 +214,12 @@ class Emu3Processor(ProcessorMixin):
                 area is the processor's own by default.
             split_special_tokens: read `text` as plain text, so that no control token and no "<image>" in it counts.
             add_special_tokens: put bos before each text, unless it is there; on by default.
-            padding: True or "longest", "max_length" (with `max_length`), False.
             truncation: cut the end of texts, so that no row is longer than `max_length`; a picture is never cut.
-            pad_to_multiple_of, padding_side: as in tokenizers; the side is the tokenizer's by default.
-            return_attention_mask: on by default.
+            padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors: as in
+                tokenizers.
             return_mm_token_type_ids: 1 for each placeholder of a picture, 0 for others.
-            return_tensors: "pt", "np" or None for lists.
-            **kwargs: these, and the arguments of the image processor and the tokenizer. They may also stand in
-                `text_kwargs`, `images_kwargs`, or for both in `common_kwargs`, which come before the defaults of
-                tokenizer and image processor. What nobody takes is logged.
+            **kwargs: these, and the options of the image processor and the tokenizer. They may also stand in the dicts
+                `text_kwargs` and `images_kwargs`, or for both in `common_kwargs`. What nobody takes is logged.
 
         Returns `input_ids` and `attention_mask` (B, S), for pictures `pixel_values` and `image_sizes` (height and
         width in pixels), for drawing `image_sizes` (B, 2) in tokens. Raises ValueError where pictures and marks, or
@@ -243,17 +237,15 @@ class Emu3Processor(ProcessorMixin):
         prompts: list[Pieces] = [[sample] if plain else take_apart(self.tokenizer, sample) for sample in texts]
         return self._encode(prompts, images, options)
 
-    def _sort_options(self, options: Mapping[str, Any]) -> _Options:
-        """Options as a user gives them, sorted and completed with defaults; by transformers' rules of precedence."""
+    def _sort_options(self, given: Mapping[str, Any]) -> _Options:
+        """Options as the user gives them, sorted and completed with defaults by transformers' rules."""
         try:
-            merged = self._merge_kwargs(
-                Emu3ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **options
-            )
+            merged = self._merge_kwargs(Emu3ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given)
         except StrictDataclassError as error:
             raise ValueError(f"an argument of the processor cannot be used: {error}") from error
         for_text, for_images = merged["text_kwargs"], merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
-            if merged.get(name) is not None:  # where newer releases keep what is for text and pictures
+            if merged.get(name) is not None:  # newer releases do not sort these two
                 for_text.setdefault(name, merged[name])
         asked = sorted(name for name in _TOKENIZER_ONLY if for_text.get(name))
         if asked and for_text.get("split_special_tokens"):
@@ -262,36 +254,34 @@ class Emu3Processor(ProcessorMixin):
         drawing = for_text.pop("return_for_image_generation", False)
         return _Options(for_text, for_images, (ratio, self.image_area if area is None else area) if drawing else None)
 
-    # From pieces to ids and pixels.
+    # 3. Pieces to ids, pictures to pixels.
 
     def _encode(self, prompts: list[Pieces], images: Any, options: _Options) -> BatchFeature:
-        """What `__call__` returns, of prompts in pieces and of opened pictures, flat or one list per prompt."""
+        """What `__call__` returns, for prompts in pieces and their pictures.
+
+        A prompt for drawing is followed by its ending, which opens the picture and is never cut.
+        """
         if options.drawing and images is not None:
             raise ValueError(
                 "images and return_for_image_generation=True exclude each other: such a prompt ends where its picture "
                 "begins; leave out one of them"
             )
-        to_draw = self._shapes_to_draw(len(prompts), *options.drawing) if options.drawing else []
-        endings = [self._layout.opening(shape) for shape in to_draw] or [[] for _ in prompts]
+        sizes = generation_sizes(*options.drawing, self.downsample_ratio, len(prompts)) if options.drawing else []
+        endings = [self._layout.opening(Shape(*size)) for size in sizes] or [[] for _ in prompts]
         data, pictures = self._process_pictures(prompts, images, options.images)
         if options.text.get("add_special_tokens") in (None, True):
             bos: int = self.tokenizer.bos_token_id
             prompts = [pieces if pieces[:1] == [bos] else [bos, *pieces] for pieces in prompts]
-        wants_kinds = options.text.pop("return_mm_token_type_ids", False)
+        wants_types = options.text.pop("return_mm_token_type_ids", False)
         needs_tokenizer = any(options.text.get(name) for name in _TOKENIZER_ONLY)
         encode = self._encode_by_tokenizer if needs_tokenizer else self._encode_pieces
         encoded = encode(prompts, pictures, endings, options.text)
-        if wants_kinds:
-            encoded["mm_token_type_ids"] = [
-                [int(token == self.image_token_id) for token in row] for row in encoded["input_ids"]
-            ]
-        if to_draw:
-            data["image_sizes"] = [[shape.height, shape.width] for shape in to_draw]
-        return BatchFeature(
-            data=encoded | data,
-            tensor_type=options.text.get("return_tensors"),
-            skip_tensor_conversion=["text_replacement_offsets"],
-        )
+        if wants_types:
+            encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+        if sizes:
+            data["image_sizes"] = [list(size) for size in sizes]
+        tensors = options.text.get("return_tensors")
+        return BatchFeature(encoded | data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"])
 
     @property
     def _layout(self) -> Emu3Layout:
@@ -299,17 +289,11 @@ class Emu3Processor(ProcessorMixin):
         control = {surface: getattr(self.tokenizer, f"{name}_id") for name, surface in CONTROL_TOKENS.items()}
         return Emu3Layout(Vocabulary.from_map(control), PlainText(self.tokenizer))
 
-    def _shapes_to_draw(self, count: int, ratio: Any, image_area: Any) -> list[Shape]:
-        """The sizes of the pictures that `count` prompts ask for."""
-        ratios, areas = _one_each("ratio", ratio, count), _one_each("image_area", image_area, count)
-        factor = self.image_processor.spatial_factor
-        return [Shape(*generation_size(*each, factor)) for each in zip(ratios, areas, strict=True)]
-
     def _process_pictures(
         self, prompts: list[Pieces], images: Any, options: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[list[int]]]:
         """The image processor's output, and for each picture the ids that take its place in a prompt."""
-        _check_counts([pieces.count(self.image_token_id) for pieces in prompts], images)
+        check_counts(images, [pieces.count(self.image_token_id) for pieces in prompts])
         pictures = [] if images is None else list(flat_pictures(images))
         if not pictures:
             return {}, []
@@ -321,37 +305,30 @@ class Emu3Processor(ProcessorMixin):
     def _encode_pieces(
         self, prompts: list[Pieces], pictures: list[list[int]], endings: list[list[int]], options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`: pieces as ids, cut, with their endings, and padded."""
-        remaining = iter(pictures)
-        rows = []
-        for pieces in prompts:
-            parts = [next(remaining) if piece == self.image_token_id else [piece] for piece in pieces]
-            rows.append(encode_pieces(self.tokenizer, list(chain.from_iterable(parts))))
-        truncation = options.get("truncation") or "do_not_truncate"
+        """`input_ids` and `attention_mask`, cut and padded. `_encode` uses this wherever the options allow it."""
+        truncation, padding = options.get("truncation") or "do_not_truncate", options.get("padding") or False
         if truncation not in (True, "longest_first", "only_first", "do_not_truncate"):
             raise ValueError(f"truncation={truncation!r} is unknown; give True, False, 'longest_first' or 'only_first'")
-        if truncation != "do_not_truncate":
-            longest = self._longest("truncation=True", options)
-            rows = [self._cut(ids, longest - len(ending)) for ids, ending in zip(rows, endings, strict=True)]
-        padding = options.get("padding") or False
-        return dict(
-            self.tokenizer.pad(
-                {"input_ids": [ids + ending for ids, ending in zip(rows, endings, strict=True)]},
-                padding=padding,
-                max_length=self._longest('padding="max_length"', options) if padding == "max_length" else None,
-                pad_to_multiple_of=options.get("pad_to_multiple_of"),
-                padding_side=options.get("padding_side"),
-                return_attention_mask=options.get("return_attention_mask"),
-            )
-        )
-
-    def _longest(self, option: str, options: Mapping[str, Any]) -> int:
-        """The length to cut or to pad to: what the call says, or the tokenizer. ValueError where neither does."""
+        cuts, fills = truncation != "do_not_truncate", padding == "max_length"
         given = options.get("max_length")
-        longest: int = self.tokenizer.model_max_length if given is None else given
-        if longest >= _ENDLESS:
-            raise ValueError(f"{option} needs max_length, a number of tokens; this tokenizer has none of its own")
-        return longest
+        longest = self.tokenizer.model_max_length if given is None else given
+        if longest >= 10**20 and (cuts or fills):  # tokenizers without a limit have a larger number
+            raise ValueError(
+                "truncation and padding='max_length' need max_length, a number of tokens; this tokenizer has no limit"
+            )
+        remaining = iter(pictures)
+        rows = []
+        for pieces, ending in zip(prompts, endings, strict=True):
+            parts = [next(remaining) if piece == self.image_token_id else [piece] for piece in pieces]
+            ids = encode_pieces(self.tokenizer, list(chain.from_iterable(parts)))
+            rows.append((self._cut(ids, longest - len(ending)) if cuts else ids) + ending)
+        padded = self.tokenizer.pad(
+            {"input_ids": rows},
+            padding=padding,
+            max_length=longest if fills else None,
+            **{name: options.get(name) for name in ("pad_to_multiple_of", "padding_side", "return_attention_mask")},
+        )
+        return dict(padded)
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
         """The first `length` ids; ValueError where nothing would be left, or a picture be cut."""
@@ -366,9 +343,9 @@ class Emu3Processor(ProcessorMixin):
     def _encode_by_tokenizer(
         self, prompts: list[Pieces], pictures: list[list[int]], endings: list[list[int]], options: dict[str, Any]
     ) -> dict[str, Any]:
-        """What the tokenizer returns of whole prompts, with pictures and endings written out as text.
+        """What the tokenizer returns of prompts that are written out as text, pictures and endings included.
 
-        It serves `_TOKENIZER_ONLY`, as transformers' own processor does. Its truncation does cut pictures.
+        transformers' own processor encodes everything like this. Unlike `_encode_pieces`, truncation may cut a picture.
         """
         write = partial(write_pieces, self.tokenizer)
         texts, offsets = self.get_text_with_replacements([*map(write, prompts)], [*map(write, pictures)])
@@ -377,7 +354,7 @@ class Emu3Processor(ProcessorMixin):
         encoded = dict(self.tokenizer(texts, **options))
         return encoded | {"text_replacement_offsets": offsets} if wants_offsets else encoded
 
-    # From generated ids to texts, and from decoded pixels to pictures.
+    # Back: generated ids to texts, decoded pixels to pictures.
 
     def post_process_multimodal_output(
         self,
@@ -386,10 +363,7 @@ class Emu3Processor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """Texts of generated ids, or with `generation_mode="image"` PIL pictures of decoded pixels.
-
-        `kwargs` go to the tokenizer's `decode`. Raises ValueError for any other mode.
-        """
+        """Texts of generated ids, or with `generation_mode="image"` PIL pictures of pixels; `kwargs` go to `decode`."""
         if generation_mode == "image":
             return list(self.postprocess(generated_outputs)["pixel_values"])
         if generation_mode not in (None, "text"):
@@ -401,16 +375,14 @@ class Emu3Processor(ProcessorMixin):
         """Pixels that the model decoded as pictures: `Emu3ImageProcessor.postprocess`."""
         return self.image_processor.postprocess(images, **kwargs)
 
-    # What transformers and servers ask a processor by name.
+    # Further names by which transformers and servers ask a processor.
 
     @property
     def downsample_ratio(self) -> int:
         """Pixels per token side: the image processor's `spatial_factor`."""
         return int(self.image_processor.spatial_factor)
 
-    def calculate_generate_size(self, ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
-        """(height, width) in tokens of a picture to draw: `generation_size`."""
-        return generation_size(ratio, image_area, spatial_factor)
+    calculate_generate_size = staticmethod(generation_size)
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that takes the place of the "<image>" of a processed picture."""
@@ -421,31 +393,8 @@ class Emu3Processor(ProcessorMixin):
         """How many placeholders pictures of so many (height, width) pixels take."""
         if image_sizes is None:
             return MultiModalData()
-        pictures, factor = self.image_processor, self.downsample_ratio
-        sizes = [
-            smart_resize(int(height), int(width), factor, pictures.min_pixels, pictures.max_pixels)
-            for height, width in image_sizes
-        ]
+        factor = self.downsample_ratio
+        limits = self.image_processor.min_pixels, self.image_processor.max_pixels
+        sizes = [smart_resize(int(height), int(width), factor, *limits) for height, width in image_sizes]
         tokens = [(height // factor) * (width // factor + 1) for height, width in sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
-
-
-def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """`value` for each of `count` prompts, where it is not a list of that many already."""
-    if isinstance(value, str | int):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} lists {len(value)} values for {count} prompts; give one for all, or one each")
-    return list(value)
-
-
-def _check_counts(marks: list[int], images: Any) -> None:
-    """ValueError unless there is a picture for each mark: prompt by prompt for nested lists, else in all."""
-    nested = isinstance(images, list | tuple) and images and all(isinstance(own, list | tuple) for own in images)
-    shares = images if nested else [() if images is None else images]
-    pictures = [sum(1 for _ in flat_pictures(share)) for share in shares]
-    if pictures != (marks if nested else [sum(marks)]):
-        raise ValueError(
-            "the number of <image> tokens in the prompts should be the same as the number of pictures: "
-            f"{sum(pictures)} pictures for {sum(marks)} tokens (by prompt: {pictures} for {marks}); give them in order"
-        )

@@ -200,7 +200,10 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> list[in
     """Ids of pieces. Neighbouring texts are encoded as one, so that no seam is left between them."""
     ids: list[int] = []
     for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
-        ids += encode_plain(tokenizer, "".join(map(str, run))) if is_text else map(int, run)
+        if is_text:
+            ids += encode_plain(tokenizer, "".join(map(str, run)))
+        else:
+            ids += map(int, run)
     return ids
 
 
