@@ -47,7 +47,17 @@ STAND_IN = re.compile("\ue000(\\d+)\ue001")
 _PICTURE_KEYS = ("image", "url", "path", "base64")
 
 
-def as_plain(value: Any) -> Any:
+def read_conversation(conversation: Any) -> list[Any]:
+    """One conversation, or a list of them, in plain lists and dicts. ValueError where a message is not usable."""
+    if not conversation:
+        raise ValueError("the conversation is empty; give at least one message")
+    talk: list[Any] = _as_plain(conversation)
+    for message in chain.from_iterable(talk) if isinstance(talk[0], list) else talk:
+        _check_message(message)
+    return talk
+
+
+def _as_plain(value: Any) -> Any:
     """A conversation as new lists and dicts: objects of dataclasses and pydantic become dicts, None values go.
 
     A part `{"type": "image_url", "image_url": {"url": ...}}`, as clients of OpenAI's interface say it, becomes
@@ -58,59 +68,15 @@ def as_plain(value: Any) -> Any:
     elif hasattr(value, "model_dump"):
         value = value.model_dump()
     if isinstance(value, Mapping):
-        value = {key: as_plain(item) for key, item in value.items() if item is not None}
+        value = {key: _as_plain(item) for key, item in value.items() if item is not None}
         if value.get("type") == "image_url" and "image_url" in value:
             address = value["image_url"]
             return {"type": "image", "url": address.get("url") if isinstance(address, dict) else address}
         return value
-    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_as_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_conversation(conversation: Any) -> list[Any]:
-    """One conversation, or a list of them, in plain lists and dicts. ValueError where a message is not usable."""
-    if not conversation:
-        raise ValueError("the conversation is empty; give at least one message")
-    talk: list[Any] = as_plain(conversation)
-    for message in chain.from_iterable(talk) if isinstance(talk[0], list) else talk:
-        check_message(message)
-    return talk
-
-
-def strip(conversations: list[list[Message]]) -> tuple[list[list[Message]], list[str], list[list[Any]]]:
-    """Conversations with stand-ins for their texts; the texts; and the pictures of each conversation.
-
-    Raises ValueError for a role that is not one word, and for a part without its picture.
-    """
-    texts: list[str] = []
-    images: list[list[Any]] = [[] for _ in conversations]
-
-    def stand_in(text: str) -> str:
-        texts.append(text)
-        return f"\ue000{len(texts) - 1}\ue001"
-
-    def strip_part(part: Mapping[str, Any], own_images: list[Any]) -> dict[str, str]:
-        if part["type"] == "text":
-            return {"type": "text", "text": stand_in(part["text"])}
-        own_images.append(picture_of(part))
-        return {"type": "image"}
-
-    def strip_message(message: Message, own_images: list[Any]) -> Message:
-        role, content = message["role"], message["content"]
-        # A template may print the role, so it must not be able to spell a control token either.
-        if not role.isidentifier():
-            raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
-        if isinstance(content, str):
-            return {"role": role, "content": stand_in(content)}
-        return {"role": role, "content": [strip_part(part, own_images) for part in content]}
-
-    stripped = [
-        [strip_message(message, own_images) for message in messages]
-        for messages, own_images in zip(conversations, images, strict=True)
-    ]
-    return stripped, texts, images
-
-
-def check_message(message: Any) -> None:
+def _check_message(message: Any) -> None:
     """ValueError where something is no message, or holds content that is neither text nor picture."""
     fields = message if isinstance(message, Mapping) else {}
     if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str | list | tuple)):
@@ -128,7 +94,44 @@ def check_message(message: Any) -> None:
                 )
 
 
-def picture_of(part: Mapping[str, Any]) -> Any:
+def strip(conversations: list[list[Message]]) -> tuple[list[list[Message]], list[str], list[list[Any]]]:
+    """Conversations with stand-ins for their texts; the texts; and the pictures of each conversation.
+
+    Raises ValueError for a role that is not one word, and for an image part without a picture.
+    """
+    stripped: list[list[Message]] = []
+    texts: list[str] = []
+    images: list[list[Any]] = []
+    for messages in conversations:
+        images.append([])
+        stripped.append([_strip_message(message, texts, images[-1]) for message in messages])
+    return stripped, texts, images
+
+
+def _strip_message(message: Message, texts: list[str], images: list[Any]) -> Message:
+    """A message with stand-ins for its texts; texts and pictures are appended to the lists."""
+
+    def stand_in(text: str) -> str:
+        texts.append(text)
+        return f"\ue000{len(texts) - 1}\ue001"
+
+    role, content = message["role"], message["content"]
+    # A template may print the role, so it must not be able to spell a control token either.
+    if not role.isidentifier():
+        raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
+    if isinstance(content, str):
+        return {"role": role, "content": stand_in(content)}
+    parts = []
+    for part in content:
+        if part["type"] == "text":
+            parts.append({"type": "text", "text": stand_in(part["text"])})
+        else:
+            parts.append({"type": "image"})
+            images.append(_picture_of(part))
+    return {"role": role, "content": parts}
+
+
+def _picture_of(part: Mapping[str, Any]) -> Any:
     """The picture of a part of a message, or where it lies. ValueError where there is none, or more than one."""
     given = [part[key] for key in _PICTURE_KEYS if part.get(key) is not None]
     if len(given) != 1:

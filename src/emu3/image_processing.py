@@ -103,10 +103,7 @@ def flat_pictures(images: Any) -> Iterator[Any]:
 
 
 def check_counts(images: Any, marks: list[int]) -> None:
-    """ValueError unless there is a picture for each "<image>" of the prompts, of which `marks` are the numbers.
-
-    They are compared prompt by prompt for nested lists of pictures, otherwise in all.
-    """
+    """ValueError unless `images` has as many pictures as the prompts have "<image>": for nested lists one by one."""
     nested = isinstance(images, list | tuple) and images and all(isinstance(own, list | tuple) for own in images)
     shares = images if nested else [() if images is None else images]
     pictures = [sum(1 for _ in flat_pictures(share)) for share in shares]
@@ -230,9 +227,8 @@ class Emu3ImageProcessor(BaseImageProcessor):
             `pixel_values`: one array, or a list if `do_pad` is False. `image_sizes` (B, 2): each picture's
             (height, width) before padding.
 
-        Raises:
-            ValueError: a picture that is empty, damaged, not finite, of an unknown layout, or more than 200 times
-                longer than wide.
+        Raises ValueError for a picture that is empty, damaged, not finite, of an unknown layout, or more than 200 times
+        longer than wide.
         """
         do_resize = self.do_resize if do_resize is None else do_resize
         size = {**self.size, **_read_limits(size), **_read_limits({"min_pixels": min_pixels, "max_pixels": max_pixels})}
@@ -304,11 +300,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
             return_tensors: "PIL.Image.Image" gives a list of PIL pictures, "pt" or "np" a batch in the layout of
                 `images`, None a list of arrays.
 
-        Returns:
-            `pixel_values`.
-
-        Raises:
-            ValueError: values that are not finite; PIL pictures asked for without rescaling.
+        Returns `pixel_values`. Raises ValueError for values that are not finite, and for PIL pictures not rescaled.
         """
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         rescale_factor = 1 / self.rescale_factor if rescale_factor is None else rescale_factor

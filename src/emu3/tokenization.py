@@ -68,10 +68,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
     """Train a byte-level BPE of `vocabulary_size` entries on `texts`, and add the control and visual tokens after it.
 
     The same texts in the same order give the same tokenizer. It pads on the left. It has the attributes of
-    `CONTROL_TOKENS`, each also with `_id` at its end for the id.
-
-    Raises:
-        ValueError: fewer entries than the 256 bytes, an empty codebook, or texts with too few pairs to merge.
+    `CONTROL_TOKENS`, each also with `_id` at its end for the id. Raises ValueError for fewer entries than the 256
+    bytes, an empty codebook, and texts with too few pairs to merge.
     """
     if vocabulary_size < _BYTES:
         raise ValueError(f"vocabulary_size={vocabulary_size} cannot hold the {_BYTES} bytes; ask for at least {_BYTES}")
@@ -97,10 +95,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
 def read_tiktoken(ranks_file: Path, vision_tokens_file: Path) -> PreTrainedTokenizerFast:
     """Read the tokenizer of a released checkpoint from `emu3.tiktoken` and `emu3_vision_tokens.txt`.
 
-    All ids are the same. One surface differs: `PLACEHOLDER_ORIGIN` becomes "<image>".
-
-    Raises:
-        ValueError: a file of another format, ranks with gaps, a byte without a rank, or a missing control token.
+    All ids are the same. One surface differs: `PLACEHOLDER_ORIGIN` becomes "<image>". Raises ValueError for a file of
+    another format, ranks with gaps, a byte without a rank, and a missing control token.
     """
     ranks = _read_ranks(ranks_file)
     surfaces = [*RELEASED_TOKENS, *vision_tokens_file.read_text(encoding="utf-8").split("\n")]
@@ -151,10 +147,7 @@ def write_tiktoken(tokenizer: PreTrainedTokenizerBase, ranks_file: Path, vision_
 
 
 def vocabulary_map(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Surface -> id of every control and visual token, by ascending id, as `Emu3Config.vocabulary_map` holds it.
-
-    Raises ValueError if a control token is missing.
-    """
+    """Surface -> id of every control and visual token, by ascending id, as `Emu3Config.vocabulary_map` holds it."""
     control = set(CONTROL_TOKENS.values())
     found = [
         (index, surface)
