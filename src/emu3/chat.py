@@ -1,12 +1,12 @@
-"""Conversations: the sentence that Emu3-Chat was trained on, and how what people write stays plain text in it.
+"""Conversations: Emu3-Chat's template, and how to keep what people write plain text in it.
 
     [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
         -> You are a helpful assistant. USER: <image>What is it?. ASSISTANT:
 
-A template is a program that joins strings, and could not tell a typed "<image>" from its own. So it is given a
-stand-in for each text, and the texts are put in afterwards:
+A template joins strings, so its result does not tell a typed "<image>" from the template's own. Therefore the template
+gets a stand-in for each text, and the processor puts the texts in after it has found the template's control tokens:
 
-    strip   "Is <image> a tag?"  ->  "\\ue0000\\ue001"  ->  render  ->  fill
+    "Is <image> a tag?"  -> strip ->  "\\ue0000\\ue001"  -> template ->  "... USER: \\ue0000\\ue001. ASSISTANT:"
 """
 
 import re
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
 """
-"""Emu3-Chat's sentence, which puts a full stop after every question; an answer is closed by eos."""
+"""What Emu3-Chat was trained on. It has a full stop after every question, and eos after every answer."""
 
 Message = Mapping[str, Any]
 """`{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": picture}]}`.
@@ -42,13 +42,11 @@ In place of "image", the keys "url", "path" and "base64" name where a picture li
 """
 
 STAND_IN = re.compile("\ue000(\\d+)\ue001")
-"""Stands for a message's text while the template is rendered; the digits count the texts."""
-
-_PICTURE_KEYS = ("image", "url", "path", "base64")
+"""Stands for a text while the template is rendered; the digits are the text's number, from 0 on."""
 
 
 def read_conversation(conversation: Any) -> list[Any]:
-    """One conversation, or a list of them, in plain lists and dicts. ValueError where a message is not usable."""
+    """One conversation, or a list of them, as plain lists and dicts. ValueError for a message that is not usable."""
     if not conversation:
         raise ValueError("the conversation is empty; give at least one message")
     talk: list[Any] = _as_plain(conversation)
@@ -58,10 +56,10 @@ def read_conversation(conversation: Any) -> list[Any]:
 
 
 def _as_plain(value: Any) -> Any:
-    """A conversation as new lists and dicts: objects of dataclasses and pydantic become dicts, None values go.
+    """New lists and dicts: dataclasses and pydantic models become dicts, and keys whose value is None are left out.
 
-    A part `{"type": "image_url", "image_url": {"url": ...}}`, as clients of OpenAI's interface say it, becomes
-    `{"type": "image", "url": ...}`. Pictures stay what they are.
+    OpenAI's `{"type": "image_url", "image_url": {"url": ...}}` becomes `{"type": "image", "url": ...}`. Pictures stay
+    what they are.
     """
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
@@ -77,7 +75,7 @@ def _as_plain(value: Any) -> Any:
 
 
 def _check_message(message: Any) -> None:
-    """ValueError where something is no message, or holds content that is neither text nor picture."""
+    """ValueError if it is no message, or has content that is neither text nor picture."""
     fields = message if isinstance(message, Mapping) else {}
     if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str | list | tuple)):
         raise ValueError(
@@ -109,7 +107,7 @@ def strip(conversations: list[list[Message]]) -> tuple[list[list[Message]], list
 
 
 def _strip_message(message: Message, texts: list[str], images: list[Any]) -> Message:
-    """A message with stand-ins for its texts; texts and pictures are appended to the lists."""
+    """A message with stand-ins for its texts. Its texts and pictures are appended to the lists."""
 
     def stand_in(text: str) -> str:
         texts.append(text)
@@ -133,7 +131,7 @@ def _strip_message(message: Message, texts: list[str], images: list[Any]) -> Mes
 
 def _picture_of(part: Mapping[str, Any]) -> Any:
     """The picture of a part of a message, or where it lies. ValueError where there is none, or more than one."""
-    given = [part[key] for key in _PICTURE_KEYS if part.get(key) is not None]
+    given = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
     if len(given) != 1:
         raise ValueError(
             f"{part!r:.80} is no content: it has {len(given)} pictures; give {{'type': 'image', 'image': picture}}, "

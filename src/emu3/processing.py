@@ -1,4 +1,4 @@
-"""Conversations, prompts and pictures as the token ids and pixels that Emu3 is trained on, and the way back.
+"""From conversations and pictures to the token ids and pixels that Emu3 is trained on, and back.
 
     messages      [{"role": "user", "content": [{"type": "image", "image": cat}, {"type": "text", "text": "Why?"}]}]
     prompt        You are a helpful assistant. USER: <image>Why?. ASSISTANT:
@@ -6,16 +6,17 @@
     input_ids     bos, ids of the first text, boi, 2*3, img, 8 placeholders, eof, eoi, ids of the second text
     pixel_values  the cat's pixels, resized to whole tokens; image_sizes: their height and width, here 16 and 24
 
-`apply_chat_template` makes messages a prompt, `__call__` takes a prompt apart into pieces, and `_encode` makes pieces
-ids. This cat has 2 rows of 3 tokens, and each row takes one more placeholder for its end. The processor sees no
-network: the model encodes `pixel_values` and puts the visual tokens in place of the placeholders.
+`apply_chat_template` renders messages as a prompt. `__call__` splits a prompt into pieces, which are plain texts and
+control tokens. `_encode` turns pieces into ids. The cat has 2 rows of 3 tokens, and each row takes one more placeholder
+for its end. The processor has no network: the model computes the visual tokens from `pixel_values` and writes them over
+the placeholders.
 
-A prompt for drawing ends where its picture begins, and the model goes on with visual tokens:
+For drawing, the prompt ends where its picture begins, and the model goes on with visual tokens:
 
     input_ids     bos, ids of the text, boi, 90*90, img; image_sizes: 90 and 90, in tokens
 
-Back: `post_process_multimodal_output` makes texts of generated ids. The model decodes generated visual tokens to pixels
-(`decode_image_tokens`), and the same method makes pictures of these.
+Back: `post_process_multimodal_output` turns generated ids into texts. The model's `decode_image_tokens` turns visual
+tokens into pixels, and `post_process_multimodal_output` turns these into pictures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ _TOKENIZER_ONLY = (
     "return_text_replacement_offsets",  # for each picture: where it is in the prompt and in the written-out prompt
     "return_overflowing_tokens",  # what truncation cuts off comes back as further rows
     "stride",  # how many tokens such a row repeats of the row before
-    *("return_special_tokens_mask", "return_token_type_ids", "return_length"),  # more to know of each row
+    *("return_special_tokens_mask", "return_token_type_ids", "return_length"),  # more about each row
     *("text_pair", "text_target", "text_pair_target", "is_split_into_words"),  # texts in other forms
 )
 
@@ -65,7 +66,7 @@ class Emu3TextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]  # its 
 
 
 class Emu3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
-    """All options of a call."""
+    """Options of a call."""
 
     # Older releases of transformers read `_defaults`. With an annotation it would become an argument of the call.
     _defaults = {}  # type: ignore[var-annotated]  # noqa: RUF012
@@ -75,7 +76,7 @@ class Emu3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-a
 
 
 class _Options(NamedTuple):
-    """The options of a call: for the texts, for the pictures, and (ratio, area) if pictures are to be drawn."""
+    """Options of a call: for its texts, for its pictures, and (ratio, image_area) if it asks for pictures."""
 
     text: dict[str, Any]
     images: dict[str, Any]
@@ -89,7 +90,7 @@ class Emu3Processor(ProcessorMixin):
         image_processor: its `spatial_factor` is the number of pixels per token side.
         tokenizer: has the attributes named in `emu3.tokenization.CONTROL_TOKENS`.
         chat_template: Jinja source; by default the tokenizer's, else `CHAT_TEMPLATE`.
-        image_area: pixels of a picture to draw where a call names none; what the model was trained on.
+        image_area: pixels of a picture to draw where a call does not say; by default those of the training.
     """
 
     valid_processor_kwargs = Emu3ProcessorKwargs
@@ -126,7 +127,7 @@ class Emu3Processor(ProcessorMixin):
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **{"padding_side": "left", **kwargs}),
         ]
 
-    # 1. Messages to a prompt.
+    # 1. From messages to a prompt.
 
     def apply_chat_template(
         self,
@@ -140,26 +141,26 @@ class Emu3Processor(ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A conversation, or several, as the template's text, or with `tokenize` as ids.
+        """The prompt of a conversation, or of several; with `tokenize` its ids.
 
         Raises ValueError for a message that the template refuses, and for content that is neither text nor picture.
 
         Args:
             conversation: messages, see `emu3.chat.Message`; or a list of conversations.
             chat_template: in place of the processor's own.
-            tokenize: give ids, with the pictures of the conversation in their places.
+            tokenize: go on to ids, with the pictures that the messages hold.
             return_dict: with `tokenize`, give all that `__call__` returns, and not the `input_ids` alone.
-            split_special_tokens, sanitize_control_tokens: two names of one option, for `tokenize`: read the messages'
-                texts as plain text. The template's control tokens and pictures count, those that someone typed do not.
-            processor_kwargs: options of `__call__`. They may be given directly too.
-            **kwargs: these, `add_generation_prompt` and the other arguments of transformers' method, and variables of
-                the template.
+            split_special_tokens, sanitize_control_tokens: two names of one option, which needs `tokenize`: what a
+                message's text spells like a control token or "<image>" is plain text. Only the template's count.
+            processor_kwargs: options of `__call__`.
+            **kwargs: more options of `__call__`, `add_generation_prompt` and the other arguments of transformers'
+                method, and variables of the template.
         """
         plain = split_special_tokens or sanitize_control_tokens
         if plain and not tokenize:
             raise ValueError("split_special_tokens=True needs tokenize=True: a string cannot say what is plain")
         talk = read_conversation(conversation)
-        # The options of `__call__` among `kwargs`.
+        # Options of `__call__` may be among `kwargs`.
         known = Emu3ProcessorKwargs.__annotations__.keys() | {"common_kwargs"}
         known |= Emu3TextKwargs.__annotations__.keys() | Emu3ImageProcessorKwargs.__annotations__.keys()
         options = {name: kwargs.pop(name) for name in known & kwargs.keys()} | dict(processor_kwargs or {})
@@ -168,7 +169,7 @@ class Emu3Processor(ProcessorMixin):
             tensors = options.pop("return_tensors", None)
             kwargs |= {"tokenize": tokenize, "return_dict": return_dict, "return_tensors": tensors}
             return self._render(talk, chat_template, processor_kwargs=options, **kwargs)
-        # The template gets a stand-in for each text, so that it cannot take a typed "<image>" for one of its own.
+        # The template gets stand-ins for the texts, so that every "<image>" in what it renders is its own.
         stripped, texts, images = strip(talk if isinstance(talk[0], list) else [talk])
         prompts = [self._fill(prompt, texts) for prompt in self._render(stripped, chat_template, **kwargs)]
         plain_options = self._sort_options({**options, "split_special_tokens": True})
@@ -176,7 +177,7 @@ class Emu3Processor(ProcessorMixin):
         return output if return_dict else output["input_ids"]
 
     def _render(self, conversation: Any, chat_template: str | None, **kwargs: Any) -> Any:
-        """transformers' method; ValueError where the template refuses, or its own code fails."""
+        """transformers' method, with a ValueError where the template refuses the conversation or fails."""
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
@@ -187,13 +188,13 @@ class Emu3Processor(ProcessorMixin):
             raise ValueError(f"the chat template fails at this conversation: {error}") from error
 
     def _fill(self, prompt: str, texts: Sequence[str]) -> Pieces:
-        """The pieces of a rendered prompt, with its texts put in for their stand-ins, as plain text."""
+        """The pieces of a rendered prompt in which `texts` take the places of their stand-ins, as plain text."""
         pieces: list[str | int] = []
         for index, part in enumerate(STAND_IN.split(prompt)):  # template, number of a text, template, ..., template
             pieces += [texts[int(part)]] if index % 2 else take_apart(self.tokenizer, part)
         return pieces
 
-    # 2. A prompt to pieces.
+    # 2. From a prompt to pieces.
 
     def __call__(
         self,
@@ -202,28 +203,28 @@ class Emu3Processor(ProcessorMixin):
         videos: Any = None,
         **kwargs: Unpack[Emu3ProcessorKwargs],  # type: ignore[misc]
     ) -> BatchFeature:
-        """Ids of one text or several, each "<image>" in them standing for the next picture.
+        """Ids of one prompt or several. Each "<image>" in them marks the place of the next picture.
 
         Args:
-            images: pictures in the order of their marks, flat or one list per text: PIL pictures, arrays, tensors,
+            images: pictures in the order of their marks, flat or one list per prompt: PIL pictures, arrays, tensors,
                 or strings for `emu3.pictures.open_picture`.
             text: one prompt, or B of them; None gives the pictures alone.
-            videos: left out, which is logged.
-            return_for_image_generation: end each prompt where its picture begins; takes no `images`.
-            ratio, image_area: size of the picture to draw (see `generation_size`), for all prompts or one each; the
-                area is the processor's own by default.
-            split_special_tokens: read `text` as plain text, so that no control token and no "<image>" in it counts.
-            add_special_tokens: put bos before each text, unless it is there; on by default.
-            truncation: cut the end of texts, so that no row is longer than `max_length`; a picture is never cut.
+            videos: left out, with a warning.
+            return_for_image_generation: end each prompt where its picture begins. `images` must be None.
+            ratio, image_area: size of the pictures to draw (see `generation_size`), for all prompts or one each; by
+                default "1:1" and the processor's own area.
+            split_special_tokens: read `text` as plain text: no control token and no "<image>" in it counts.
+            add_special_tokens: put bos before each prompt that does not begin with it; on by default.
+            truncation: cut the end of prompts, so that no row is longer than `max_length`; a picture is never cut.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors: as in
                 tokenizers.
             return_mm_token_type_ids: 1 for each placeholder of a picture, 0 for others.
             **kwargs: these, and the options of the image processor and the tokenizer. They may also stand in the dicts
-                `text_kwargs` and `images_kwargs`, or for both in `common_kwargs`. What nobody takes is logged.
+                `text_kwargs` and `images_kwargs`, or for both in `common_kwargs`. A warning names unknown ones.
 
-        Returns `input_ids` and `attention_mask` (B, S), for pictures `pixel_values` and `image_sizes` (height and
-        width in pixels), for drawing `image_sizes` (B, 2) in tokens. Raises ValueError where pictures and marks, or
-        sizes and prompts, differ in number, where a picture would have to be cut, and for an option given twice.
+        Returns `input_ids` and `attention_mask` (B, S); with pictures `pixel_values` and `image_sizes`, (height, width)
+        in pixels; for drawing `image_sizes` (B, 2) in tokens. Raises ValueError where pictures and marks, or sizes and
+        prompts, differ in number, where a picture would have to be cut, and for an option given twice.
         """
         if videos is not None:
             logger.warning_once("the processor reads no clips and leaves out videos; give a clip's pictures as images")
@@ -238,35 +239,33 @@ class Emu3Processor(ProcessorMixin):
         return self._encode(prompts, images, options)
 
     def _sort_options(self, given: Mapping[str, Any]) -> _Options:
-        """Options as the user gives them, sorted and completed with defaults by transformers' rules."""
+        """The options of a call, sorted and completed with defaults by transformers' rules."""
         try:
             merged = self._merge_kwargs(Emu3ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given)
         except StrictDataclassError as error:
             raise ValueError(f"an argument of the processor cannot be used: {error}") from error
         for_text, for_images = merged["text_kwargs"], merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
-            if merged.get(name) is not None:  # newer releases do not sort these two
+            if merged.get(name) is not None:  # newer releases do not put these two with the text
                 for_text.setdefault(name, merged[name])
         asked = sorted(name for name in _TOKENIZER_ONLY if for_text.get(name))
         if asked and for_text.get("split_special_tokens"):
-            raise ValueError(f"{', '.join(asked)} cannot be had of plain text; leave out split_special_tokens")
+            raise ValueError(f"{', '.join(asked)} cannot be had for plain text; leave out split_special_tokens")
         ratio, area = for_images.pop("ratio", None) or "1:1", for_images.pop("image_area", None)
-        drawing = for_text.pop("return_for_image_generation", False)
-        return _Options(for_text, for_images, (ratio, self.image_area if area is None else area) if drawing else None)
+        drawing = (ratio, self.image_area if area is None else area)
+        return _Options(for_text, for_images, drawing if for_text.pop("return_for_image_generation", False) else None)
 
-    # 3. Pieces to ids, pictures to pixels.
+    # 3. From pieces to ids, and from pictures to pixels.
 
     def _encode(self, prompts: list[Pieces], images: Any, options: _Options) -> BatchFeature:
-        """What `__call__` returns, for prompts in pieces and their pictures.
-
-        A prompt for drawing is followed by its ending, which opens the picture and is never cut.
-        """
+        """What `__call__` returns, for prompts in pieces and their pictures."""
         if options.drawing and images is not None:
             raise ValueError(
                 "images and return_for_image_generation=True exclude each other: such a prompt ends where its picture "
                 "begins; leave out one of them"
             )
         sizes = generation_sizes(*options.drawing, self.downsample_ratio, len(prompts)) if options.drawing else []
+        # An ending opens the picture to draw. It is kept apart, as truncation must not cut it.
         endings = [self._layout.opening(Shape(*size)) for size in sizes] or [[] for _ in prompts]
         data, pictures = self._process_pictures(prompts, images, options.images)
         if options.text.get("add_special_tokens") in (None, True):
@@ -285,7 +284,7 @@ class Emu3Processor(ProcessorMixin):
 
     @property
     def _layout(self) -> Emu3Layout:
-        """Spells pictures. It needs no visual tokens, as the processor writes none."""
+        """Spells pictures. Its vocabulary lacks the visual tokens, which the processor never writes."""
         control = {surface: getattr(self.tokenizer, f"{name}_id") for name, surface in CONTROL_TOKENS.items()}
         return Emu3Layout(Vocabulary.from_map(control), PlainText(self.tokenizer))
 
@@ -305,25 +304,25 @@ class Emu3Processor(ProcessorMixin):
     def _encode_pieces(
         self, prompts: list[Pieces], pictures: list[list[int]], endings: list[list[int]], options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`, cut and padded. `_encode` uses this wherever the options allow it."""
+        """`input_ids` and `attention_mask`, cut and padded: the usual way, for all options but `_TOKENIZER_ONLY`."""
+        remaining = iter(pictures)
+        rows = []
+        for pieces in prompts:
+            parts = [next(remaining) if piece == self.image_token_id else [piece] for piece in pieces]
+            rows.append(encode_pieces(self.tokenizer, list(chain.from_iterable(parts))))
         truncation, padding = options.get("truncation") or "do_not_truncate", options.get("padding") or False
         if truncation not in (True, "longest_first", "only_first", "do_not_truncate"):
             raise ValueError(f"truncation={truncation!r} is unknown; give True, False, 'longest_first' or 'only_first'")
         cuts, fills = truncation != "do_not_truncate", padding == "max_length"
-        given = options.get("max_length")
-        longest = self.tokenizer.model_max_length if given is None else given
+        longest = self.tokenizer.model_max_length if options.get("max_length") is None else options["max_length"]
         if longest >= 10**20 and (cuts or fills):  # tokenizers without a limit have a larger number
             raise ValueError(
                 "truncation and padding='max_length' need max_length, a number of tokens; this tokenizer has no limit"
             )
-        remaining = iter(pictures)
-        rows = []
-        for pieces, ending in zip(prompts, endings, strict=True):
-            parts = [next(remaining) if piece == self.image_token_id else [piece] for piece in pieces]
-            ids = encode_pieces(self.tokenizer, list(chain.from_iterable(parts)))
-            rows.append((self._cut(ids, longest - len(ending)) if cuts else ids) + ending)
+        if cuts:
+            rows = [self._cut(ids, longest - len(ending)) for ids, ending in zip(rows, endings, strict=True)]
         padded = self.tokenizer.pad(
-            {"input_ids": rows},
+            {"input_ids": [ids + ending for ids, ending in zip(rows, endings, strict=True)]},
             padding=padding,
             max_length=longest if fills else None,
             **{name: options.get(name) for name in ("pad_to_multiple_of", "padding_side", "return_attention_mask")},
@@ -331,7 +330,7 @@ class Emu3Processor(ProcessorMixin):
         return dict(padded)
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
-        """The first `length` ids; ValueError where nothing would be left, or a picture be cut."""
+        """The first `length` ids. ValueError where no id would be left, or a picture would be cut."""
         kept, cut = ids[: max(0, length)], ids[max(0, length) :]
         if cut and (not kept or self.image_token_id in cut or self.tokenizer.eoi_token_id in cut):
             raise ValueError(
@@ -343,9 +342,9 @@ class Emu3Processor(ProcessorMixin):
     def _encode_by_tokenizer(
         self, prompts: list[Pieces], pictures: list[list[int]], endings: list[list[int]], options: dict[str, Any]
     ) -> dict[str, Any]:
-        """What the tokenizer returns of prompts that are written out as text, pictures and endings included.
+        """What the tokenizer returns for prompts written out as text, pictures and endings included.
 
-        transformers' own processor encodes everything like this. Unlike `_encode_pieces`, truncation may cut a picture.
+        This is how transformers' own processor always encodes. Here truncation may cut a picture.
         """
         write = partial(write_pieces, self.tokenizer)
         texts, offsets = self.get_text_with_replacements([*map(write, prompts)], [*map(write, pictures)])
@@ -354,7 +353,7 @@ class Emu3Processor(ProcessorMixin):
         encoded = dict(self.tokenizer(texts, **options))
         return encoded | {"text_replacement_offsets": offsets} if wants_offsets else encoded
 
-    # Back: generated ids to texts, decoded pixels to pictures.
+    # Back: from generated ids to texts, and from decoded pixels to pictures.
 
     def post_process_multimodal_output(
         self,
@@ -375,7 +374,7 @@ class Emu3Processor(ProcessorMixin):
         """Pixels that the model decoded as pictures: `Emu3ImageProcessor.postprocess`."""
         return self.image_processor.postprocess(images, **kwargs)
 
-    # Further names by which transformers and servers ask a processor.
+    # What else transformers and servers call.
 
     @property
     def downsample_ratio(self) -> int:
@@ -390,7 +389,7 @@ class Emu3Processor(ProcessorMixin):
         return write_pieces(self.tokenizer, self._layout.placeholders(Shape(height, width)))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """How many placeholders pictures of so many (height, width) pixels take."""
+        """How many placeholders pictures of these sizes, (height, width) in pixels, take."""
         if image_sizes is None:
             return MultiModalData()
         factor = self.downsample_ratio
