@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor as PeerImageProcessor
 from transformers.models.emu3.processing_emu3 import Emu3Processor as PeerProcessor
 
@@ -472,6 +473,17 @@ def test_loaded_tokenizers_pad_on_the_left(folder):
     assert Emu3Processor.from_pretrained(folder).tokenizer.padding_side == "left"
     assert Emu3Processor.from_pretrained(folder, padding_side="right").tokenizer.padding_side == "right"
     config.write_text(saved)
+
+
+def test_a_tokenizer_without_end_of_row():
+    names = CONTROL_TOKENS.keys() - {"eol_token", "bos_token", "eos_token", "pad_token"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER.backend_tokenizer,
+        bos_token=TOKENIZER.bos_token,
+        extra_special_tokens={name: CONTROL_TOKENS[name] for name in sorted(names)},
+    )
+    processor = Emu3Processor(PROCESSOR.image_processor, tokenizer)
+    assert processor(images=WIDE, text="a<image>")["input_ids"] == PROCESSOR(images=WIDE, text="a<image>")["input_ids"]
 
 
 def test_input_names_equal_transformers():

@@ -15,12 +15,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import normalize, rescale, resize, to_channel_dimension_format
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    ChannelDimension,
-    PILImageResampling,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
@@ -269,7 +264,11 @@ class Emu3ImageProcessor(BaseImageProcessor):
 
         image_sizes = [pixels_HWC.shape[:2] for pixels_HWC in pictures_HWC]
         if do_pad:
-            pictures_HWC = _pad_pictures(pictures_HWC)
+            tallest, widest = np.max(image_sizes, axis=0)
+            pictures_HWC = [
+                np.pad(pixels, [(0, tallest - pixels.shape[0]), (0, widest - pixels.shape[1]), (0, 0)])
+                for pixels in pictures_HWC
+            ]
         pixel_values = [
             to_channel_dimension_format(pixels, data_format or layout, input_channel_dim=ChannelDimension.LAST)
             for pixels, layout in zip(pictures_HWC, layouts, strict=True)
@@ -334,12 +333,3 @@ def _read_limits(size: Any) -> dict[str, int]:
     if not isinstance(size, dict) or not size.keys() <= {"min_pixels", "max_pixels"}:
         raise ValueError(f"size={size} is not understood; give {{'min_pixels': ..., 'max_pixels': ...}}")
     return {name: value for name, value in size.items() if value is not None}
-
-
-def _pad_pictures(pictures_HWC: list[Array]) -> list[Array]:
-    """Add zeros at the bottom and on the right of pictures, up to the largest height and width."""
-    height = max(pixels.shape[0] for pixels in pictures_HWC)
-    width = max(pixels.shape[1] for pixels in pictures_HWC)
-    return [
-        np.pad(pixels, ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0))) for pixels in pictures_HWC
-    ]

@@ -215,9 +215,9 @@ class Emu3Processor(ProcessorMixin):
                 default "1:1" and the processor's own area.
             split_special_tokens: read `text` as plain text: no control token and no "<image>" in it counts.
             add_special_tokens: put bos before each prompt that does not begin with it; on by default.
-            truncation: cut the end of prompts, so that no row is longer than `max_length`; a picture is never cut.
-            padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors: as in
-                tokenizers.
+            truncation: cut the end of prompts, so that no row is longer than `max_length`. A picture is never cut,
+                except with those options that only the tokenizer serves, such as `return_overflowing_tokens`.
+            padding, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors: as in tokenizers.
             return_mm_token_type_ids: 1 for each placeholder of a picture, 0 for others.
             **kwargs: these, and the options of the image processor and the tokenizer. They may also stand in the dicts
                 `text_kwargs` and `images_kwargs`, or for both in `common_kwargs`. A warning names unknown ones.
@@ -284,8 +284,9 @@ class Emu3Processor(ProcessorMixin):
 
     @property
     def _layout(self) -> Emu3Layout:
-        """Spells pictures. Its vocabulary lacks the visual tokens, which the processor never writes."""
-        control = {surface: getattr(self.tokenizer, f"{name}_id") for name, surface in CONTROL_TOKENS.items()}
+        """Spells pictures. Its vocabulary lacks what the processor never writes: visual tokens and ends of rows."""
+        written = {name: surface for name, surface in CONTROL_TOKENS.items() if name != "eol_token"}
+        control = {surface: getattr(self.tokenizer, f"{name}_id") for name, surface in written.items()}
         return Emu3Layout(Vocabulary.from_map(control), PlainText(self.tokenizer))
 
     def _process_pictures(

@@ -190,7 +190,7 @@ def take_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> Pieces:
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> list[int]:
-    """Ids of pieces. Neighbouring texts are encoded as one, so that no seam is left between them."""
+    """Ids of pieces. Adjacent texts are encoded as one, so that no seam is left between them."""
     ids: list[int] = []
     for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
         if is_text:

@@ -78,7 +78,7 @@ class Vocabulary:
         bos, eos, pad: around a sample.
         boi, img, eoi: before a picture's size, before its first visual token, after its last frame.
         eol, eof: after a row, after a frame.
-        image_placeholder: stands for a visual or end-of-row token in a prompt whose picture is not encoded yet.
+        image_placeholder: holds the place of a visual or end-of-row token until the picture is encoded.
 
     Args:
         visual_base: the smallest id of a visual token.
