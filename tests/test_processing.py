@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor as PeerImageProcessor
 from transformers.models.emu3.processing_emu3 import Emu3Processor as PeerProcessor
 
@@ -116,7 +117,7 @@ def test_what_is_too_long_is_cut_but_no_picture_is():
         with pytest.raises(ValueError, match=rf"{len(whole)} tokens cannot be cut to {length}: a picture"):
             PROCESSOR(images=WIDE, text="<image> and a car", truncation=True, max_length=length)
     for options, named in (
-        ({"truncation": True}, "needs max_length"),
+        ({"truncation": True}, "need max_length"),
         ({"truncation": "only_last", "max_length": 9}, "only_last"),
         ({"truncation": True, "max_length": -1}, "cut to -1"),
     ):
@@ -472,6 +473,17 @@ def test_loaded_tokenizers_pad_on_the_left(folder):
     assert Emu3Processor.from_pretrained(folder).tokenizer.padding_side == "left"
     assert Emu3Processor.from_pretrained(folder, padding_side="right").tokenizer.padding_side == "right"
     config.write_text(saved)
+
+
+def test_a_tokenizer_without_end_of_row():
+    names = CONTROL_TOKENS.keys() - {"eol_token", "bos_token", "eos_token", "pad_token"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER.backend_tokenizer,
+        bos_token=TOKENIZER.bos_token,
+        extra_special_tokens={name: CONTROL_TOKENS[name] for name in sorted(names)},
+    )
+    processor = Emu3Processor(PROCESSOR.image_processor, tokenizer)
+    assert processor(images=WIDE, text="a<image>")["input_ids"] == PROCESSOR(images=WIDE, text="a<image>")["input_ids"]
 
 
 def test_input_names_equal_transformers():

@@ -1,17 +1,18 @@
-"""Conversations: the sentence that Emu3-Chat was trained on, and how what people write stays plain text in it.
+"""Conversations: Emu3-Chat's template, and how to keep what people write plain text in it.
 
     [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
         -> You are a helpful assistant. USER: <image>What is it?. ASSISTANT:
 
-A template is a program that joins strings, and could not tell a typed "<image>" from its own. So it is given a
-stand-in for each text, and the texts are put in afterwards:
+A template joins strings, so its result does not tell a typed "<image>" from the template's own. Therefore the template
+gets a stand-in for each text, and the processor puts the texts in after it has found the template's control tokens:
 
-    strip   "Is <image> a tag?"  ->  "\\ue0000\\ue001"  ->  render  ->  fill
+    "Is <image> a tag?"  -> strip ->  "\\ue0000\\ue001"  -> template ->  "... USER: \\ue0000\\ue001. ASSISTANT:"
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 CHAT_TEMPLATE = """\
@@ -31,7 +32,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
 """
-"""Emu3-Chat's sentence, which puts a full stop after every question; an answer is closed by eos."""
+"""What Emu3-Chat was trained on. It has a full stop after every question, and eos after every answer."""
 
 Message = Mapping[str, Any]
 """`{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": picture}]}`.
@@ -41,59 +42,40 @@ In place of "image", the keys "url", "path" and "base64" name where a picture li
 """
 
 STAND_IN = re.compile("\ue000(\\d+)\ue001")
-"""Stands for a message's text while the template is rendered; the digits count the texts."""
-
-_PICTURE_KEYS = ("image", "url", "path", "base64")
+"""Stands for a text while the template is rendered; the digits are the text's number, from 0 on."""
 
 
-def as_plain(value: Any) -> Any:
-    """A conversation as new lists and dicts: objects of dataclasses and pydantic become dicts, None values go.
+def read_conversation(conversation: Any) -> list[Any]:
+    """One conversation, or a list of them, as plain lists and dicts. ValueError for a message that is not usable."""
+    if not conversation:
+        raise ValueError("the conversation is empty; give at least one message")
+    talk: list[Any] = _as_plain(conversation)
+    for message in chain.from_iterable(talk) if isinstance(talk[0], list) else talk:
+        _check_message(message)
+    return talk
 
-    A part `{"type": "image_url", "image_url": {"url": ...}}`, as clients of OpenAI's interface say it, becomes
-    `{"type": "image", "url": ...}`. Pictures stay what they are.
+
+def _as_plain(value: Any) -> Any:
+    """New lists and dicts: dataclasses and pydantic models become dicts, and keys whose value is None are left out.
+
+    OpenAI's `{"type": "image_url", "image_url": {"url": ...}}` becomes `{"type": "image", "url": ...}`. Pictures stay
+    what they are.
     """
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     elif hasattr(value, "model_dump"):
         value = value.model_dump()
     if isinstance(value, Mapping):
-        value = {key: as_plain(item) for key, item in value.items() if item is not None}
+        value = {key: _as_plain(item) for key, item in value.items() if item is not None}
         if value.get("type") == "image_url" and "image_url" in value:
             address = value["image_url"]
             return {"type": "image", "url": address.get("url") if isinstance(address, dict) else address}
         return value
-    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_as_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def strip(message: Message, texts: list[str], images: list[Any]) -> dict[str, Any]:
-    """A checked message with a stand-in for each of its texts; texts and pictures are appended to the lists.
-
-    Raises:
-        ValueError: a role that is not one word, or a part without its picture.
-    """
-
-    def stand_in(text: str) -> str:
-        texts.append(text)
-        return f"\ue000{len(texts) - 1}\ue001"
-
-    role, given = message["role"], message["content"]
-    # A template may print the role, so it must not be able to spell a control token either.
-    if not role.isidentifier():
-        raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
-    if isinstance(given, str):
-        return {"role": role, "content": stand_in(given)}
-    content: list[dict[str, str]] = []
-    for part in given:
-        if part["type"] == "text":
-            content.append({"type": "text", "text": stand_in(part["text"])})
-        else:
-            images.append(picture_of(part))
-            content.append({"type": "image"})
-    return {"role": role, "content": content}
-
-
-def check_message(message: Any) -> None:
-    """ValueError where something is no message, or holds content that is neither text nor picture."""
+def _check_message(message: Any) -> None:
+    """ValueError if it is no message, or has content that is neither text nor picture."""
     fields = message if isinstance(message, Mapping) else {}
     if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str | list | tuple)):
         raise ValueError(
@@ -110,9 +92,46 @@ def check_message(message: Any) -> None:
                 )
 
 
-def picture_of(part: Mapping[str, Any]) -> Any:
+def strip(conversations: list[list[Message]]) -> tuple[list[list[Message]], list[str], list[list[Any]]]:
+    """Conversations with stand-ins for their texts; the texts; and the pictures of each conversation.
+
+    Raises ValueError for a role that is not one word, and for an image part without a picture.
+    """
+    stripped: list[list[Message]] = []
+    texts: list[str] = []
+    images: list[list[Any]] = []
+    for messages in conversations:
+        images.append([])
+        stripped.append([_strip_message(message, texts, images[-1]) for message in messages])
+    return stripped, texts, images
+
+
+def _strip_message(message: Message, texts: list[str], images: list[Any]) -> Message:
+    """A message with stand-ins for its texts. Its texts and pictures are appended to the lists."""
+
+    def stand_in(text: str) -> str:
+        texts.append(text)
+        return f"\ue000{len(texts) - 1}\ue001"
+
+    role, content = message["role"], message["content"]
+    # A template may print the role, so it must not be able to spell a control token either.
+    if not role.isidentifier():
+        raise ValueError(f"{role!r:.80} is no role of a message; give system, user or assistant")
+    if isinstance(content, str):
+        return {"role": role, "content": stand_in(content)}
+    parts = []
+    for part in content:
+        if part["type"] == "text":
+            parts.append({"type": "text", "text": stand_in(part["text"])})
+        else:
+            parts.append({"type": "image"})
+            images.append(_picture_of(part))
+    return {"role": role, "content": parts}
+
+
+def _picture_of(part: Mapping[str, Any]) -> Any:
     """The picture of a part of a message, or where it lies. ValueError where there is none, or more than one."""
-    given = [part[key] for key in _PICTURE_KEYS if part.get(key) is not None]
+    given = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
     if len(given) != 1:
         raise ValueError(
             f"{part!r:.80} is no content: it has {len(given)} pictures; give {{'type': 'image', 'image': picture}}, "

@@ -4,6 +4,7 @@ Letters: B, C, H, W, see CONTRIBUTING.md.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -14,12 +15,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import normalize, rescale, resize, to_channel_dimension_format
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    ChannelDimension,
-    PILImageResampling,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
@@ -57,6 +53,39 @@ def smart_resize(
     return resized_height, resized_width
 
 
+def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
+    """(height, width) in tokens of a picture of `ratio` ("width:height") and about `image_area` pixels.
+
+    `spatial_factor` is the pixels per token side. `f"{width}:{height}"` and `width * height` give exactly that size
+    where the factor divides it. Raises ValueError for a ratio that is not two positive integers, and for an area too
+    small for one token a side.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(ratio))
+    width, height = map(int, match.groups()) if match else (0, 0)
+    if width < 1 or height < 1:
+        raise ValueError(f'ratio={ratio!r} is not "width:height" in positive integers, such as "16:9"')
+    if image_area < 1:
+        raise ValueError(f"image_area={image_area} holds no pixel; give a positive number of pixels")
+    scale = (image_area / (width * height)) ** 0.5
+    token_height, token_width = round(height * scale / spatial_factor), round(width * scale / spatial_factor)
+    if min(token_height, token_width) < 1:
+        raise ValueError(
+            f"image_area={image_area} at ratio={ratio} is {token_height}x{token_width} tokens "
+            f"of {spatial_factor} pixels a side; give a larger area or a ratio closer to 1:1"
+        )
+    return token_height, token_width
+
+
+def generation_sizes(ratio: Any, image_area: Any, spatial_factor: int, count: int) -> list[tuple[int, int]]:
+    """`generation_size` for `count` prompts: ratio and area are one for all, or a list with one for each."""
+    ratios = [ratio] * count if isinstance(ratio, str) else list(ratio)
+    areas = [image_area] * count if isinstance(image_area, int) else list(image_area)
+    for name, values in (("ratio", ratios), ("image_area", areas)):
+        if len(values) != count:
+            raise ValueError(f"{name} lists {len(values)} values for {count} prompts; give one for all, or one each")
+    return [generation_size(*each, spatial_factor) for each in zip(ratios, areas, strict=True)]
+
+
 def flat_pictures(images: Any) -> Iterator[Any]:
     """Yield each single picture in `images`, in order. Batches and nested lists are flattened."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
@@ -66,6 +95,18 @@ def flat_pictures(images: Any) -> Iterator[Any]:
         yield from images
     else:
         yield images
+
+
+def check_counts(images: Any, marks: list[int]) -> None:
+    """ValueError unless `images` has as many pictures as the prompts have "<image>": for nested lists one by one."""
+    nested = isinstance(images, list | tuple) and images and all(isinstance(own, list | tuple) for own in images)
+    shares = images if nested else [() if images is None else images]
+    pictures = [sum(1 for _ in flat_pictures(share)) for share in shares]
+    if pictures != (marks if nested else [sum(marks)]):
+        raise ValueError(
+            "the number of <image> tokens in the prompts should be the same as the number of pictures: "
+            f"{sum(pictures)} pictures for {sum(marks)} tokens (by prompt: {pictures} for {marks}); give them in order"
+        )
 
 
 class Emu3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # its base is unknown to mypy
@@ -181,9 +222,8 @@ class Emu3ImageProcessor(BaseImageProcessor):
             `pixel_values`: one array, or a list if `do_pad` is False. `image_sizes` (B, 2): each picture's
             (height, width) before padding.
 
-        Raises:
-            ValueError: a picture that is empty, damaged, not finite, of an unknown layout, or more than 200 times
-                longer than wide.
+        Raises ValueError for a picture that is empty, damaged, not finite, of an unknown layout, or more than 200 times
+        longer than wide.
         """
         do_resize = self.do_resize if do_resize is None else do_resize
         size = {**self.size, **_read_limits(size), **_read_limits({"min_pixels": min_pixels, "max_pixels": max_pixels})}
@@ -224,7 +264,11 @@ class Emu3ImageProcessor(BaseImageProcessor):
 
         image_sizes = [pixels_HWC.shape[:2] for pixels_HWC in pictures_HWC]
         if do_pad:
-            pictures_HWC = _pad_pictures(pictures_HWC)
+            tallest, widest = np.max(image_sizes, axis=0)
+            pictures_HWC = [
+                np.pad(pixels, [(0, tallest - pixels.shape[0]), (0, widest - pixels.shape[1]), (0, 0)])
+                for pixels in pictures_HWC
+            ]
         pixel_values = [
             to_channel_dimension_format(pixels, data_format or layout, input_channel_dim=ChannelDimension.LAST)
             for pixels, layout in zip(pictures_HWC, layouts, strict=True)
@@ -255,11 +299,7 @@ class Emu3ImageProcessor(BaseImageProcessor):
             return_tensors: "PIL.Image.Image" gives a list of PIL pictures, "pt" or "np" a batch in the layout of
                 `images`, None a list of arrays.
 
-        Returns:
-            `pixel_values`.
-
-        Raises:
-            ValueError: values that are not finite; PIL pictures asked for without rescaling.
+        Returns `pixel_values`. Raises ValueError for values that are not finite, and for PIL pictures not rescaled.
         """
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         rescale_factor = 1 / self.rescale_factor if rescale_factor is None else rescale_factor
@@ -293,12 +333,3 @@ def _read_limits(size: Any) -> dict[str, int]:
     if not isinstance(size, dict) or not size.keys() <= {"min_pixels", "max_pixels"}:
         raise ValueError(f"size={size} is not understood; give {{'min_pixels': ..., 'max_pixels': ...}}")
     return {name: value for name, value in size.items() if value is not None}
-
-
-def _pad_pictures(pictures_HWC: list[Array]) -> list[Array]:
-    """Add zeros at the bottom and on the right of pictures, up to the largest height and width."""
-    height = max(pixels.shape[0] for pixels in pictures_HWC)
-    width = max(pixels.shape[1] for pixels in pictures_HWC)
-    return [
-        np.pad(pixels, ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0))) for pixels in pictures_HWC
-    ]

@@ -1,10 +1,10 @@
-"""How a family of checkpoints spells segments as ids. Emu3:
+"""How a family of checkpoints spells segments as ids. In Emu3:
 
     text       its tokens
-    picture    boi H*W img rows eof eoi            H*W: digits of the size in tokens; each row is closed by eol
+    picture    boi H*W img rows eof eoi            H*W: digits of the size in tokens; eol ends each row
 
-The processor, the pipeline, training and evaluation read and write sequences through a layout only, so another family
-is another class with these methods.
+The rest of the package reads and writes sequences only through a layout, so another family is another class with these
+methods.
 """
 
 from __future__ import annotations
@@ -40,43 +40,47 @@ class Layout(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
     def opening(self, shape: Shape) -> list[int]:
-        """What stands before the first visual token of a picture or clip."""
+        """Ids before the first visual token of a picture or clip."""
         ...
 
     def prompt(self, text: str, shape: Shape) -> list[int]:
-        """What asks for a picture or clip of what a text says, its opening included."""
+        """Ids that ask for a picture or clip of what a text says, with its opening at the end."""
         ...
 
     def grammar(self, shape: Shape) -> Grammar:
-        """What may follow an opening."""
+        """The ids that may follow an opening."""
         ...
 
     def answer(self, size: int) -> Grammar:
-        """What may follow a conversation, for a model with so many ids."""
+        """The ids that may follow a conversation; `size` is the number of ids that the model has."""
         ...
 
     def spell(self, segments: Sequence[Segment]) -> list[int]:
-        """Ids of segments, one behind the other."""
+        """Ids of segments, one after the other."""
         ...
 
     def read(self, ids: Sequence[int]) -> list[Segment]:
-        """The way back: ids to segments. Control tokens around a text are left out, and so are those of a picture that
-        is not whole."""
+        """Segments of ids. Control tokens around a text, and those of an incomplete picture, are left out."""
         ...
 
 
 @dataclass(frozen=True)
 class Emu3Layout:
-    """As BAAI's Emu3 checkpoints are trained."""
+    """The layout that BAAI's Emu3 checkpoints are trained on."""
 
     vocabulary: Vocabulary
     words: Words
 
     def opening(self, shape: Shape) -> list[int]:
-        """boi, "H*W", img. ValueError for a clip, whose opening Emu3 does not publish."""
+        """boi, "H*W", img. ValueError for a clip: how Emu3 opens one is not published."""
         if shape.frames != 1:
             raise ValueError(f"Emu3 has no spelling for {shape.frames} frames; give a picture, which is one")
         return [self.vocabulary.boi, *self.words.encode(f"{shape.height}*{shape.width}"), self.vocabulary.img]
+
+    def placeholders(self, shape: Shape) -> list[int]:
+        """A picture whose codes are not known yet: one placeholder for each visual token and each end of a row."""
+        vocabulary, count = self.vocabulary, shape.height * (shape.width + 1)
+        return [*self.opening(shape), *[vocabulary.image_placeholder] * count, vocabulary.eof, vocabulary.eoi]
 
     def prompt(self, text: str, shape: Shape) -> list[int]:
         """bos, the text, the opening."""
@@ -91,7 +95,7 @@ class Emu3Layout:
         return TextGrammar(size, (self.vocabulary.eos,))
 
     def spell(self, segments: Sequence[Segment]) -> list[int]:
-        """See `Layout.spell`. Neighbouring texts are encoded as one, so that no seam is left between them."""
+        """See `Layout.spell`. Adjacent texts are encoded as one, so that no seam is left between them."""
         ids: list[int] = []
         words = ""
         for segment in segments:
@@ -109,27 +113,28 @@ class Emu3Layout:
         ids, start, end = list(ids), 0, 0
         segments: list[Segment] = []
         while end < len(ids):
-            picture, after = self._picture(ids, end) if ids[end] == self.vocabulary.boi else (None, end + 1)
-            if picture is not None:
-                segments += [*self._text(ids[start:end]), picture]
-                start = after
-            end = after
+            found = self._picture(ids, end)
+            if found is None:
+                end += 1
+                continue
+            picture, after = found
+            segments += [*self._text(ids[start:end]), picture]
+            start = end = after
         return segments + self._text(ids[start:])
 
-    def _picture(self, ids: list[int], boi: int) -> tuple[Visual | None, int]:
-        """The picture that begins at `boi`, and the place behind it; None where it is not whole."""
-        none = None, boi + 1
-        if self.vocabulary.img not in ids[boi:]:
-            return none
-        first = ids.index(self.vocabulary.img, boi) + 1
-        size = re.fullmatch(r"([1-9]\d{0,3})\*([1-9]\d{0,3})", self.words.decode(ids[boi + 1 : first - 1]))
+    def _picture(self, ids: list[int], start: int) -> tuple[Visual, int] | None:
+        """The picture that begins at `start`, and the index after it; None if there is no complete one."""
+        if ids[start] != self.vocabulary.boi or self.vocabulary.img not in ids[start:]:
+            return None
+        first = ids.index(self.vocabulary.img, start) + 1
+        size = re.fullmatch(r"([1-9]\d{0,3})\*([1-9]\d{0,3})", self.words.decode(ids[start + 1 : first - 1]))
         if size is None:
-            return none
+            return None
         grammar = self.grammar(Shape(*map(int, size.groups())))
         body = np.array(ids[first : first + grammar.length - 1])
         lo, hi = grammar.span(np.arange(len(body)))
         if len(body) < grammar.length - 1 or not ((lo <= body) & (body < hi)).all():
-            return none
+            return None
         return Visual(grammar.codes_of(body)), first + len(body)
 
     def _text(self, ids: list[int]) -> list[Segment]:

@@ -102,10 +102,7 @@ def _read_wide_pixels(picture: Image.Image, convert_rgb: bool) -> Array:
 
 
 def _find_layout(pixels: Array) -> ChannelDimension:
-    """Find the axis that holds the channels: the first or last with 3 entries, else with 1, else with 4.
-
-    If both have as many, it is the first.
-    """
+    """Which axis holds the channels: the first or last of length 3, else 1, else 4; the first if both have it."""
     for channels in (3, 1, 4):
         if pixels.shape[0] == channels:
             return ChannelDimension.FIRST
@@ -117,15 +114,11 @@ def _find_layout(pixels: Array) -> ChannelDimension:
 def to_channels_last(
     picture: Any, convert_rgb: bool, input_data_format: str | ChannelDimension | None
 ) -> tuple[Array, ChannelDimension]:
-    """Turn a picture of any kind into an array (H, W, C). Also returns the layout that it had.
+    """Turn a PIL picture, or an array or tensor (H, W), (H, W, C) or (C, H, W), into (H, W, C).
 
-    Args:
-        picture: a PIL picture, or an array or tensor (H, W), (H, W, C) or (C, H, W).
-        convert_rgb: whether to return 3 channels. From 4 channels of uint8, the last is transparency.
-        input_data_format: the layout of an array; None finds it by the number of channels.
-
-    Raises:
-        ValueError: it is no picture, is damaged or empty, holds NaN or infinity, or cannot become RGB.
+    Also returns the layout that it had: `input_data_format`, or if that is None, what the number of channels tells.
+    With `convert_rgb` the array has 3 channels; the last of 4 channels of uint8 is transparency. Raises ValueError if
+    `picture` is no picture, is damaged or empty, holds NaN or infinity, or cannot become RGB.
     """
     if isinstance(picture, Image.Image):
         return read_pixels(picture, convert_rgb), ChannelDimension.LAST

@@ -25,11 +25,9 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Visual:
-    """A picture or clip as codes of the vision tokenizer.
+    """A picture or clip as codes of the vision tokenizer: integers, with one frame for a picture.
 
-    Attributes:
-        codes_THW: integers; T is 1 for a picture.
-        frames_per_second: of a clip, where it is known.
+    `frames_per_second` is that of a clip, where it is known.
     """
 
     codes_THW: NDArray[Any]

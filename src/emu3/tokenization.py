@@ -14,8 +14,10 @@ Released checkpoints hold a BPE in tiktoken's file format. RELEASED_TOKENS follo
 
 import base64
 import binascii
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -48,6 +50,11 @@ RELEASED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n
 PLACEHOLDER_ORIGIN = "<|extra_0|>"
 """An unused token of the released checkpoints. The documented layout gives its id to "<image>"."""
 
+Pieces = Sequence[str | int]
+"""A prompt in pieces: a string is plain text, a number is the id of a token that is not text."""
+
+# Every control and visual token is spelled <...> without further angle brackets inside.
+_SURFACE = re.compile(r"(<[^<>]*>)")
 _BASE_ATTRIBUTES = ("bos_token", "eos_token", "pad_token")
 _BYTES = 256
 
@@ -61,10 +68,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
     """Train a byte-level BPE of `vocabulary_size` entries on `texts`, and add the control and visual tokens after it.
 
     The same texts in the same order give the same tokenizer. It pads on the left. It has the attributes of
-    `CONTROL_TOKENS`, each also with `_id` at its end for the id.
-
-    Raises:
-        ValueError: fewer entries than the 256 bytes, an empty codebook, or texts with too few pairs to merge.
+    `CONTROL_TOKENS`, each also with `_id` at its end for the id. Raises ValueError for fewer entries than the 256
+    bytes, an empty codebook, and texts with too few pairs to merge.
     """
     if vocabulary_size < _BYTES:
         raise ValueError(f"vocabulary_size={vocabulary_size} cannot hold the {_BYTES} bytes; ask for at least {_BYTES}")
@@ -90,10 +95,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, codebook_size: i
 def read_tiktoken(ranks_file: Path, vision_tokens_file: Path) -> PreTrainedTokenizerFast:
     """Read the tokenizer of a released checkpoint from `emu3.tiktoken` and `emu3_vision_tokens.txt`.
 
-    All ids are the same. One surface differs: `PLACEHOLDER_ORIGIN` becomes "<image>".
-
-    Raises:
-        ValueError: a file of another format, ranks with gaps, a byte without a rank, or a missing control token.
+    All ids are the same. One surface differs: `PLACEHOLDER_ORIGIN` becomes "<image>". Raises ValueError for a file of
+    another format, ranks with gaps, a byte without a rank, and a missing control token.
     """
     ranks = _read_ranks(ranks_file)
     surfaces = [*RELEASED_TOKENS, *vision_tokens_file.read_text(encoding="utf-8").split("\n")]
@@ -144,10 +147,7 @@ def write_tiktoken(tokenizer: PreTrainedTokenizerBase, ranks_file: Path, vision_
 
 
 def vocabulary_map(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Surface -> id of every control and visual token, by ascending id, as `Emu3Config.vocabulary_map` holds it.
-
-    Raises ValueError if a control token is missing.
-    """
+    """Surface -> id of every control and visual token, by ascending id, as `Emu3Config.vocabulary_map` holds it."""
     control = set(CONTROL_TOKENS.values())
     found = [
         (index, surface)
@@ -177,6 +177,32 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         raise ValueError(f"text {text!r} is not valid Unicode ({error.reason}); remove the lone surrogate") from error
     return [token.id for piece, _ in pieces for token in backend.model.tokenize(piece)]
+
+
+def take_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> Pieces:
+    """The pieces of a text. Its control tokens are those that the tokenizer itself would find."""
+    pieces: list[str | int] = []
+    for piece in filter(None, _SURFACE.split(text)):
+        ids = tokenizer.encode(piece, add_special_tokens=False) if _SURFACE.fullmatch(piece) else []
+        is_control = len(ids) == 1 and ids != encode_plain(tokenizer, piece)
+        pieces.append(ids[0] if is_control else piece)
+    return pieces
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> list[int]:
+    """Ids of pieces. Adjacent texts are encoded as one, so that no seam is left between them."""
+    ids: list[int] = []
+    for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+        if is_text:
+            ids += encode_plain(tokenizer, "".join(map(str, run)))
+        else:
+            ids += map(int, run)
+    return ids
+
+
+def write_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> str:
+    """Pieces as one text, with the surfaces of their tokens: "<|image start|>" for its id."""
+    return "".join(piece if isinstance(piece, str) else tokenizer.convert_ids_to_tokens(piece) for piece in pieces)
 
 
 class PlainText:

@@ -78,16 +78,13 @@ class Vocabulary:
         bos, eos, pad: around a sample.
         boi, img, eoi: before a picture's size, before its first visual token, after its last frame.
         eol, eof: after a row, after a frame.
-        image_placeholder: stands for a visual or end-of-row token in a prompt whose picture is not encoded yet.
+        image_placeholder: holds the place of a visual or end-of-row token until the picture is encoded.
 
     Args:
         visual_base: the smallest id of a visual token.
         codebook_size: one more than the largest code that has a token.
         table: code -> id, where that is not `visual_base + code`; -1 for a code without a token.
-        control: role -> id of the control tokens; they may be given as keywords too.
-
-    Raises:
-        ValueError: a control token that is no key of `SURFACES`.
+        control: role -> id of the control tokens, the roles being keys of `SURFACES`. They may also be keywords.
     """
 
     control: Mapping[str, int] = field(hash=False)
@@ -117,10 +114,8 @@ class Vocabulary:
         control = {**(control or {}), **roles}
         if unknown := control.keys() - SURFACES:
             raise ValueError(f"{sorted(unknown)} are no control tokens; these are {', '.join(SURFACES)}")
-        object.__setattr__(self, "control", control)
-        object.__setattr__(self, "visual_base", visual_base)
-        object.__setattr__(self, "codebook_size", codebook_size)
-        object.__setattr__(self, "table", table)
+        # A frozen dataclass refuses assignments.
+        vars(self).update(control=control, visual_base=visual_base, codebook_size=codebook_size, table=table)
 
     @classmethod
     def from_map(cls, vocabulary_map: Mapping[str, int], **others: int) -> Vocabulary:
@@ -146,23 +141,18 @@ class Vocabulary:
     def visual_span(self) -> tuple[int, int]:
         """The interval (lo, hi) of ids, hi exclusive, that holds the visual tokens and nothing else.
 
-        Raises:
-            ValueError: there are none, or other ids lie between them.
+        Raises ValueError if there are no visual tokens, or if other ids lie between them.
         """
-        ids = [id_ for id_ in self.table if id_ >= 0] if self.table is not None else []
-        hi = self.visual_base + (self.codebook_size if self.table is None else len(ids))
-        if hi == self.visual_base:
+        count = self.codebook_size if self.table is None else sum(id_ >= 0 for id_ in self.table)
+        if count == 0:
             raise ValueError("the vocabulary has no visual tokens; use a checkpoint whose vocabulary_map holds them")
-        if ids and max(ids) >= hi:
-            raise ValueError(f"visual token ids have gaps between {self.visual_base} and {max(ids)}")
+        hi = self.visual_base + count
+        if self.table is not None and max(self.table) >= hi:
+            raise ValueError(f"visual token ids have gaps between {self.visual_base} and {max(self.table)}")
         return self.visual_base, hi
 
     def ids_of(self, codes: Integers) -> Integers:
-        """Ids of codebook entries, of any shape.
-
-        Raises:
-            ValueError: a code is outside 0..codebook_size - 1, or has no token.
-        """
+        """Ids of codebook entries, of any shape. ValueError for a code that has no token."""
         index = _int64(codes)
         if _any((index < 0) | (index >= self.codebook_size)):
             raise ValueError(f"codes must be in 0..{self.codebook_size - 1}, got {codes}")
@@ -172,11 +162,7 @@ class Vocabulary:
         return cast(Integers, ids)
 
     def codes_of(self, ids: Integers) -> Integers:
-        """Codebook entries of visual tokens, of any shape.
-
-        Raises:
-            ValueError: an id is no visual token.
-        """
+        """Codebook entries of visual tokens, of any shape. ValueError for an id that is no visual token."""
         offsets = _int64(ids) - self.visual_base
         width = self.codebook_size if self.table is None else len(self._inverse)
         if _any((offsets < 0) | (offsets >= width)):
@@ -188,7 +174,7 @@ class Vocabulary:
 
     @cached_property
     def _inverse(self) -> tuple[int, ...]:
-        """Code at id - visual_base; -1 where that id is no visual token."""
+        """The code of each id from `visual_base` on; -1 where that id is no visual token."""
         assert self.table is not None
         inverse = [-1] * (max(self.table, default=-1) - self.visual_base + 1)
         for code, id_ in enumerate(self.table):
@@ -197,8 +183,8 @@ class Vocabulary:
         return tuple(inverse)
 
 
-# Narrow dtypes hold codes but overflow on ids.
 def _int64(values: Any) -> Any:
+    """The numbers in a dtype that is wide enough for ids; that of codes may not be."""
     if isinstance(values, int):
         return values
     return values.astype(np.int64) if _is_numpy(values) else values.long()
