@@ -94,16 +94,17 @@ class Emu3Processor(ProcessorMixin):
     """
 
     valid_processor_kwargs = Emu3ProcessorKwargs
+    image_area: int = 518400
 
     def __init__(
         self,
         image_processor: Emu3ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
-        image_area: int = 518400,
         **kwargs: Any,
     ) -> None:
-        self.image_area = image_area
+        # In `kwargs`, because transformers forbids a named argument that is also an option of a call.
+        self.image_area = kwargs.pop("image_area", self.image_area)
         self.image_token: str = tokenizer.image_token
         self.image_token_id: int = tokenizer.image_token_id
         # The names that transformers gives to the control tokens of a picture.
@@ -114,6 +115,15 @@ class Emu3Processor(ProcessorMixin):
         self.bos_token: str = tokenizer.bos_token
         template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
+
+    # transformers saves and loads only what `__init__` names. So these two add `image_area`.
+    def to_dict(self) -> dict[str, Any]:
+        own = {} if self.image_area == type(self).image_area else {"image_area": self.image_area}
+        return dict(super().to_dict()) | own
+
+    @staticmethod
+    def validate_init_kwargs(processor_config: dict[str, Any], valid_kwargs: Sequence[str]) -> Any:
+        return ProcessorMixin.validate_init_kwargs(processor_config, [*valid_kwargs, "image_area"])
 
     @classmethod
     def _get_arguments_from_pretrained(
