@@ -47,22 +47,6 @@ def run_in_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reac
     return whole
 
 
-def fold_group_norm(norm: nn.GroupNorm, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor and an offset, (B, C, 1, 1) each: `norm(x)` is `x * factor + offset`.
-
-    In float32, or in the dtype of x if that is wider. A mean rounded to 16 bits would shift every pixel.
-    """
-    wide = torch.promote_types(x_BCHW.dtype, torch.float32)
-    grouped = x_BCHW.reshape(len(x_BCHW), norm.num_groups, -1).to(wide)
-    variance, mean = torch.var_mean(grouped, -1, correction=0)
-    channels = x_BCHW.shape[1] // norm.num_groups
-    scale_BC = (variance + norm.eps).rsqrt().repeat_interleave(channels, 1)
-    mean_BC = mean.repeat_interleave(channels, 1)
-    factor_BC = scale_BC * norm.weight
-    offset_BC = norm.bias - mean_BC * factor_BC
-    return factor_BC[..., None, None], offset_BC[..., None, None]
-
-
 def apply_affine_silu(factor: Tensor, offset: Tensor, x_BCHW: Tensor, first: int, height: int) -> Tensor:
     """silu(x * factor + offset) for some rows of pictures.
 

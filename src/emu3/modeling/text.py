@@ -1,10 +1,10 @@
 """The language model: a Llama-style decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
 
-Emu3 adds a dropout on both residual branches (arXiv 2409.18869, table 3). Parameter names are those of transformers'
+Emu3 adds a dropout on both residual branches (arXiv 2409.18869, table 3). Parameters have the names of transformers'
 Emu3. Plain modules hold the mathematics; `Emu3TextModel` and `Emu3ForCausalLM` follow the conventions of transformers.
 
-`Emu3TextModel.run_layers` takes embeddings, mask and positions as they are; the trainer calls it. The decode engine
-does not call these modules. It computes the same from their weights, in `generation/forward.py`.
+The trainer calls `Emu3TextModel.run_layers`, which takes embeddings, mask and positions. The decode engine calls none
+of these modules: it computes the same from their weights, in `generation/runtime/forward.py`.
 
 Letters: B, S, E, N, K, D, L, V, see CONTRIBUTING.md.
 """
@@ -47,17 +47,16 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
     original_inv_freq: Tensor
+    attention_scaling: float
 
     def __init__(self, config: Emu3TextConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        parameters = cast(dict[str, Any], config.rope_parameters)
-        self.rope_type = parameters["rope_type"]
-        compute = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        self.rope_type = cast(dict[str, Any], config.rope_parameters)["rope_type"]
+        default = self.compute_default_rope_parameters
+        compute = default if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         inverse, self.attention_scaling = compute(config)
         self.inv_freq = nn.Buffer(inverse, persistent=False)
         self.original_inv_freq = nn.Buffer(inverse.clone(), persistent=False)
@@ -108,12 +107,10 @@ class Emu3Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
         attend: AttentionFunction | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = pick_cache(past_key_values, cache, kwargs)
+        cache = kwargs.pop(CACHE, None)
         batch_and_length = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
@@ -121,7 +118,7 @@ class Emu3Attention(nn.Module):
         )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cache is not None:
-            # From transformers 5.24 on, a paged cache reads these arguments, and adds some for the attention function.
+            # From transformers 5.24 on, a paged cache reads `kwargs`, and adds arguments for the attention function.
             arguments = {"kwargs": kwargs} if CACHE == "cache" else {}
             key, value = cache.update(key, value, self.layer_idx, **arguments)
         attend = attend or get_attention(self.config)
@@ -163,23 +160,8 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.attention_dropout)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            cache=cache,
-            **kwargs,
-        )
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return cast(Tensor, hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states))))
 
@@ -204,7 +186,6 @@ class Emu3TextModel(Emu3PreTrainedModel):
     """Token embeddings, decoder layers and the final norm. Also loads its part of a whole model's checkpoint."""
 
     config: Emu3TextConfig
-    config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     # The other parts of a whole model.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\.", r"(?:^|\.)lm_head\."]
@@ -332,11 +313,23 @@ def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
+def apply_head(
+    model: Emu3PreTrainedModel, outputs: Any, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
+) -> CausalLMOutputWithPast:
+    """The logits of a model's head, and the loss if there are labels, beside the `outputs` of its layers."""
+    logits = model.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
+    loss = None
+    if labels is not None:
+        vocab_size = model.config.get_text_config().vocab_size
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+    others = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
+    return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
+
+
 class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
     """The language model and its head, without vision. Also loads its part of a whole model's checkpoint."""
 
     config: Emu3TextConfig
-    config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     renamed_weights: ClassVar[dict[str, str]] = {
         r"^text_model\.model\.": "model.",
@@ -392,14 +385,4 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE: outputs.get(CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return apply_head(self, outputs, labels, logits_to_keep, **kwargs)

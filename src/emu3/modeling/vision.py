@@ -32,6 +32,7 @@ from emu3.modeling.vision_blocks import (
     AttentionBlock,
     CausalConv3d,
     DownBlock,
+    GroupNorm,
     MiddleBlock,
     ResnetBlock,
     SpatialNorm,
@@ -39,7 +40,6 @@ from emu3.modeling.vision_blocks import (
     TemporalResnetBlock,
     TemporalUpsample,
     UpBlock,
-    make_group_norm,
     norm_silu_conv,
 )
 
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
         self.down_block = DownBlock(config)
         self.middle_block = MiddleBlock(config, channels)
-        self.norm_out = make_group_norm(channels)
+        self.norm_out = GroupNorm(channels)
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
         self.time_conv = nn.ModuleList(
             TemporalDownsample(latent_channels) for _ in range(count_temporal_stages(config))
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
     def encode_frames(self, pixels_BCHW: Tensor) -> Tensor:
         """The 2-D part: frames of a batch to their latents (B, C, H, W)."""
         hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
-        return norm_silu_conv(self.norm_out, self.conv_out, hidden, None)
+        return norm_silu_conv(self.norm_out, self.conv_out, hidden)
 
     def join_frames(self, latents_BCTHW: Tensor) -> Tensor:
         """The temporal part: latents of frames to fewer in T, by `temporal_downsample_factor`."""
