@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 BAND_ELEMENTS = 2**23
 """Elements of a band: 32 MiB in float32."""

@@ -61,7 +61,7 @@ class Emu3VQVAEModelOutput(BaseModelOutputWithPooling):
 
 
 def count_temporal_stages(config: Emu3VQVAEConfig) -> int:
-    """How often the number of frames is halved. Raises ValueError if the factor is not a power of two."""
+    """How often the number of frames is halved."""
     stages = int(math.log2(config.temporal_downsample_factor))
     if 2**stages != config.temporal_downsample_factor:
         raise ValueError(f"temporal_downsample_factor must be a power of two, got {config.temporal_downsample_factor}")
@@ -75,15 +75,14 @@ class Encoder(nn.Module):
         super().__init__()
         channels = config.base_channels * config.channel_multiplier[-1]
         latent_channels = config.latent_channels * (2 if config.double_latent else 1)
+        stages, blocks = count_temporal_stages(config), config.num_res_blocks
         self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
         self.down_block = DownBlock(config)
         self.middle_block = MiddleBlock(config, channels)
         self.norm_out = GroupNorm(channels)
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
-        self.time_conv = nn.ModuleList(
-            TemporalDownsample(latent_channels) for _ in range(count_temporal_stages(config))
-        )
-        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(config.num_res_blocks))
+        self.time_conv = nn.ModuleList(TemporalDownsample(latent_channels) for _ in range(stages))
+        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(blocks))
 
     def encode_frames(self, pixels_BCHW: Tensor) -> Tensor:
         """The 2-D part: frames of a batch to their latents (B, C, H, W)."""
@@ -104,17 +103,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
-        channels = config.base_channels * config.channel_multiplier[-1]
-        latent_channels = config.latent_channels
-        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(config.num_res_blocks))
-        self.time_conv = nn.ModuleList(TemporalUpsample(latent_channels) for _ in range(count_temporal_stages(config)))
-        self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
-        self.middle_block = MiddleBlock(config, channels, config.embed_dim)
+        channels = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
+        latent_channels, stages, blocks = config.latent_channels, count_temporal_stages(config), config.num_res_blocks
+        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(blocks))
+        self.time_conv = nn.ModuleList(TemporalUpsample(latent_channels) for _ in range(stages))
+        self.conv_in = nn.Conv2d(latent_channels, channels[-1], 3, padding=1)
+        self.middle_block = MiddleBlock(config, channels[-1], config.embed_dim)
         self.up_block = UpBlock(config)
-        self.norm_out = SpatialNorm(config.embed_dim, config.base_channels * config.channel_multiplier[0])
-        self.conv_out = nn.Conv2d(
-            config.base_channels * config.channel_multiplier[0], config.out_channels, 3, padding=1
-        )
+        self.norm_out = SpatialNorm(config.embed_dim, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def split_frames(self, latents_BCTHW: Tensor) -> Tensor:
         """The temporal part: latents to those of frames, more in T by `temporal_downsample_factor`."""
@@ -163,10 +160,7 @@ class Emu3VQVAE(AnyLayoutModel):
     config_class = Emu3VQVAEConfig
     base_model_prefix = "emuvideovq"
     # Names in the checkpoint of a whole model. transformers strips the base model's prefix, so the new names have it.
-    renamed_weights: ClassVar[dict[str, str]] = {
-        r"^model\.vqmodel\.": "emuvideovq.",
-        r"^vqmodel\.": "emuvideovq.",
-    }
+    renamed_weights: ClassVar[dict[str, str]] = {r"^model\.vqmodel\.": "emuvideovq.", r"^vqmodel\.": "emuvideovq."}
     # The other parts of a whole model.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)text_model\.", r"(?:^|\.)lm_head\."]
     main_input_name = "pixel_values"
@@ -187,16 +181,12 @@ class Emu3VQVAE(AnyLayoutModel):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config)
-        self.quant_conv = CausalConv3d(config.latent_channels, config.embed_dim, (3, 1, 1))
-        self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_channels, (3, 1, 1))
-        self.spatial_scale_factor = 2 ** (len(config.channel_multiplier) - 1)
+        self.quant_conv = CausalConv3d(config.latent_channels, config.embed_dim, space=1)
+        self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_channels, space=1)
+        # Pixels per code along height and along width, under two names.
+        self.spatial_scale_factor = self.vision_spatial_factor = 2 ** (len(config.channel_multiplier) - 1)
         self.eval()
         self.post_init()
-
-    @property
-    def vision_spatial_factor(self) -> int:
-        """Pixels per code along height and along width."""
-        return self.spatial_scale_factor
 
     def train(self, mode: bool = True) -> Emu3VQVAE:
         super().train(mode and not self.frozen)
@@ -219,8 +209,8 @@ class Emu3VQVAE(AnyLayoutModel):
             pixel_values: pictures (B, C, H, W) or clips (B, T, C, H, W), normalised as by the image processor.
 
         Returns:
-            The encoder's output, and the same after `quant_conv`: (B, T, C, H, W), with `latent_channels` channels
-            (twice as many with `double_latent`), and with `embed_dim`.
+            The encoder's output (B, T, C, H, W) with `latent_channels` channels, and the same after `quant_conv`, with
+            `embed_dim` channels.
 
         Raises:
             ValueError: the number of frames is not a multiple of `temporal_downsample_factor`.
@@ -232,30 +222,24 @@ class Emu3VQVAE(AnyLayoutModel):
             batch, frames = pixel_values.shape[:2]
             if frames % factor:
                 raise ValueError(f"a clip needs a multiple of {factor} frames, got {frames}: repeat or drop some")
-            latents_BTCHW = self.encoder.encode_frames(pixel_values.flatten(0, 1)).unflatten(0, (batch, frames))
-            latents_BCTHW = latents_BTCHW.transpose(1, 2)
+            latents = self.encoder.encode_frames(pixel_values.flatten(0, 1))
+            latents_BCTHW = latents.unflatten(0, (batch, frames)).transpose(1, 2)
         latents_BCTHW = self.encoder.join_frames(latents_BCTHW)
         return latents_BCTHW.transpose(1, 2), self.quant_conv(latents_BCTHW).transpose(1, 2)
 
     def pixels(self, quantized_BTCHW: Tensor, single: bool) -> Tensor:
-        """Pixels from codebook vectors, differentiable.
+        """Pixels (B, T, C, H, W) from codebook vectors, differentiable.
 
-        Args:
-            quantized_BTCHW: codebook vectors.
-            single: they are of pictures: T is 1, and only the first frame is decoded.
-
-        Returns:
-            (B, C, H, W) if `single`, else (B, T, C, H, W) with all frames.
+        `single` says that the vectors are of pictures: T is 1 and only the first frame is decoded, to (B, C, H, W).
         """
         quantized_BCTHW = quantized_BTCHW.transpose(1, 2)
         # Latents and conditioning pass through the same temporal layers, here as one batch.
         both = self.decoder.split_frames(torch.cat((self.post_quant_conv(quantized_BCTHW), quantized_BCTHW)))
         if single:
             both = both[:, :, :1]
-        frames = both.shape[2]
         latents, conditioning = both.transpose(1, 2).chunk(2)
         pixels = self.decoder.decode_frames(latents.flatten(0, 1), conditioning.flatten(0, 1))
-        return pixels if single else pixels.unflatten(0, (-1, frames))
+        return pixels if single else pixels.unflatten(0, latents.shape[:2])
 
     @merge_with_config_defaults
     @capture_outputs
@@ -271,20 +255,15 @@ class Emu3VQVAE(AnyLayoutModel):
             **kwargs: `output_hidden_states` gives the input of the first residual block and the output of each;
                 `output_attentions` the weights of every attention, if it is eager. A picture then counts as a clip of
                 `temporal_downsample_factor` frames. `return_dict=False` gives a tuple.
-
-        Returns:
-            `Emu3VQVAEModelOutput`.
         """
         single = pixel_values.ndim == 4
         pixel_values = pixel_values.to(self.dtype)
-        if single and any(
-            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
-        ):
+        switches = ("output_hidden_states", "output_attentions")
+        if single and any(kwargs.get(name, getattr(self.config, name)) for name in switches):
             # As in transformers, where the recorded tensors are those of a clip that repeats the picture.
             pixel_values = pixel_values[:, None].expand(-1, self.config.temporal_downsample_factor, -1, -1, -1)
         encoded, latents = self.latents(pixel_values)
-        codes_BTHW = self.quantize(latents)
-        codes = codes_BTHW.squeeze(1) if single else codes_BTHW
+        codes = self.quantize(latents)[:, 0] if single else self.quantize(latents)
         factor = self.spatial_scale_factor
         return Emu3VQVAEModelOutput(
             last_hidden_state=cast(Any, encoded),
@@ -295,13 +274,10 @@ class Emu3VQVAE(AnyLayoutModel):
         )
 
     def decode(self, hidden_states: Tensor) -> Tensor:
-        """Pixels of codes.
+        """Pixels of codes, in the image processor's normalised space.
 
-        Args:
-            hidden_states: codes of pictures (B, H, W) or clips (B, T, H, W).
-
-        Returns:
-            (B, C, H, W) or (B, T, C, H, W), in the image processor's normalised space.
+        `hidden_states` are codes: of pictures (B, H, W), for pixels (B, C, H, W), or of clips (B, T, H, W), for
+        (B, T, C, H, W).
         """
         single = hidden_states.ndim == 3
         codes_BTHW = hidden_states[:, None] if single else hidden_states

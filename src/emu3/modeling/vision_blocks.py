@@ -109,10 +109,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
         hidden = norm_silu_conv(self.norm1, self.conv1, x_BCHW, quantized_BCHW)
         hidden = norm_silu_conv(self.norm2, self.conv2, hidden, quantized_BCHW)
-        shortcut = x_BCHW
         if (conv := self.nin_shortcut) is not None:
-            shortcut = run_in_bands(lambda part, _: conv(part), x_BCHW, reach=0)
-        return shortcut + hidden if torch.is_grad_enabled() else hidden.add_(shortcut)
+            x_BCHW = run_in_bands(lambda part, _: conv(part), x_BCHW, reach=0)
+        return x_BCHW + hidden if torch.is_grad_enabled() else hidden.add_(x_BCHW)
 
 
 class AttentionBlock(nn.Module):
@@ -126,7 +125,6 @@ class AttentionBlock(nn.Module):
         self.config = config
         self.heads = heads
         self.scaling = (width // heads) ** -0.5
-        self.dropout = config.attention_dropout
         # The attention functions of transformers read these two from a module.
         self.is_causal = False
         self.num_key_value_groups = 1
@@ -147,7 +145,7 @@ class AttentionBlock(nn.Module):
         if "flash" in str(self.config._attn_implementation) and query.dtype == torch.float32:
             # Flash kernels take 16 bits only. The tokenizer stays in float32 beside a language model that uses them.
             attend = sdpa_attention_forward
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, is_causal=False)
         mixed = self.out_proj(mixed.reshape(batch, height * width, channels))
         return mixed.transpose(1, 2).reshape(batch, channels, height, width), weights
@@ -271,15 +269,15 @@ class UpBlock(nn.Module):
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution that sees no later frame: two frames of padding before the first, even padding in space."""
+    """3-D convolution that sees no later frame: its padding is two frames before the first, and even in space.
 
-    Triple = tuple[int, int, int]
+    The kernel has `time` frames and `space` rows and columns; `stride` is that in time.
+    """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
+    def __init__(self, in_channels: int, out_channels: int, time: int = 3, space: int = 3, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
-        rows, columns = kernel[1] - stride[1], kernel[2] - stride[2]
-        self.padding = (columns - columns // 2, columns // 2, rows - rows // 2, rows // 2, 2, 0)
+        self.conv = nn.Conv3d(in_channels, out_channels, (time, space, space), (stride, 1, 1))
+        self.padding = (space // 2, space // 2, space // 2, space // 2, 2, 0)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         return cast(Tensor, self.conv(F.pad(x_BCTHW, self.padding)))
@@ -291,14 +289,13 @@ class TemporalResnetBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm3d(channels)
-        self.conv1 = CausalConv3d(channels, channels, (3, 3, 3))
+        self.conv1 = CausalConv3d(channels, channels)
         self.norm2 = nn.BatchNorm3d(channels)
-        self.conv2 = CausalConv3d(channels, channels, (3, 3, 3))
+        self.conv2 = CausalConv3d(channels, channels)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x_BCTHW)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return cast(Tensor, x_BCTHW + hidden)
+        return cast(Tensor, x_BCTHW + self.conv2(F.silu(self.norm2(hidden))))
 
 
 class TemporalDownsample(nn.Module):
@@ -306,7 +303,7 @@ class TemporalDownsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels, (4, 3, 3), (2, 1, 1))
+        self.conv = CausalConv3d(channels, channels, time=4, stride=2)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         return cast(Tensor, self.conv(x_BCTHW))
@@ -317,7 +314,7 @@ class TemporalUpsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels, (3, 3, 3))
+        self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         return cast(Tensor, self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
