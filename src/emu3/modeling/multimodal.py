@@ -132,7 +132,7 @@ class Emu3Model(Emu3PreTrainedModel):
         self.vocabulary_mapping = Emu3ImageVocabularyMapping(vocabulary_map)
         config.image_token_id = self.vocabulary_mapping.image_token_id  # `generate` asks the config for it
         self.post_init()
-        # In place of the names that the parts ignore: those are unexpected only in a part.
+        # `post_init` took over what the parts ignore in a whole checkpoint. Only the head is no part of this model.
         self._keys_to_ignore_on_load_unexpected = {r"(?:^|\.)lm_head\."}
 
     def get_input_embeddings(self) -> nn.Module:

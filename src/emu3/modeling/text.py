@@ -122,15 +122,9 @@ class Emu3Attention(nn.Module):
             arguments = {"kwargs": kwargs} if CACHE == "cache" else {}
             key, value = cache.update(key, value, self.layer_idx, **arguments)
         attend = attend or get_attention(self.config)
+        dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(mixed.reshape(*batch_and_length, -1)), weights
 
@@ -167,27 +161,23 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
 
 
 class Emu3PreTrainedModel(AnyLayoutModel):
-    """The base of all models but the vision tokenizer. It declares to transformers what they support."""
+    """The base of all models but the vision tokenizer. It tells transformers what they support."""
 
     base_model_prefix = "model"
     input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Emu3DecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
 
 
 class Emu3TextModel(Emu3PreTrainedModel):
-    """Token embeddings, decoder layers and the final norm. Also loads its part of a whole model's checkpoint."""
+    """Token embeddings, decoder layers and the final norm. It also loads from the checkpoint of a whole model."""
 
     config: Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
-    # The other parts of a whole model.
+    # The other parts of a whole model's checkpoint.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\.", r"(?:^|\.)lm_head\."]
     # transformers strips "model.", the base model's prefix, from the names that it loads. So the new names have it.
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "model.", r"^model\.text_model\.": "model."}
@@ -211,18 +201,15 @@ class Emu3TextModel(Emu3PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Run all layers and the final norm.
+        """Run all layers and the final norm: hidden states (B, S, E).
 
         Args:
             inputs_embeds: (B, S, E).
             attention_mask: as the attention function takes it: (B, 1, S, L), True where a query may look, for "sdpa"
-                and "eager". None is causal attention, without a cache.
+                and "eager". None, without a cache, means causal attention.
             position_ids: (B, S), or (1, S) for the whole batch.
-            cache: it is given the new keys and values, and returns all those that queries may see.
-            **kwargs: passed on to the attention; `attend` there replaces the function that the configuration names.
-
-        Returns:
-            Hidden states (B, S, E).
+            cache: keys and values of earlier tokens, to which the layers add those of the new tokens.
+            **kwargs: for the attention. `attend` replaces the function that the configuration names.
         """
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -232,7 +219,7 @@ class Emu3TextModel(Emu3PreTrainedModel):
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                **({} if cache is None else {CACHE: cache}),
+                **{CACHE: cache},
                 **kwargs,
             )
         return cast(Tensor, self.norm(hidden_states))
@@ -260,15 +247,9 @@ class Emu3TextModel(Emu3PreTrainedModel):
             past_key_values, cache: two names for the keys and values of earlier tokens. With them, `input_ids` holds
                 the new tokens only.
             cache_position: (S,), positions of the new tokens in the sequence. Default: counted from the cache's length.
-                It does not move the place in the cache: new keys and values always follow the last ones.
+                New keys and values follow the cached ones whatever it says.
             use_cache: whether to make a cache if none is given. The cache is returned.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Returns:
-            `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
-
-        Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; two caches.
+            **kwargs: `output_hidden_states`, `output_attentions`; `return_dict=False` returns a tuple.
         """
         cache = pick_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -282,27 +263,16 @@ class Emu3TextModel(Emu3PreTrainedModel):
                 seen = cache.get_seq_length() if cache is not None else 0
                 cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = cache_position[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         hidden_states = self.run_layers(inputs_embeds, mask, position_ids, cache, use_cache=use_cache, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
 def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Select the hidden states whose logits are asked for.
+    """Select some positions of hidden states (B, S, E): (B, n, E), or (positions, E) for booleans.
 
-    Args:
-        hidden_states: (B, S, E).
-        logits_to_keep: a number n keeps the last n positions, 0 keeps all. A tensor names positions: (n,) for every
-            sequence of the batch, (B, n) for each its own, or (B, S) booleans.
-
-    Returns:
-        (B, n, E), or (positions, E) for booleans.
+    A number n keeps the last n positions, and 0 keeps all. A tensor names positions: (n,) the same for every sequence
+    of the batch, (B, n) others for each, or (B, S) booleans.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -327,7 +297,7 @@ def apply_head(
 
 
 class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
-    """The language model and its head, without vision. Also loads its part of a whole model's checkpoint."""
+    """The language model and its head, without vision. It also loads from the checkpoint of a whole model."""
 
     config: Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
@@ -336,7 +306,7 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         r"^text_model\.lm_head\.": "lm_head.",
         r"^model\.text_model\.": "model.",
     }
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # part of a whole model
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # in a whole model's checkpoint
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
@@ -364,14 +334,11 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Kwargs,
     ) -> CausalLMOutputWithPast:
-        """Compute the logits (B, S, V), and the loss if labels are given. Arguments as in `Emu3TextModel.forward`, and:
+        """Compute the logits (B, S, V), and the loss if labels are given. Arguments as of `Emu3TextModel.forward`, and:
 
         Args:
-            labels: (B, S) ids; -100 is ignored. They are shifted here: label i is the target of position i - 1.
+            labels: (B, S) ids; -100 is ignored. The loss shifts them: label i is the target of position i - 1.
             logits_to_keep: the positions whose logits are computed, see `select_states`. Default: all.
-
-        Returns:
-            `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
         """
         outputs = self.model(
             input_ids=input_ids,

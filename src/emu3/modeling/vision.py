@@ -165,10 +165,6 @@ class Emu3VQVAE(AnyLayoutModel):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)text_model\.", r"(?:^|\.)lm_head\."]
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": [ResnetBlock, TemporalResnetBlock],
         "attentions": AttentionBlock,

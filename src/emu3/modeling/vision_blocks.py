@@ -185,17 +185,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width."""
+    """Doubles height and width by nearest neighbours, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        def double(part: Tensor, _: int) -> Tensor:
-            return cast(Tensor, self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest")))
-
-        return run_in_bands(double, x_BCHW, reach=1, grows=2)
+        return run_in_bands(lambda part, _: self.conv(F.interpolate(part, scale_factor=2.0)), x_BCHW, reach=1, grows=2)
 
 
 class Stage(nn.Module):
