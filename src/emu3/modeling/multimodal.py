@@ -94,7 +94,7 @@ class Emu3ImageVocabularyMapping:
         if outside.any():
             raise ValueError(f"{name} must be in {min(known, default=0)}..{len(mapping) - 1}, got {keys[outside][0]}")
         values = mapping.to(keys)[keys]
-        # 0 stands for what is missing, but may be right too.
+        # 0 stands for a missing key, but may also be the value of a known one.
         if unknown := {key for key in keys[values == 0].unique().tolist() if key not in known}:
             if len(self.img2bpe) == len(self.img2bpe_mapping_tensor):
                 raise ValueError(f"{sorted(unknown)[:5]} are no {name}; only visual tokens become pixels")
@@ -116,8 +116,8 @@ class Emu3Model(Emu3PreTrainedModel):
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
     # Codes must not depend on the precision of the language model.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
-    # What quantizers leave as it is. They compare from a name's beginning. transformers wants two lists without a
-    # common entry.
+    # Quantizers leave these modules as they are. The pattern matches from the beginning of a name. It differs from the
+    # entry above because transformers wants no entry in both lists.
     _keep_in_fp32_modules: ClassVar[list[str]] = [r"(?:model\.)?vqmodel"]
 
     def __init__(self, config: Emu3Config) -> None:

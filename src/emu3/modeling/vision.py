@@ -15,12 +15,10 @@ and their latents are fewer: in H and W by `spatial_scale_factor`, in T by `temp
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,20 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.pretrained import AnyLayoutModel
-from emu3.modeling.vision_blocks import (
-    AttentionBlock,
-    CausalConv3d,
-    DownBlock,
-    GroupNorm,
-    MiddleBlock,
-    ResnetBlock,
-    SpatialNorm,
-    TemporalDownsample,
-    TemporalResnetBlock,
-    TemporalUpsample,
-    UpBlock,
-    norm_silu_conv,
-)
+from emu3.modeling.vision_blocks import AttentionBlock, CausalConv3d, Decoder, Encoder, ResnetBlock, TemporalResnetBlock
 
 MAX_DISTANCES = 2**24
 """Distances, positions times codes, that are computed at once: 64 MiB in float32."""
@@ -60,74 +45,6 @@ class Emu3VQVAEModelOutput(BaseModelOutputWithPooling):
     image_tokens: list[Tensor] | None = None
 
 
-def count_temporal_stages(config: Emu3VQVAEConfig) -> int:
-    """How often the number of frames is halved."""
-    stages = int(math.log2(config.temporal_downsample_factor))
-    if 2**stages != config.temporal_downsample_factor:
-        raise ValueError(f"temporal_downsample_factor must be a power of two, got {config.temporal_downsample_factor}")
-    return stages
-
-
-class Encoder(nn.Module):
-    """Pixels to latents before quantization: a 2-D part for each frame, then a temporal one."""
-
-    def __init__(self, config: Emu3VQVAEConfig) -> None:
-        super().__init__()
-        channels = config.base_channels * config.channel_multiplier[-1]
-        latent_channels = config.latent_channels * (2 if config.double_latent else 1)
-        stages, blocks = count_temporal_stages(config), config.num_res_blocks
-        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
-        self.down_block = DownBlock(config)
-        self.middle_block = MiddleBlock(config, channels)
-        self.norm_out = GroupNorm(channels)
-        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
-        self.time_conv = nn.ModuleList(TemporalDownsample(latent_channels) for _ in range(stages))
-        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(blocks))
-
-    def encode_frames(self, pixels_BCHW: Tensor) -> Tensor:
-        """The 2-D part: frames of a batch to their latents (B, C, H, W)."""
-        hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
-        return norm_silu_conv(self.norm_out, self.conv_out, hidden)
-
-    def join_frames(self, latents_BCTHW: Tensor) -> Tensor:
-        """The temporal part: latents of frames to fewer in T, by `temporal_downsample_factor`."""
-        for conv in self.time_conv:
-            latents_BCTHW = F.silu(conv(latents_BCTHW))
-        for block in self.time_res_stack:
-            latents_BCTHW = block(latents_BCTHW)
-        return latents_BCTHW
-
-
-class Decoder(nn.Module):
-    """Latents to pixels: a temporal part, then a 2-D one for each frame."""
-
-    def __init__(self, config: Emu3VQVAEConfig) -> None:
-        super().__init__()
-        channels = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
-        latent_channels, stages, blocks = config.latent_channels, count_temporal_stages(config), config.num_res_blocks
-        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(blocks))
-        self.time_conv = nn.ModuleList(TemporalUpsample(latent_channels) for _ in range(stages))
-        self.conv_in = nn.Conv2d(latent_channels, channels[-1], 3, padding=1)
-        self.middle_block = MiddleBlock(config, channels[-1], config.embed_dim)
-        self.up_block = UpBlock(config)
-        self.norm_out = SpatialNorm(config.embed_dim, channels[0])
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-
-    def split_frames(self, latents_BCTHW: Tensor) -> Tensor:
-        """The temporal part: latents to those of frames, more in T by `temporal_downsample_factor`."""
-        for block in self.time_res_stack:
-            latents_BCTHW = block(latents_BCTHW)
-        for conv in self.time_conv:
-            latents_BCTHW = F.silu(conv(latents_BCTHW))
-        return latents_BCTHW
-
-    def decode_frames(self, latents_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
-        """The 2-D part: latents and conditioning of frames to their pixels (B, C, H, W)."""
-        hidden = self.middle_block(self.conv_in(latents_BCHW), quantized_BCHW)
-        hidden = self.up_block(hidden, quantized_BCHW)
-        return norm_silu_conv(self.norm_out, self.conv_out, hidden, quantized_BCHW)
-
-
 class VectorQuantizer(nn.Module):
     """Finds the nearest codebook vector. The codebook is learned in `emu3.training.vision`."""
 
@@ -139,7 +56,7 @@ class VectorQuantizer(nn.Module):
         """Codes (B, T, H, W) of latents (B, T, C, H, W)."""
         latents_BTHWC = latents_BTCHW.movedim(2, -1)
         vectors = latents_BTHWC.flatten(0, 3)
-        # Called, as accelerate brings an offloaded weight back for its own module's forward only.
+        # A call, because accelerate brings an offloaded weight back only while its own module's forward runs.
         codebook = self.embedding(torch.arange(self.embedding.num_embeddings, device=vectors.device))
         norms = codebook.square().sum(1)
         codes = [
@@ -161,7 +78,7 @@ class Emu3VQVAE(AnyLayoutModel):
     base_model_prefix = "emuvideovq"
     # Names in the checkpoint of a whole model. transformers strips the base model's prefix, so the new names have it.
     renamed_weights: ClassVar[dict[str, str]] = {r"^model\.vqmodel\.": "emuvideovq.", r"^vqmodel\.": "emuvideovq."}
-    # The other parts of a whole model.
+    # The other parts of a whole model's checkpoint.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)text_model\.", r"(?:^|\.)lm_head\."]
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
@@ -185,8 +102,7 @@ class Emu3VQVAE(AnyLayoutModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> Emu3VQVAE:
-        super().train(mode and not self.frozen)
-        return self
+        return super().train(mode and not self.frozen)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The blocks of the vision tokenizer: convolutions, norms and attention, and the stages built from them.
+"""The parts of the vision tokenizer: norms, convolutions and attention, and the encoder and decoder built from them.
 
 Without gradients, each block keeps its memory low: large pictures pass in bands (see `bands.py`), and sums are written
 in place. A block of the encoder has no quantized latents; one of the decoder is conditioned on them (MoVQ).
@@ -87,7 +87,7 @@ def make_norm(channels: int, latent_channels: int | None) -> nn.Module:
 
 def norm_silu_conv(norm: nn.Module, conv: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
     """Apply a norm, SiLU and a 3x3 convolution; in bands where no gradients are recorded."""
-    # accelerate brings an offloaded weight back for its own module's forward only, so it cannot be folded.
+    # An offloaded weight cannot be folded: accelerate brings it back only while its own module's forward runs.
     if torch.is_grad_enabled() or next(norm.parameters()).device.type == "meta":
         return cast(Tensor, conv(F.silu(norm(x_BCHW, quantized_BCHW))))
     factor, offset = cast(Any, norm).fold(x_BCHW, quantized_BCHW)
@@ -215,9 +215,9 @@ class Stage(nn.Module):
 def run_stages(
     stages: Iterable[nn.Module], resample: str, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None
 ) -> Tensor:
-    """Run stages one after the other, each with the module behind it that is its attribute `resample`, if it has one.
+    """Run stages one after the other. Behind each runs its module with the name `resample`, if it has one.
 
-    One loop for all, as a `forward` of each stage would keep the stage's input in memory to its end.
+    This is one loop because a `forward` of each stage would keep the stage's input in memory until its end.
     """
     for stage in cast(Iterable[Stage], stages):
         for index, block in enumerate(stage.block):
@@ -296,22 +296,82 @@ class TemporalResnetBlock(nn.Module):
 
 
 class TemporalDownsample(nn.Module):
-    """Halves the number of frames."""
+    """Halves the number of frames: a convolution and SiLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, channels, time=4, stride=2)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(x_BCTHW))
+        return F.silu(self.conv(x_BCTHW))
 
 
 class TemporalUpsample(nn.Module):
-    """Doubles the number of frames."""
+    """Doubles the number of frames: each twice, then a convolution and SiLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
+        return F.silu(self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
+
+
+def count_temporal_stages(config: Emu3VQVAEConfig) -> int:
+    """How often the number of frames is halved."""
+    stages = config.temporal_downsample_factor.bit_length() - 1
+    if 2**stages != config.temporal_downsample_factor:
+        raise ValueError(f"temporal_downsample_factor must be a power of two, got {config.temporal_downsample_factor}")
+    return stages
+
+
+class Encoder(nn.Module):
+    """Pixels to latents before quantization: a 2-D part for each frame, then a temporal one."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        channels = config.base_channels * config.channel_multiplier[-1]
+        latent_channels = config.latent_channels * (2 if config.double_latent else 1)
+        stages, blocks = count_temporal_stages(config), config.num_res_blocks
+        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        self.down_block = DownBlock(config)
+        self.middle_block = MiddleBlock(config, channels)
+        self.norm_out = GroupNorm(channels)
+        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+        self.time_conv = nn.Sequential(*(TemporalDownsample(latent_channels) for _ in range(stages)))
+        self.time_res_stack = nn.Sequential(*(TemporalResnetBlock(latent_channels) for _ in range(blocks)))
+
+    def encode_frames(self, pixels_BCHW: Tensor) -> Tensor:
+        """The 2-D part: frames of a batch to their latents (B, C, H, W)."""
+        hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
+        return norm_silu_conv(self.norm_out, self.conv_out, hidden)
+
+    def join_frames(self, latents_BCTHW: Tensor) -> Tensor:
+        """The temporal part: latents of frames to fewer in T, by `temporal_downsample_factor`."""
+        return cast(Tensor, self.time_res_stack(self.time_conv(latents_BCTHW)))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels: a temporal part, then a 2-D one for each frame."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        channels = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
+        latent_channels, stages, blocks = config.latent_channels, count_temporal_stages(config), config.num_res_blocks
+        self.time_res_stack = nn.Sequential(*(TemporalResnetBlock(latent_channels) for _ in range(blocks)))
+        self.time_conv = nn.Sequential(*(TemporalUpsample(latent_channels) for _ in range(stages)))
+        self.conv_in = nn.Conv2d(latent_channels, channels[-1], 3, padding=1)
+        self.middle_block = MiddleBlock(config, channels[-1], config.embed_dim)
+        self.up_block = UpBlock(config)
+        self.norm_out = SpatialNorm(config.embed_dim, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def split_frames(self, latents_BCTHW: Tensor) -> Tensor:
+        """The temporal part: latents to those of frames, more in T by `temporal_downsample_factor`."""
+        return cast(Tensor, self.time_conv(self.time_res_stack(latents_BCTHW)))
+
+    def decode_frames(self, latents_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
+        """The 2-D part: latents and conditioning of frames to their pixels (B, C, H, W)."""
+        hidden = self.middle_block(self.conv_in(latents_BCHW), quantized_BCHW)
+        hidden = self.up_block(hidden, quantized_BCHW)
+        return norm_silu_conv(self.norm_out, self.conv_out, hidden, quantized_BCHW)
