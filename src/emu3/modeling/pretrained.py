@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import TransformersKwargs
 
-# transformers reads from a forward's signature which further arguments it takes. To type checkers they are Any.
+# transformers' own tests read a forward's further arguments from its signature. For type checkers they are Any.
 if TYPE_CHECKING:
     Kwargs = Any
 else:

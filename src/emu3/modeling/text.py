@@ -211,17 +211,11 @@ class Emu3TextModel(Emu3PreTrainedModel):
             cache: keys and values of earlier tokens, to which the layers add those of the new tokens.
             **kwargs: for the attention. `attend` replaces the function that the configuration names.
         """
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
+        kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, **kwargs)
         return cast(Tensor, self.norm(hidden_states))
 
     @merge_with_config_defaults

@@ -117,15 +117,9 @@ class Emu3VQVAE(AnyLayoutModel):
     def latents(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Latents before quantization, differentiable.
 
-        Args:
-            pixel_values: pictures (B, C, H, W) or clips (B, T, C, H, W), normalised as by the image processor.
-
-        Returns:
-            The encoder's output (B, T, C, H, W) with `latent_channels` channels, and the same after `quant_conv`, with
-            `embed_dim` channels.
-
-        Raises:
-            ValueError: the number of frames is not a multiple of `temporal_downsample_factor`.
+        `pixel_values` are pictures (B, C, H, W), or clips (B, T, C, H, W) whose frames are a multiple of
+        `temporal_downsample_factor`, normalised as by the image processor. The result is the encoder's output
+        (B, T, C, H, W) with `latent_channels` channels, and the same after `quant_conv`, with `embed_dim` channels.
         """
         factor = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
