@@ -9,9 +9,9 @@ from torch import nn
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling import bands
-from emu3.modeling.bands import apply_affine_silu, fold_group_norm, run_in_bands
+from emu3.modeling.bands import apply_affine_silu, run_in_bands
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.modeling.vision_blocks import ResnetBlock, SpatialNorm, Upsample
+from emu3.modeling.vision_blocks import GroupNorm, ResnetBlock, SpatialNorm, Upsample
 
 
 @given(st.integers(1, 23), st.integers(1, 9), st.integers(1, 400), st.sampled_from([1, 2]))
@@ -43,9 +43,9 @@ def test_a_function_hears_where_its_rows_are():
 
 def test_affine_is_the_norm():
     torch.manual_seed(0)
-    norm, x = nn.GroupNorm(32, 64), 3 * torch.randn(2, 64, 6, 5) + 1
+    norm, x = GroupNorm(64), 3 * torch.randn(2, 64, 6, 5) + 1
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    factor, offset = fold_group_norm(norm, x)
+    factor, offset = norm.fold(x)
     torch.testing.assert_close(x * factor + offset, norm(x), rtol=0, atol=1e-5)
     spatial, quantized = SpatialNorm(4, 64), torch.randn(2, 4, 2, 3)
     x = torch.randn(2, 64, 4, 6)
@@ -60,10 +60,10 @@ def test_affine_is_the_norm():
 def test_sixteen_bits_lose_no_more_than_the_norm_itself():
     """Of values far from zero, whose mean would not fit in sixteen bits."""
     torch.manual_seed(0)
-    norm, x = nn.GroupNorm(32, 64).bfloat16(), (torch.randn(1, 64, 16, 16) + 30).bfloat16()
+    norm, x = GroupNorm(64).bfloat16(), (torch.randn(1, 64, 16, 16) + 30).bfloat16()
     exact = F.silu(F.group_norm(x.double(), 32, eps=norm.eps))
     plain = (F.silu(norm(x)).double() - exact).abs().mean()
-    found = apply_affine_silu(*fold_group_norm(norm, x), x, 0, 16)
+    found = apply_affine_silu(*norm.fold(x), x, 0, 16)
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).abs().mean() <= 1.1 * plain
 

@@ -1,7 +1,4 @@
-"""Attention functions: those of transformers, chosen by a config, and a plain one.
-
-Letters: B, S, N, K, D, L, see CONTRIBUTING.md.
-"""
+"""The attention functions of transformers, chosen by a config, and a plain one. Letters as in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ def get_attention(config: PreTrainedConfig) -> AttentionFunction:
     """The attention function that `config` names: "sdpa", "flash_attention_2" ...; `eager_attention` for "eager".
 
     It takes the module, query (B, N, S, D), key and value (B, K, L, D), a mask, `scaling`, `dropout` and more. It
-    returns the mixed values (B, S, N, D), and the weights (B, N, S, L) or None.
+    returns the mixed values (B, S, N, D) and the weights (B, N, S, L), or None in place of the weights.
     """
     return cast(AttentionFunction, ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention))
 
@@ -37,7 +34,7 @@ def eager_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention step by step. Returns the mixed values (B, S, N, D) and the weights (B, N, S, L).
+    """Compute attention step by step: an attention function as `get_attention` describes it, with weights.
 
     A boolean mask is True where a query may look; any other mask is added to the scores. Without a mask, a query sees
     itself and earlier keys if `is_causal`, else all keys. The default is the module's own `is_causal`.

@@ -1,8 +1,8 @@
 """Convolutions over large pictures, band by band. A band is some rows of a picture, at its full width.
 
-What lies between two layers is then in memory for one band at a time. The result is that of the whole picture, up to
+Tensors between two layers are then in memory for one band at a time. The result is that of the whole picture, up to
 rounding: a band is read with the neighbouring rows that its convolution needs, and a norm uses the statistics of the
-whole picture. Where gradients are recorded there is one band, as autograd keeps what lies between the layers anyway.
+whole picture. Where gradients are recorded there is one band, as autograd keeps the tensors between layers anyway.
 
 Letters: B, C, H, W, see CONTRIBUTING.md.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 BAND_ELEMENTS = 2**23
 """Elements of a band: 32 MiB in float32."""
@@ -26,11 +26,8 @@ def run_in_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reac
         second band reads         2 3 4 5 6
         second band gives           3 4 5
 
-    Args:
-        function: takes some rows of x and the number of the first of them. Returns `grows` rows for each.
-        x_BCHW: the pictures.
-        reach: how many rows above and below a row its result depends on.
-        grows: rows of the result for each row of x.
+    The function takes some rows of x and the number of the first of them. It returns `grows` rows for each, and these
+    depend on `reach` rows above and below it.
     """
     height = x_BCHW.shape[2]
     rows = max(1, height * BAND_ELEMENTS // x_BCHW.numel())
@@ -47,33 +44,12 @@ def run_in_bands(function: Callable[[Tensor, int], Tensor], x_BCHW: Tensor, reac
     return whole
 
 
-def fold_group_norm(norm: nn.GroupNorm, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor and an offset, (B, C, 1, 1) each: `norm(x)` is `x * factor + offset`.
-
-    In float32, or in the dtype of x if that is wider. A mean rounded to 16 bits would shift every pixel.
-    """
-    wide = torch.promote_types(x_BCHW.dtype, torch.float32)
-    grouped = x_BCHW.reshape(len(x_BCHW), norm.num_groups, -1).to(wide)
-    variance, mean = torch.var_mean(grouped, -1, correction=0)
-    channels = x_BCHW.shape[1] // norm.num_groups
-    scale_BC = (variance + norm.eps).rsqrt().repeat_interleave(channels, 1)
-    mean_BC = mean.repeat_interleave(channels, 1)
-    factor_BC = scale_BC * norm.weight
-    offset_BC = norm.bias - mean_BC * factor_BC
-    return factor_BC[..., None, None], offset_BC[..., None, None]
-
-
 def apply_affine_silu(factor: Tensor, offset: Tensor, x_BCHW: Tensor, first: int, height: int) -> Tensor:
-    """silu(x * factor + offset) for some rows of pictures.
+    """silu(x * factor + offset), in the dtype of x, computed in that of the factor.
 
     Args:
-        factor, offset: (B, C, n, 1 or W) for whole pictures. Each of the n rows holds for `height` / n rows of pixels.
-        x_BCHW: rows of the pictures.
-        first: the number of the first of these rows.
-        height: rows of the whole pictures, a multiple of n.
-
-    Returns:
-        (B, C, H, W) in the dtype of x, computed in that of the factor.
+        factor, offset: (B, C, n, 1 or W), where each of the n rows holds for `height` / n rows of the whole pictures.
+        x_BCHW: some rows of the pictures, of which `first` is the number of the first.
     """
     rows = torch.arange(first, first + x_BCHW.shape[2], device=x_BCHW.device) * factor.shape[2] // height
     factor, offset = (each if each.shape[2] == 1 else each[:, :, rows] for each in (factor, offset))

@@ -1,4 +1,4 @@
-"""The names of the weights that transformers 4 saved. No torch here, for those who only look at a checkpoint."""
+"""The names of the weights that transformers 4 saved. No torch here: it is not needed to look at a checkpoint."""
 
 LEGACY_PREFIXES = {
     "text_model.model.": "model.text_model.",

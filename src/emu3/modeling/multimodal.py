@@ -1,5 +1,4 @@
-"""The whole model: pictures become visual tokens, visual tokens are embedded like words, one decoder reads and writes
-both.
+"""The whole model: pictures become visual tokens, which are embedded like words; one decoder reads and writes both.
 
 Shapes: B batch, S sequence, E model width, V vocabulary, h w rows and columns of visual tokens.
 """
@@ -14,11 +13,11 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.configuration import Emu3Config
 from emu3.generation.grammar import GridGrammar, close_rows
 from emu3.modeling.legacy import LEGACY_PREFIXES
-from emu3.modeling.pretrained import CACHE, Kwargs
-from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, select_states
+from emu3.modeling.pretrained import Kwargs
+from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, apply_head
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
 from emu3.vocabulary import EMU3, SURFACES, VISUAL_PREFIX, Vocabulary, visual_codes
 
@@ -28,11 +27,8 @@ logger = logging.get_logger(__name__)
 class Emu3ImageVocabularyMapping:
     """The documented view of the vocabulary: `vocabulary_mapping.image_tokens` and the conversions beside it.
 
-    Args:
-        vocab_map: surface -> id.
-
     Attributes:
-        vocab_map: the same.
+        vocab_map: surface -> id.
         eol_token_id, image_token_id: ids of the end of a row and of `<image>`; None where the map lacks them.
     """
 
@@ -63,18 +59,13 @@ class Emu3ImageVocabularyMapping:
 
     @cached_property
     def img2bpe_mapping_tensor(self) -> Tensor:
-        """The same as a tensor: id at [code]; 0 where the map has no token for a code."""
+        """`img2bpe` as a tensor: id at [code]; 0 where the map has no token for a code."""
         return _tensor_of(self.img2bpe)
 
     @cached_property
     def bpe2img_mapping_tensor(self) -> Tensor:
-        """The same as a tensor: code at [id]; 0 where an id is no visual token."""
+        """`bpe2img` as a tensor: code at [id]; 0 where an id is no visual token."""
         return _tensor_of(self.bpe2img)
-
-    @cached_property
-    def has_gaps(self) -> bool:
-        """Whether the map lacks codes below its largest one."""
-        return len(self.img2bpe) < len(self.img2bpe_mapping_tensor)
 
     def convert_img2bpe(self, img_batch: Tensor) -> Tensor:
         """Codes (..., h, w) to ids (..., h, w + 1), each row closed by its end-of-row token.
@@ -86,30 +77,27 @@ class Emu3ImageVocabularyMapping:
         """
         if self.eol_token_id is None:
             raise ValueError(f"the vocabulary map has no {SURFACES['eol']}, which closes the rows of a picture; add it")
-        ids = self._looked_up(self.img2bpe_mapping_tensor, self.img2bpe, img_batch, "codes")
+        ids = self._look_up(img_batch, self.img2bpe, self.img2bpe_mapping_tensor, "codes")
         return cast(Tensor, close_rows(ids, self.eol_token_id))
 
     def convert_bpe2img(self, img_batch: Tensor) -> Tensor:
         """Ids (..., h, w + 1) to codes (..., h, w).
 
-        A map with gaps gives code 0 for an id that is no visual token, as in transformers, and logs a warning.
-
-        Raises:
-            ValueError: an id is no visual token.
+        A map with gaps gives code 0 for an id that is no visual token, as in transformers, and logs a warning. From any
+        other map, such an id raises ValueError.
         """
-        return self._looked_up(self.bpe2img_mapping_tensor, self.bpe2img, img_batch[..., :-1], "visual token ids")
+        return self._look_up(img_batch[..., :-1], self.bpe2img, self.bpe2img_mapping_tensor, "visual token ids")
 
-    def _looked_up(self, mapping: Tensor, known: dict[int, int], keys: Tensor, name: str) -> Tensor:
+    def _look_up(self, keys: Tensor, known: dict[int, int], mapping: Tensor, name: str) -> Tensor:
         keys = keys.long()
         outside = (keys < 0) | (keys >= len(mapping))
         if outside.any():
             raise ValueError(f"{name} must be in {min(known, default=0)}..{len(mapping) - 1}, got {keys[outside][0]}")
         values = mapping.to(keys)[keys]
-        # 0 stands for what is missing, but may be right too.
-        unknown = {key for key in keys[values == 0].unique().tolist() if key not in known}
-        if unknown and not self.has_gaps:
-            raise ValueError(f"{sorted(unknown)[:5]} are no {name}; only visual tokens become pixels")
-        if unknown:
+        # 0 stands for a missing key, but may also be the value of a known one.
+        if unknown := {key for key in keys[values == 0].unique().tolist() if key not in known}:
+            if len(self.img2bpe) == len(self.img2bpe_mapping_tensor):
+                raise ValueError(f"{sorted(unknown)[:5]} are no {name}; only visual tokens become pixels")
             logger.warning_once(f"the vocabulary map lacks {name}, such as {min(unknown)}; they become 0")
         return values
 
@@ -121,22 +109,15 @@ def _tensor_of(mapping: dict[int, int]) -> Tensor:
     return values
 
 
-def _ids_of(config: Emu3TextConfig) -> dict[str, int]:
-    """The control tokens that a config names itself, by role."""
-    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
-    return {role: identifier for role, identifier in ids.items() if isinstance(identifier, int)}
-
-
 class Emu3Model(Emu3PreTrainedModel):
     """Vision tokenizer and language model without a head."""
 
     config: Emu3Config
-    config_class = Emu3Config
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
     # Codes must not depend on the precision of the language model.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
-    # What quantizers leave as it is. They compare from a name's beginning, and transformers wants the two lists to
-    # have nothing in common.
+    # Quantizers leave these modules as they are. The pattern matches from the beginning of a name. It differs from the
+    # entry above because transformers wants no entry in both lists.
     _keep_in_fp32_modules: ClassVar[list[str]] = [r"(?:model\.)?vqmodel"]
 
     def __init__(self, config: Emu3Config) -> None:
@@ -144,11 +125,14 @@ class Emu3Model(Emu3PreTrainedModel):
         self.text_model = Emu3TextModel._from_config(config.text_config)
         self.vqmodel = Emu3VQVAE._from_config(config.vq_config, dtype=torch.float32)
         vocabulary_map = config.vocabulary_map or EMU3.to_map()
-        self.vocabulary = Vocabulary.from_map(vocabulary_map, **_ids_of(cast(Emu3TextConfig, config.text_config)))
+        # The control tokens that the configuration names itself. It may also have several or none for a role.
+        ids = {role: getattr(config.text_config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        ids = {role: identifier for role, identifier in ids.items() if isinstance(identifier, int)}
+        self.vocabulary = Vocabulary.from_map(vocabulary_map, **ids)
         self.vocabulary_mapping = Emu3ImageVocabularyMapping(vocabulary_map)
         config.image_token_id = self.vocabulary_mapping.image_token_id  # `generate` asks the config for it
         self.post_init()
-        # What its parts find beside them in a whole checkpoint is no surprise to them, but would be one here.
+        # `post_init` took over what the parts ignore in a whole checkpoint. Only the head is no part of this model.
         self._keys_to_ignore_on_load_unexpected = {r"(?:^|\.)lm_head\."}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -157,53 +141,39 @@ class Emu3Model(Emu3PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def _encode(
-        self, pixel_values: Tensor, image_sizes: Tensor, **kwargs: Any
-    ) -> tuple[Emu3VQVAEModelOutput, list[Tensor]]:
+    def _encode(self, pixel_values: Tensor, image_sizes: Tensor, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """The vision tokenizer's output, and the ids of each picture, rows closed and flattened."""
         encoded = self.vqmodel.encode(pixel_values, image_sizes, **kwargs | {"return_dict": True})
-        assert encoded.image_tokens is not None
         return encoded, [self.vocabulary_mapping.convert_img2bpe(codes).flatten() for codes in encoded.image_tokens]
 
     def get_image_tokens(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
-        """Token ids of pictures, one after the other: visual tokens, an end-of-row token behind each row.
+        """Token ids of all pictures in one dimension: visual tokens, and an end-of-row token behind each row.
 
         Args:
-            pixel_values: (B, C, H, W), as by the image processor.
+            pixel_values: (B, C, H, W), as the image processor returns them.
             image_sizes: (B, 2), height and width in pixels of each picture.
-
-        Returns:
-            1-D tensor of ids.
         """
         return torch.cat(self._encode(pixel_values, image_sizes)[1])
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor, **kwargs: Any) -> Emu3VQVAEModelOutput:
-        """Embeddings of the token ids of pictures.
+        """The vision tokenizer's output, in which `pooler_output` is a tuple of each picture's embeddings (tokens, E).
 
-        Args:
-            pixel_values, image_sizes: as of `get_image_tokens`.
-            **kwargs: `output_hidden_states` and `output_attentions` of the vision tokenizer, `return_dict`.
-
-        Returns:
-            The vision tokenizer's output, or a tuple with `return_dict=False`; `pooler_output` is a tuple with
-            (tokens, E) for each picture.
+        Arguments as of `get_image_tokens`, and `output_hidden_states`, `output_attentions` and `return_dict` as of
+        `Emu3VQVAE.encode`.
         """
         encoded, ids = self._encode(pixel_values, image_sizes, **kwargs)
-        encoded.pooler_output = cast(Any, tuple(self.get_input_embeddings()(picture) for picture in ids))
-        return encoded
+        encoded.pooler_output = tuple(self.get_input_embeddings()(picture) for picture in ids)
+        return cast(Emu3VQVAEModelOutput, encoded)
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: Tensor, height: int, width: int) -> Tensor:
-        """Pixels of generated pictures.
+        """Pixels (B, C, H, W) of generated pictures, in the image processor's normalised space.
 
         Args:
             image_tokens: (B, height * (width + 1) + 3) ids: rows closed by end-of-row, then end-of-frame,
                 end-of-image and end-of-sequence.
             height, width: of the pictures, in tokens.
-
-        Returns:
-            (B, C, H, W), in the image processor's normalised space.
 
         Raises:
             ValueError: another number of tokens, or an id that is no visual token.
@@ -221,23 +191,20 @@ class Emu3Model(Emu3PreTrainedModel):
         placeholder = self.vocabulary.image_placeholder
         if input_ids is not None and (input_ids.numel() or inputs_embeds is None):
             return input_ids == placeholder
-        assert inputs_embeds is not None, "neither ids nor embeddings"
+        assert inputs_embeds is not None
         embedding = self.get_input_embeddings()(torch.tensor(placeholder, device=inputs_embeds.device))
         return cast(Tensor, (inputs_embeds == embedding).all(-1))
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """Where the embeddings of pictures go.
+        """Bool (B, S, 1): where the embeddings of pictures go.
 
         Args:
             input_ids: (B, S), or None to find the placeholders by their embedding.
             inputs_embeds: (B, S, E).
             image_features: (tokens, E), of all pictures together.
 
-        Returns:
-            Bool (B, S, 1).
-
         Raises:
-            ValueError: the prompts hold another number of placeholders than there are picture tokens.
+            ValueError: the prompts do not have one placeholder for each picture token.
         """
         mask = self.placeholders(input_ids, inputs_embeds)
         found, expected = int(mask.sum()), image_features.shape[0]
@@ -264,19 +231,16 @@ class Emu3Model(Emu3PreTrainedModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Kwargs,
     ) -> Any:
-        """Hidden states of text and pictures. Arguments as of `Emu3TextModel.forward`, and:
+        """Hidden states of text and pictures. Arguments and result as of `Emu3TextModel.forward`, and:
 
         Args:
             pixel_values: (pictures, C, H, W), for the image placeholders in `input_ids` in order.
             image_sizes: (pictures, 2), height and width in pixels.
             mm_encoder_outputs: {"image": what `get_image_features` returned}, in place of `pixel_values`.
 
-        Returns:
-            `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
-
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; pictures twice, or pictures that do not fit
-                the placeholders.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; pictures twice, without `image_sizes`, or
+                with other numbers of tokens than placeholders.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -310,7 +274,6 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
     """The whole model with its head: reads text and pictures, writes text and pictures."""
 
     config: Emu3Config
-    config_class = Emu3Config
     renamed_weights: ClassVar[dict[str, str]] = {f"^{re.escape(old)}": new for old, new in LEGACY_PREFIXES.items()}
     output_modalities = ("image", "text")
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
@@ -319,19 +282,10 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config)
         self.model = Emu3Model(config)
-        text_config = cast(Emu3TextConfig, config.text_config)
+        text_config = self.model.text_model.config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     @property
     def vocabulary_mapping(self) -> Emu3ImageVocabularyMapping:
@@ -350,8 +304,8 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Each prompt `expand_size` times, for beams and several samples, each copy with all of its pictures."""
-        # Before 5.23 the inherited method repeats picture by picture: A A B B for two copies of a prompt, where A B A B
-        # is right. From there on `generate` has encoded the pictures by now, and repeats what came of it rightly.
+        # Before transformers 5.23, the inherited method repeats picture by picture: for two copies of a prompt, A A B B
+        # in place of A B A B. Since 5.23, `generate` encodes the pictures before it calls this method.
         pictures = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
         if expand_size > 1 and pictures.get("image_sizes") is not None:
             tokens = torch.as_tensor(pictures["image_sizes"]) // self.model.vqmodel.spatial_scale_factor
@@ -383,14 +337,9 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits over text, structure and visual tokens. Arguments as of `Emu3Model.forward`, and:
+        """Logits over text, structure and visual tokens. Arguments as of `Emu3Model.forward`.
 
-        Args:
-            labels: (B, S) ids; -100 is ignored. Shifted here: label i is the target of position i - 1.
-            logits_to_keep: of which positions to compute the logits, see `emu3.modeling.text.select_states`.
-
-        Returns:
-            `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
+        `labels`, `logits_to_keep` and the result are as of `Emu3ForCausalLM.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -407,15 +356,4 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            vocab_size = cast(Emu3TextConfig, self.config.text_config).vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE: outputs.get(CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return apply_head(self, outputs, labels, logits_to_keep, **kwargs)

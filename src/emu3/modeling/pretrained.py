@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import TransformersKwargs
 
-# transformers reads from a forward's signature which further arguments it takes. To type checkers they are Any.
+# transformers' own tests read a forward's further arguments from its signature. For type checkers they are Any.
 if TYPE_CHECKING:
     Kwargs = Any
 else:
@@ -20,12 +20,10 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def pick_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
-    """The cache that a forward was called with, under either name; None if there is none.
+    """The cache that a forward was called with, as `past_key_values` or as `cache`; None if there is none.
 
-    Args:
-        past_key_values, cache: the arguments of the forward with these names.
-        others: its other arguments. Before 5.24, `cache` may also be the paged cache of continuous batching. The
-            attention function needs that one, so it is put into `others`.
+    Before 5.24, `cache` may also be the paged cache of continuous batching. The attention function needs that one, so
+    it is put into `others`, the forward's other arguments.
 
     Raises:
         ValueError: two caches, or a cache under a third name, where it would be ignored.
@@ -45,6 +43,10 @@ class AnyLayoutModel(PreTrainedModel):
     transformers renames weights for its own classes only. It leaves a weight random if it does not find the name.
     """
 
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     renamed_weights: ClassVar[dict[str, str]] = {}
     """Pattern of a name in a checkpoint -> its replacement."""
 

@@ -1,10 +1,10 @@
 """The language model: a Llama-style decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
 
-Emu3 adds a dropout on both residual branches (arXiv 2409.18869, table 3). Parameter names are those of transformers'
+Emu3 adds a dropout on both residual branches (arXiv 2409.18869, table 3). Parameters have the names of transformers'
 Emu3. Plain modules hold the mathematics; `Emu3TextModel` and `Emu3ForCausalLM` follow the conventions of transformers.
 
-`Emu3TextModel.run_layers` takes embeddings, mask and positions as they are; the trainer calls it. The decode engine
-does not call these modules. It computes the same from their weights, in `generation/forward.py`.
+The trainer calls `Emu3TextModel.run_layers`, which takes embeddings, mask and positions. The decode engine calls none
+of these modules: it computes the same from their weights, in `generation/runtime/forward.py`.
 
 Letters: B, S, E, N, K, D, L, V, see CONTRIBUTING.md.
 """
@@ -47,17 +47,16 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
     original_inv_freq: Tensor
+    attention_scaling: float
 
     def __init__(self, config: Emu3TextConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        parameters = cast(dict[str, Any], config.rope_parameters)
-        self.rope_type = parameters["rope_type"]
-        compute = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        self.rope_type = cast(dict[str, Any], config.rope_parameters)["rope_type"]
+        default = self.compute_default_rope_parameters
+        compute = default if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         inverse, self.attention_scaling = compute(config)
         self.inv_freq = nn.Buffer(inverse, persistent=False)
         self.original_inv_freq = nn.Buffer(inverse.clone(), persistent=False)
@@ -108,12 +107,10 @@ class Emu3Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
         attend: AttentionFunction | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = pick_cache(past_key_values, cache, kwargs)
+        cache = kwargs.pop(CACHE, None)
         batch_and_length = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
@@ -121,19 +118,13 @@ class Emu3Attention(nn.Module):
         )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cache is not None:
-            # From transformers 5.24 on, a paged cache reads these arguments, and adds some for the attention function.
+            # From transformers 5.24 on, a paged cache reads `kwargs`, and adds arguments for the attention function.
             arguments = {"kwargs": kwargs} if CACHE == "cache" else {}
             key, value = cache.update(key, value, self.layer_idx, **arguments)
         attend = attend or get_attention(self.config)
+        dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(mixed.reshape(*batch_and_length, -1)), weights
 
@@ -163,50 +154,30 @@ class Emu3DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.attention_dropout)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            cache=cache,
-            **kwargs,
-        )
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return cast(Tensor, hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states))))
 
 
 class Emu3PreTrainedModel(AnyLayoutModel):
-    """The base of all models but the vision tokenizer. It declares to transformers what they support."""
+    """The base of all models but the vision tokenizer. It tells transformers what they support."""
 
     base_model_prefix = "model"
     input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Emu3DecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
 
 
 class Emu3TextModel(Emu3PreTrainedModel):
-    """Token embeddings, decoder layers and the final norm. Also loads its part of a whole model's checkpoint."""
+    """Token embeddings, decoder layers and the final norm. It also loads from the checkpoint of a whole model."""
 
     config: Emu3TextConfig
-    config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
-    # The other parts of a whole model.
+    # The other parts of a whole model's checkpoint.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\.", r"(?:^|\.)lm_head\."]
     # transformers strips "model.", the base model's prefix, from the names that it loads. So the new names have it.
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "model.", r"^model\.text_model\.": "model."}
@@ -230,30 +201,21 @@ class Emu3TextModel(Emu3PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Run all layers and the final norm.
+        """Run all layers and the final norm: hidden states (B, S, E).
 
         Args:
             inputs_embeds: (B, S, E).
             attention_mask: as the attention function takes it: (B, 1, S, L), True where a query may look, for "sdpa"
-                and "eager". None is causal attention, without a cache.
+                and "eager". None, without a cache, means causal attention.
             position_ids: (B, S), or (1, S) for the whole batch.
-            cache: it is given the new keys and values, and returns all those that queries may see.
-            **kwargs: passed on to the attention; `attend` there replaces the function that the configuration names.
-
-        Returns:
-            Hidden states (B, S, E).
+            cache: keys and values of earlier tokens, to which the layers add those of the new tokens.
+            **kwargs: for the attention. `attend` replaces the function that the configuration names.
         """
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
+        kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                **({} if cache is None else {CACHE: cache}),
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, **kwargs)
         return cast(Tensor, self.norm(hidden_states))
 
     @merge_with_config_defaults
@@ -279,15 +241,9 @@ class Emu3TextModel(Emu3PreTrainedModel):
             past_key_values, cache: two names for the keys and values of earlier tokens. With them, `input_ids` holds
                 the new tokens only.
             cache_position: (S,), positions of the new tokens in the sequence. Default: counted from the cache's length.
-                It does not move the place in the cache: new keys and values always follow the last ones.
+                New keys and values follow the cached ones whatever it says.
             use_cache: whether to make a cache if none is given. The cache is returned.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Returns:
-            `BaseModelOutputWithPast`, or a tuple with `return_dict=False`.
-
-        Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; two caches.
+            **kwargs: `output_hidden_states`, `output_attentions`; `return_dict=False` returns a tuple.
         """
         cache = pick_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -301,27 +257,16 @@ class Emu3TextModel(Emu3PreTrainedModel):
                 seen = cache.get_seq_length() if cache is not None else 0
                 cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = cache_position[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         hidden_states = self.run_layers(inputs_embeds, mask, position_ids, cache, use_cache=use_cache, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
 def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Select the hidden states whose logits are asked for.
+    """Select some positions of hidden states (B, S, E): (B, n, E), or (positions, E) for booleans.
 
-    Args:
-        hidden_states: (B, S, E).
-        logits_to_keep: a number n keeps the last n positions, 0 keeps all. A tensor names positions: (n,) for every
-            sequence of the batch, (B, n) for each its own, or (B, S) booleans.
-
-    Returns:
-        (B, n, E), or (positions, E) for booleans.
+    A number n keeps the last n positions, and 0 keeps all. A tensor names positions: (n,) the same for every sequence
+    of the batch, (B, n) others for each, or (B, S) booleans.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -332,18 +277,30 @@ def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
+def apply_head(
+    model: Emu3PreTrainedModel, outputs: Any, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
+) -> CausalLMOutputWithPast:
+    """The logits of a model's head, and the loss if there are labels, beside the `outputs` of its layers."""
+    logits = model.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
+    loss = None
+    if labels is not None:
+        vocab_size = model.config.get_text_config().vocab_size
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+    others = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
+    return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
+
+
 class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
-    """The language model and its head, without vision. Also loads its part of a whole model's checkpoint."""
+    """The language model and its head, without vision. It also loads from the checkpoint of a whole model."""
 
     config: Emu3TextConfig
-    config_class = Emu3TextConfig
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     renamed_weights: ClassVar[dict[str, str]] = {
         r"^text_model\.model\.": "model.",
         r"^text_model\.lm_head\.": "lm_head.",
         r"^model\.text_model\.": "model.",
     }
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # part of a whole model
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)vqmodel\."]  # in a whole model's checkpoint
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
@@ -371,14 +328,11 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Kwargs,
     ) -> CausalLMOutputWithPast:
-        """Compute the logits (B, S, V), and the loss if labels are given. Arguments as in `Emu3TextModel.forward`, and:
+        """Compute the logits (B, S, V), and the loss if labels are given. Arguments as of `Emu3TextModel.forward`, and:
 
         Args:
-            labels: (B, S) ids; -100 is ignored. They are shifted here: label i is the target of position i - 1.
+            labels: (B, S) ids; -100 is ignored. The loss shifts them: label i is the target of position i - 1.
             logits_to_keep: the positions whose logits are computed, see `select_states`. Default: all.
-
-        Returns:
-            `CausalLMOutputWithPast`, or a tuple with `return_dict=False`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -392,14 +346,4 @@ class Emu3ForCausalLM(Emu3PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE: outputs.get(CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return apply_head(self, outputs, labels, logits_to_keep, **kwargs)

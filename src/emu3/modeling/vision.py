@@ -15,12 +15,10 @@ and their latents are fewer: in H and W by `spatial_scale_factor`, in T by `temp
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,20 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.pretrained import AnyLayoutModel
-from emu3.modeling.vision_blocks import (
-    AttentionBlock,
-    CausalConv3d,
-    DownBlock,
-    MiddleBlock,
-    ResnetBlock,
-    SpatialNorm,
-    TemporalDownsample,
-    TemporalResnetBlock,
-    TemporalUpsample,
-    UpBlock,
-    make_group_norm,
-    norm_silu_conv,
-)
+from emu3.modeling.vision_blocks import AttentionBlock, CausalConv3d, Decoder, Encoder, ResnetBlock, TemporalResnetBlock
 
 MAX_DISTANCES = 2**24
 """Distances, positions times codes, that are computed at once: 64 MiB in float32."""
@@ -60,77 +45,6 @@ class Emu3VQVAEModelOutput(BaseModelOutputWithPooling):
     image_tokens: list[Tensor] | None = None
 
 
-def count_temporal_stages(config: Emu3VQVAEConfig) -> int:
-    """How often the number of frames is halved. Raises ValueError if the factor is not a power of two."""
-    stages = int(math.log2(config.temporal_downsample_factor))
-    if 2**stages != config.temporal_downsample_factor:
-        raise ValueError(f"temporal_downsample_factor must be a power of two, got {config.temporal_downsample_factor}")
-    return stages
-
-
-class Encoder(nn.Module):
-    """Pixels to latents before quantization: a 2-D part for each frame, then a temporal one."""
-
-    def __init__(self, config: Emu3VQVAEConfig) -> None:
-        super().__init__()
-        channels = config.base_channels * config.channel_multiplier[-1]
-        latent_channels = config.latent_channels * (2 if config.double_latent else 1)
-        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
-        self.down_block = DownBlock(config)
-        self.middle_block = MiddleBlock(config, channels)
-        self.norm_out = make_group_norm(channels)
-        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
-        self.time_conv = nn.ModuleList(
-            TemporalDownsample(latent_channels) for _ in range(count_temporal_stages(config))
-        )
-        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(config.num_res_blocks))
-
-    def encode_frames(self, pixels_BCHW: Tensor) -> Tensor:
-        """The 2-D part: frames of a batch to their latents (B, C, H, W)."""
-        hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
-        return norm_silu_conv(self.norm_out, self.conv_out, hidden, None)
-
-    def join_frames(self, latents_BCTHW: Tensor) -> Tensor:
-        """The temporal part: latents of frames to fewer in T, by `temporal_downsample_factor`."""
-        for conv in self.time_conv:
-            latents_BCTHW = F.silu(conv(latents_BCTHW))
-        for block in self.time_res_stack:
-            latents_BCTHW = block(latents_BCTHW)
-        return latents_BCTHW
-
-
-class Decoder(nn.Module):
-    """Latents to pixels: a temporal part, then a 2-D one for each frame."""
-
-    def __init__(self, config: Emu3VQVAEConfig) -> None:
-        super().__init__()
-        channels = config.base_channels * config.channel_multiplier[-1]
-        latent_channels = config.latent_channels
-        self.time_res_stack = nn.ModuleList(TemporalResnetBlock(latent_channels) for _ in range(config.num_res_blocks))
-        self.time_conv = nn.ModuleList(TemporalUpsample(latent_channels) for _ in range(count_temporal_stages(config)))
-        self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
-        self.middle_block = MiddleBlock(config, channels, config.embed_dim)
-        self.up_block = UpBlock(config)
-        self.norm_out = SpatialNorm(config.embed_dim, config.base_channels * config.channel_multiplier[0])
-        self.conv_out = nn.Conv2d(
-            config.base_channels * config.channel_multiplier[0], config.out_channels, 3, padding=1
-        )
-
-    def split_frames(self, latents_BCTHW: Tensor) -> Tensor:
-        """The temporal part: latents to those of frames, more in T by `temporal_downsample_factor`."""
-        for block in self.time_res_stack:
-            latents_BCTHW = block(latents_BCTHW)
-        for conv in self.time_conv:
-            latents_BCTHW = F.silu(conv(latents_BCTHW))
-        return latents_BCTHW
-
-    def decode_frames(self, latents_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
-        """The 2-D part: latents and conditioning of frames to their pixels (B, C, H, W)."""
-        hidden = self.middle_block(self.conv_in(latents_BCHW), quantized_BCHW)
-        hidden = self.up_block(hidden, quantized_BCHW)
-        return norm_silu_conv(self.norm_out, self.conv_out, hidden, quantized_BCHW)
-
-
 class VectorQuantizer(nn.Module):
     """Finds the nearest codebook vector. The codebook is learned in `emu3.training.vision`."""
 
@@ -142,7 +56,7 @@ class VectorQuantizer(nn.Module):
         """Codes (B, T, H, W) of latents (B, T, C, H, W)."""
         latents_BTHWC = latents_BTCHW.movedim(2, -1)
         vectors = latents_BTHWC.flatten(0, 3)
-        # Called, as accelerate brings an offloaded weight back for its own module's forward only.
+        # A call, because accelerate brings an offloaded weight back only while its own module's forward runs.
         codebook = self.embedding(torch.arange(self.embedding.num_embeddings, device=vectors.device))
         norms = codebook.square().sum(1)
         codes = [
@@ -163,18 +77,11 @@ class Emu3VQVAE(AnyLayoutModel):
     config_class = Emu3VQVAEConfig
     base_model_prefix = "emuvideovq"
     # Names in the checkpoint of a whole model. transformers strips the base model's prefix, so the new names have it.
-    renamed_weights: ClassVar[dict[str, str]] = {
-        r"^model\.vqmodel\.": "emuvideovq.",
-        r"^vqmodel\.": "emuvideovq.",
-    }
-    # The other parts of a whole model.
+    renamed_weights: ClassVar[dict[str, str]] = {r"^model\.vqmodel\.": "emuvideovq.", r"^vqmodel\.": "emuvideovq."}
+    # The other parts of a whole model's checkpoint.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(?:^|\.)text_model\.", r"(?:^|\.)lm_head\."]
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": [ResnetBlock, TemporalResnetBlock],
         "attentions": AttentionBlock,
@@ -187,20 +94,15 @@ class Emu3VQVAE(AnyLayoutModel):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config)
-        self.quant_conv = CausalConv3d(config.latent_channels, config.embed_dim, (3, 1, 1))
-        self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_channels, (3, 1, 1))
-        self.spatial_scale_factor = 2 ** (len(config.channel_multiplier) - 1)
+        self.quant_conv = CausalConv3d(config.latent_channels, config.embed_dim, space=1)
+        self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_channels, space=1)
+        # Pixels per code along height and along width, under two names.
+        self.spatial_scale_factor = self.vision_spatial_factor = 2 ** (len(config.channel_multiplier) - 1)
         self.eval()
         self.post_init()
 
-    @property
-    def vision_spatial_factor(self) -> int:
-        """Pixels per code along height and along width."""
-        return self.spatial_scale_factor
-
     def train(self, mode: bool = True) -> Emu3VQVAE:
-        super().train(mode and not self.frozen)
-        return self
+        return super().train(mode and not self.frozen)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -215,15 +117,9 @@ class Emu3VQVAE(AnyLayoutModel):
     def latents(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Latents before quantization, differentiable.
 
-        Args:
-            pixel_values: pictures (B, C, H, W) or clips (B, T, C, H, W), normalised as by the image processor.
-
-        Returns:
-            The encoder's output, and the same after `quant_conv`: (B, T, C, H, W), with `latent_channels` channels
-            (twice as many with `double_latent`), and with `embed_dim`.
-
-        Raises:
-            ValueError: the number of frames is not a multiple of `temporal_downsample_factor`.
+        `pixel_values` are pictures (B, C, H, W), or clips (B, T, C, H, W) whose frames are a multiple of
+        `temporal_downsample_factor`, normalised as by the image processor. The result is the encoder's output
+        (B, T, C, H, W) with `latent_channels` channels, and the same after `quant_conv`, with `embed_dim` channels.
         """
         factor = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
@@ -232,30 +128,24 @@ class Emu3VQVAE(AnyLayoutModel):
             batch, frames = pixel_values.shape[:2]
             if frames % factor:
                 raise ValueError(f"a clip needs a multiple of {factor} frames, got {frames}: repeat or drop some")
-            latents_BTCHW = self.encoder.encode_frames(pixel_values.flatten(0, 1)).unflatten(0, (batch, frames))
-            latents_BCTHW = latents_BTCHW.transpose(1, 2)
+            latents = self.encoder.encode_frames(pixel_values.flatten(0, 1))
+            latents_BCTHW = latents.unflatten(0, (batch, frames)).transpose(1, 2)
         latents_BCTHW = self.encoder.join_frames(latents_BCTHW)
         return latents_BCTHW.transpose(1, 2), self.quant_conv(latents_BCTHW).transpose(1, 2)
 
     def pixels(self, quantized_BTCHW: Tensor, single: bool) -> Tensor:
-        """Pixels from codebook vectors, differentiable.
+        """Pixels (B, T, C, H, W) from codebook vectors, differentiable.
 
-        Args:
-            quantized_BTCHW: codebook vectors.
-            single: they are of pictures: T is 1, and only the first frame is decoded.
-
-        Returns:
-            (B, C, H, W) if `single`, else (B, T, C, H, W) with all frames.
+        `single` says that the vectors are of pictures: T is 1 and only the first frame is decoded, to (B, C, H, W).
         """
         quantized_BCTHW = quantized_BTCHW.transpose(1, 2)
         # Latents and conditioning pass through the same temporal layers, here as one batch.
         both = self.decoder.split_frames(torch.cat((self.post_quant_conv(quantized_BCTHW), quantized_BCTHW)))
         if single:
             both = both[:, :, :1]
-        frames = both.shape[2]
         latents, conditioning = both.transpose(1, 2).chunk(2)
         pixels = self.decoder.decode_frames(latents.flatten(0, 1), conditioning.flatten(0, 1))
-        return pixels if single else pixels.unflatten(0, (-1, frames))
+        return pixels if single else pixels.unflatten(0, latents.shape[:2])
 
     @merge_with_config_defaults
     @capture_outputs
@@ -271,20 +161,15 @@ class Emu3VQVAE(AnyLayoutModel):
             **kwargs: `output_hidden_states` gives the input of the first residual block and the output of each;
                 `output_attentions` the weights of every attention, if it is eager. A picture then counts as a clip of
                 `temporal_downsample_factor` frames. `return_dict=False` gives a tuple.
-
-        Returns:
-            `Emu3VQVAEModelOutput`.
         """
         single = pixel_values.ndim == 4
         pixel_values = pixel_values.to(self.dtype)
-        if single and any(
-            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
-        ):
+        switches = ("output_hidden_states", "output_attentions")
+        if single and any(kwargs.get(name, getattr(self.config, name)) for name in switches):
             # As in transformers, where the recorded tensors are those of a clip that repeats the picture.
             pixel_values = pixel_values[:, None].expand(-1, self.config.temporal_downsample_factor, -1, -1, -1)
         encoded, latents = self.latents(pixel_values)
-        codes_BTHW = self.quantize(latents)
-        codes = codes_BTHW.squeeze(1) if single else codes_BTHW
+        codes = self.quantize(latents)[:, 0] if single else self.quantize(latents)
         factor = self.spatial_scale_factor
         return Emu3VQVAEModelOutput(
             last_hidden_state=cast(Any, encoded),
@@ -295,13 +180,10 @@ class Emu3VQVAE(AnyLayoutModel):
         )
 
     def decode(self, hidden_states: Tensor) -> Tensor:
-        """Pixels of codes.
+        """Pixels of codes, in the image processor's normalised space.
 
-        Args:
-            hidden_states: codes of pictures (B, H, W) or clips (B, T, H, W).
-
-        Returns:
-            (B, C, H, W) or (B, T, C, H, W), in the image processor's normalised space.
+        `hidden_states` are codes: of pictures (B, H, W), for pixels (B, C, H, W), or of clips (B, T, H, W), for
+        (B, T, C, H, W).
         """
         single = hidden_states.ndim == 3
         codes_BTHW = hidden_states[:, None] if single else hidden_states

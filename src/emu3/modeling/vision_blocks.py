@@ -1,4 +1,4 @@
-"""The blocks of the vision tokenizer: convolutions, norms and attention, and the stages built from them.
+"""The parts of the vision tokenizer: norms, convolutions and attention, and the encoder and decoder built from them.
 
 Without gradients, each block keeps its memory low: large pictures pass in bands (see `bands.py`), and sums are written
 in place. A block of the encoder has no quantized latents; one of the decoder is conditioned on them (MoVQ).
@@ -10,7 +10,7 @@ rows and columns than the `quantized_BCHW` beside it, which has one position for
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +19,36 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.attention import get_attention
-from emu3.modeling.bands import apply_affine_silu, fold_group_norm, run_in_bands
+from emu3.modeling.bands import apply_affine_silu, run_in_bands
 
 NORM_GROUPS = 32
-NORM_EPSILON = 1e-6
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that also takes one value per group, as a small model's picture of one token has."""
+    """Group normalisation as everywhere in the tokenizer: 32 groups.
 
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    It also takes one value per group, as a small model's picture of one token has. It is called like `SpatialNorm`, and
+    ignores the quantized latents.
+    """
 
+    def __init__(self, channels: int) -> None:
+        super().__init__(NORM_GROUPS, channels, eps=1e-6)
 
-def make_group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation as everywhere in the tokenizer: 32 groups."""
-    return GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
+    def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
+        return torch.group_norm(x_BCHW, self.num_groups, self.weight, self.bias, self.eps)
+
+    def fold(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A factor and an offset, (B, C, 1, 1) each: `norm(x)` is `x * factor + offset`.
+
+        In float32, or in the dtype of x if that is wider. A mean rounded to 16 bits would shift every pixel.
+        """
+        wide = torch.promote_types(x_BCHW.dtype, torch.float32)
+        grouped = x_BCHW.reshape(len(x_BCHW), self.num_groups, -1).to(wide)
+        variance, mean = torch.var_mean(grouped, -1, correction=0)
+        channels = x_BCHW.shape[1] // self.num_groups
+        factor_BC = (variance + self.eps).rsqrt().repeat_interleave(channels, 1) * self.weight
+        offset_BC = self.bias - mean.repeat_interleave(channels, 1) * factor_BC
+        return factor_BC[..., None, None], offset_BC[..., None, None]
 
 
 class SpatialNorm(nn.Module):
@@ -42,7 +56,7 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, latent_channels: int, channels: int) -> None:
         super().__init__()
-        self.norm_layer = make_group_norm(channels)
+        self.norm_layer = GroupNorm(channels)
         self.conv_y = nn.Conv2d(latent_channels, channels, 1)
         self.conv_b = nn.Conv2d(latent_channels, channels, 1)
 
@@ -55,11 +69,11 @@ class SpatialNorm(nn.Module):
         return cast(Tensor, self.norm_layer(x_BCHW) * scale + shift)
 
     def fold(self, x_BCHW: Tensor, quantized_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The factor and the offset of `fold_group_norm`, with this norm's scale and shift in them.
+        """The factor and the offset of `GroupNorm.fold`, with this norm's scale and shift in them.
 
         Both have the channels and the width of x, and the height of the quantized latents.
         """
-        factor, offset = fold_group_norm(self.norm_layer, x_BCHW)
+        factor, offset = self.norm_layer.fold(x_BCHW)
         scale, shift = self.conv_y(quantized_BCHW), self.conv_b(quantized_BCHW)
         columns = x_BCHW.shape[3] // scale.shape[3]
         factor, offset = factor * scale, offset * scale + shift
@@ -68,25 +82,15 @@ class SpatialNorm(nn.Module):
 
 def make_norm(channels: int, latent_channels: int | None) -> nn.Module:
     """Plain group normalisation for the encoder; `SpatialNorm` for the decoder, where `latent_channels` are given."""
-    return make_group_norm(channels) if latent_channels is None else SpatialNorm(latent_channels, channels)
+    return GroupNorm(channels) if latent_channels is None else SpatialNorm(latent_channels, channels)
 
 
-def apply_norm(norm: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
-    """Call a norm of `make_norm`, with the quantized latents if there are some."""
-    return cast(Tensor, norm(x_BCHW) if quantized_BCHW is None else norm(x_BCHW, quantized_BCHW))
-
-
-def norm_silu_conv(norm: nn.Module, conv: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
+def norm_silu_conv(norm: nn.Module, conv: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
     """Apply a norm, SiLU and a 3x3 convolution; in bands where no gradients are recorded."""
-    weight = cast(nn.GroupNorm, norm.norm_layer if isinstance(norm, SpatialNorm) else norm).weight
-    # accelerate brings an offloaded weight back for its own module's forward only, so it cannot be folded.
-    if torch.is_grad_enabled() or weight.device.type == "meta":
-        return cast(Tensor, conv(F.silu(apply_norm(norm, x_BCHW, quantized_BCHW))))
-    if isinstance(norm, SpatialNorm):
-        assert quantized_BCHW is not None
-        factor, offset = norm.fold(x_BCHW, quantized_BCHW)
-    else:
-        factor, offset = fold_group_norm(cast(nn.GroupNorm, norm), x_BCHW)
+    # An offloaded weight cannot be folded: accelerate brings it back only while its own module's forward runs.
+    if torch.is_grad_enabled() or next(norm.parameters()).device.type == "meta":
+        return cast(Tensor, conv(F.silu(norm(x_BCHW, quantized_BCHW))))
+    factor, offset = cast(Any, norm).fold(x_BCHW, quantized_BCHW)
     height = x_BCHW.shape[2]
     return run_in_bands(lambda part, first: conv(apply_affine_silu(factor, offset, part, first, height)), x_BCHW, 1)
 
@@ -105,10 +109,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
         hidden = norm_silu_conv(self.norm1, self.conv1, x_BCHW, quantized_BCHW)
         hidden = norm_silu_conv(self.norm2, self.conv2, hidden, quantized_BCHW)
-        shortcut = x_BCHW
         if (conv := self.nin_shortcut) is not None:
-            shortcut = run_in_bands(lambda part, _: conv(part), x_BCHW, reach=0)
-        return shortcut + hidden if torch.is_grad_enabled() else hidden.add_(shortcut)
+            x_BCHW = run_in_bands(lambda part, _: conv(part), x_BCHW, reach=0)
+        return x_BCHW + hidden if torch.is_grad_enabled() else hidden.add_(x_BCHW)
 
 
 class AttentionBlock(nn.Module):
@@ -122,7 +125,6 @@ class AttentionBlock(nn.Module):
         self.config = config
         self.heads = heads
         self.scaling = (width // heads) ** -0.5
-        self.dropout = config.attention_dropout
         # The attention functions of transformers read these two from a module.
         self.is_causal = False
         self.num_key_value_groups = 1
@@ -132,12 +134,7 @@ class AttentionBlock(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mix each position with those that it attends to.
-
-        Returns:
-            The mixed positions (B, C, H, W). The weights (B, heads, H * W, H * W), or None if the attention function
-            does not return them.
-        """
+        """The mixed positions (B, C, H, W), and the weights (B, heads, H * W, H * W) or None: see `get_attention`."""
         batch, channels, height, width = x_BCHW.shape
         positions = x_BCHW.flatten(2).transpose(1, 2)
         query, key, value = (
@@ -148,10 +145,16 @@ class AttentionBlock(nn.Module):
         if "flash" in str(self.config._attn_implementation) and query.dtype == torch.float32:
             # Flash kernels take 16 bits only. The tokenizer stays in float32 beside a language model that uses them.
             attend = sdpa_attention_forward
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, is_causal=False)
         mixed = self.out_proj(mixed.reshape(batch, height * width, channels))
         return mixed.transpose(1, 2).reshape(batch, channels, height, width), weights
+
+
+def attend(norm: nn.Module, attention: nn.Module, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
+    """Apply an `AttentionBlock` behind a norm, with a residual."""
+    mixed_BCHW, _ = attention(norm(x_BCHW, quantized_BCHW))
+    return cast(Tensor, x_BCHW + mixed_BCHW)
 
 
 class MiddleBlock(nn.Module):
@@ -166,8 +169,7 @@ class MiddleBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None) -> Tensor:
         x_BCHW = self.block_1(x_BCHW, quantized_BCHW)
-        mixed_BCHW, _ = self.attn_1(apply_norm(self.attn_norm, x_BCHW, quantized_BCHW))
-        x_BCHW = x_BCHW + mixed_BCHW
+        x_BCHW = attend(self.attn_norm, self.attn_1, x_BCHW, quantized_BCHW)
         return cast(Tensor, self.block_2(x_BCHW, quantized_BCHW))
 
 
@@ -183,43 +185,48 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width."""
+    """Doubles height and width by nearest neighbours, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        def double(part: Tensor, _: int) -> Tensor:
-            return cast(Tensor, self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest")))
-
-        return run_in_bands(double, x_BCHW, reach=1, grows=2)
+        return run_in_bands(lambda part, _: self.conv(F.interpolate(part, scale_factor=2.0)), x_BCHW, reach=1, grows=2)
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution, each with attention behind it where the configuration asks for it.
-
-    The caller runs the blocks itself. One call for all of them would keep the stage's input in memory to its end.
-    """
+    """Residual blocks of one resolution, each with attention behind it where the configuration asks for it."""
 
     def __init__(
         self, config: Emu3VQVAEConfig, level: int, in_channels: int, blocks: int, latent_channels: int | None = None
     ) -> None:
         super().__init__()
-        channels = config.base_channels * config.channel_multiplier[level]
-        attends = level in config.attn_resolutions
+        self.channels = config.base_channels * config.channel_multiplier[level]
+        attentions = blocks if level in config.attn_resolutions else 0
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels if index == 0 else channels, channels, latent_channels) for index in range(blocks)
+            ResnetBlock(self.channels if index else in_channels, self.channels, latent_channels)
+            for index in range(blocks)
         )
-        self.attn = nn.ModuleList(AttentionBlock(config) for _ in range(blocks if attends else 0))
-        self.attn_norms = nn.ModuleList(make_norm(channels, latent_channels) for _ in range(blocks if attends else 0))
+        self.attn = nn.ModuleList(AttentionBlock(config) for _ in range(attentions))
+        self.attn_norms = nn.ModuleList(make_norm(self.channels, latent_channels) for _ in range(attentions))
 
-    def attend(self, index: int, x_BCHW: Tensor, quantized_BCHW: Tensor | None) -> Tensor:
-        """The attention behind block `index`, with its residual; x itself in a stage without attention."""
-        if not len(self.attn):
-            return x_BCHW
-        mixed_BCHW, _ = self.attn[index](apply_norm(self.attn_norms[index], x_BCHW, quantized_BCHW))
-        return cast(Tensor, x_BCHW + mixed_BCHW)
+
+def run_stages(
+    stages: Iterable[nn.Module], resample: str, x_BCHW: Tensor, quantized_BCHW: Tensor | None = None
+) -> Tensor:
+    """Run stages one after the other. Behind each runs its module with the name `resample`, if it has one.
+
+    This is one loop because a `forward` of each stage would keep the stage's input in memory until its end.
+    """
+    for stage in cast(Iterable[Stage], stages):
+        for index, block in enumerate(stage.block):
+            x_BCHW = block(x_BCHW, quantized_BCHW)
+            if len(stage.attn):
+                x_BCHW = attend(stage.attn_norms[index], stage.attn[index], x_BCHW, quantized_BCHW)
+        if hasattr(stage, resample):
+            x_BCHW = getattr(stage, resample)(x_BCHW)
+    return x_BCHW
 
 
 class DownBlock(nn.Module):
@@ -228,64 +235,46 @@ class DownBlock(nn.Module):
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
         self.down = nn.ModuleList()
-        in_channels = config.base_channels
-        for level, multiplier in enumerate(config.channel_multiplier):
-            stage = Stage(config, level, in_channels, config.num_res_blocks)
-            in_channels = config.base_channels * multiplier
-            if level < len(config.channel_multiplier) - 1:
-                stage.downsample = Downsample(in_channels)
+        channels, last = config.base_channels, len(config.channel_multiplier) - 1
+        for level in range(last + 1):
+            stage = Stage(config, level, channels, config.num_res_blocks)
+            channels = stage.channels
+            if level < last:
+                stage.downsample = Downsample(channels)
             self.down.append(stage)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        for level, stage in enumerate(cast(Iterable[Stage], self.down)):
-            for index, block in enumerate(stage.block):
-                x_BCHW = block(x_BCHW)
-                x_BCHW = stage.attend(index, x_BCHW, None)
-            if level < len(self.down) - 1:
-                x_BCHW = cast(nn.Module, stage.downsample)(x_BCHW)
-        return x_BCHW
+        return run_stages(self.down, "downsample", x_BCHW)
 
 
 class UpBlock(nn.Module):
-    """The stages of the decoder, from the lowest resolution to the highest."""
+    """The stages of the decoder, from the lowest resolution to the highest. They are stored in reverse, by level."""
 
     def __init__(self, config: Emu3VQVAEConfig) -> None:
         super().__init__()
-        stages = []
-        in_channels = config.base_channels * config.channel_multiplier[-1]
+        self.up = nn.ModuleList()
+        channels = config.base_channels * config.channel_multiplier[-1]
         for level in reversed(range(len(config.channel_multiplier))):
-            stage = Stage(config, level, in_channels, config.num_res_blocks + 1, config.embed_dim)
-            in_channels = config.base_channels * config.channel_multiplier[level]
+            stage = Stage(config, level, channels, config.num_res_blocks + 1, config.embed_dim)
+            channels = stage.channels
             if level > 0:
-                stage.upsample = Upsample(in_channels)
-            stages.append(stage)
-        self.up = nn.ModuleList(reversed(stages))  # stored by level, as in saved weights; run from the last to level 0
+                stage.upsample = Upsample(channels)
+            self.up.insert(0, stage)
 
     def forward(self, x_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
-        for level in reversed(range(len(self.up))):
-            stage = cast(Stage, self.up[level])
-            for index, block in enumerate(stage.block):
-                x_BCHW = block(x_BCHW, quantized_BCHW)
-                x_BCHW = stage.attend(index, x_BCHW, quantized_BCHW)
-            if level > 0:
-                x_BCHW = cast(nn.Module, stage.upsample)(x_BCHW)
-        return x_BCHW
+        return run_stages(reversed(self.up), "upsample", x_BCHW, quantized_BCHW)
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution that sees no later frame: two frames of padding before the first, even padding in space."""
+    """3-D convolution that sees no later frame: its padding is two frames before the first, and even in space.
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: tuple[int, int, int],
-        stride: tuple[int, int, int] = (1, 1, 1),
-    ) -> None:
+    The kernel has `time` frames and `space` rows and columns; `stride` is that in time.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time: int = 3, space: int = 3, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
-        rows, columns = kernel[1] - stride[1], kernel[2] - stride[2]
-        self.padding = (columns - columns // 2, columns // 2, rows - rows // 2, rows // 2, 2, 0)
+        self.conv = nn.Conv3d(in_channels, out_channels, (time, space, space), (stride, 1, 1))
+        self.padding = (space // 2, space // 2, space // 2, space // 2, 2, 0)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         return cast(Tensor, self.conv(F.pad(x_BCTHW, self.padding)))
@@ -297,33 +286,92 @@ class TemporalResnetBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm3d(channels)
-        self.conv1 = CausalConv3d(channels, channels, (3, 3, 3))
+        self.conv1 = CausalConv3d(channels, channels)
         self.norm2 = nn.BatchNorm3d(channels)
-        self.conv2 = CausalConv3d(channels, channels, (3, 3, 3))
+        self.conv2 = CausalConv3d(channels, channels)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x_BCTHW)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return cast(Tensor, x_BCTHW + hidden)
+        return cast(Tensor, x_BCTHW + self.conv2(F.silu(self.norm2(hidden))))
 
 
 class TemporalDownsample(nn.Module):
-    """Halves the number of frames."""
+    """Halves the number of frames: a convolution and SiLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels, (4, 3, 3), (2, 1, 1))
+        self.conv = CausalConv3d(channels, channels, time=4, stride=2)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(x_BCTHW))
+        return F.silu(self.conv(x_BCTHW))
 
 
 class TemporalUpsample(nn.Module):
-    """Doubles the number of frames."""
+    """Doubles the number of frames: each twice, then a convolution and SiLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels, (3, 3, 3))
+        self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
+        return F.silu(self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
+
+
+def count_temporal_stages(config: Emu3VQVAEConfig) -> int:
+    """How often the number of frames is halved."""
+    stages = config.temporal_downsample_factor.bit_length() - 1
+    if 2**stages != config.temporal_downsample_factor:
+        raise ValueError(f"temporal_downsample_factor must be a power of two, got {config.temporal_downsample_factor}")
+    return stages
+
+
+class Encoder(nn.Module):
+    """Pixels to latents before quantization: a 2-D part for each frame, then a temporal one."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        channels = config.base_channels * config.channel_multiplier[-1]
+        latent_channels = config.latent_channels * (2 if config.double_latent else 1)
+        stages, blocks = count_temporal_stages(config), config.num_res_blocks
+        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        self.down_block = DownBlock(config)
+        self.middle_block = MiddleBlock(config, channels)
+        self.norm_out = GroupNorm(channels)
+        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+        self.time_conv = nn.Sequential(*(TemporalDownsample(latent_channels) for _ in range(stages)))
+        self.time_res_stack = nn.Sequential(*(TemporalResnetBlock(latent_channels) for _ in range(blocks)))
+
+    def encode_frames(self, pixels_BCHW: Tensor) -> Tensor:
+        """The 2-D part: frames of a batch to their latents (B, C, H, W)."""
+        hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
+        return norm_silu_conv(self.norm_out, self.conv_out, hidden)
+
+    def join_frames(self, latents_BCTHW: Tensor) -> Tensor:
+        """The temporal part: latents of frames to fewer in T, by `temporal_downsample_factor`."""
+        return cast(Tensor, self.time_res_stack(self.time_conv(latents_BCTHW)))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels: a temporal part, then a 2-D one for each frame."""
+
+    def __init__(self, config: Emu3VQVAEConfig) -> None:
+        super().__init__()
+        channels = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
+        latent_channels, stages, blocks = config.latent_channels, count_temporal_stages(config), config.num_res_blocks
+        self.time_res_stack = nn.Sequential(*(TemporalResnetBlock(latent_channels) for _ in range(blocks)))
+        self.time_conv = nn.Sequential(*(TemporalUpsample(latent_channels) for _ in range(stages)))
+        self.conv_in = nn.Conv2d(latent_channels, channels[-1], 3, padding=1)
+        self.middle_block = MiddleBlock(config, channels[-1], config.embed_dim)
+        self.up_block = UpBlock(config)
+        self.norm_out = SpatialNorm(config.embed_dim, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def split_frames(self, latents_BCTHW: Tensor) -> Tensor:
+        """The temporal part: latents to those of frames, more in T by `temporal_downsample_factor`."""
+        return cast(Tensor, self.time_conv(self.time_res_stack(latents_BCTHW)))
+
+    def decode_frames(self, latents_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
+        """The 2-D part: latents and conditioning of frames to their pixels (B, C, H, W)."""
+        hidden = self.middle_block(self.conv_in(latents_BCHW), quantized_BCHW)
+        hidden = self.up_block(hidden, quantized_BCHW)
+        return norm_silu_conv(self.norm_out, self.conv_out, hidden, quantized_BCHW)
