@@ -110,7 +110,7 @@ class Emu3Attention(nn.Module):
         attend: AttentionFunction | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = kwargs.pop(CACHE, None)
+        cache = pick_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None), kwargs)
         batch_and_length = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
