@@ -109,9 +109,10 @@ class Emu3Pipeline:
         """Runs the requests; threads may share it. Its cache takes at most half of the memory that is free."""
         with _MAKING_ENGINE:
             if "_engine" not in self.__dict__:
-                engine = self.__dict__["_engine"] = Engine(self.model, compiled=self.compiled)
+                engine = Engine(self.model, compiled=self.compiled)
                 room = free_memory(self.model.lm_head.weight.device) // 2 // engine.bytes_per_token
                 engine.tokens = max(2 * engine.context, room)
+                self.__dict__["_engine"] = engine
             return cast(Engine, self.__dict__["_engine"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class Emu3Pipeline:
 
         Args:
             prompts: what to draw; a string is one prompt.
-            on_event: is called with the engine's events; its requests are numbered like the prompts.
+            on_event: called with the engine's events, whose requests are numbered like the prompts.
             **options: those of `emu3.options.Draw`. In Python `guidance_scale` may also be a function of progress,
                 which goes from 0 to 1; `seed` a list with one for each prompt; and `decoding` a decoder. In float32 a
                 picture depends on its seed and not on its batch. In 16 bits the products of a batch round differently,
@@ -148,12 +149,7 @@ class Emu3Pipeline:
 
     @takes(Answer)
     def chat(
-        self,
-        messages: Any,
-        pictures: Any = None,
-        *,
-        on_event: Callable[[Event], object] | None = None,
-        **options: Any,
+        self, messages: Any, pictures: Any = None, *, on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> Any:
         """Answer a question, the last message of a conversation, or several of them at once.
 
@@ -162,7 +158,7 @@ class Emu3Pipeline:
                 content is a text or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`
                 (see `emu3.chat.Message`); or a list of conversations, each as before or a pair (question, pictures).
             pictures: one or a list, which stand in front of the question.
-            on_event: is called with the engine's events; its requests are numbered like the conversations.
+            on_event: called with the engine's events, whose requests are numbered like the conversations.
             **options: those of `emu3.options.Answer`. Answer i of several has seed + i, or its own of a list of seeds.
 
         Returns:
@@ -186,11 +182,11 @@ class Emu3Pipeline:
             **options: those of `emu3.options.Draw` or `emu3.options.Answer`.
 
         Yields:
-            The engine's events, and after each `Finished` a `Result` with the picture or the answer. Nothing runs
-            before the first is asked for; close the generator to stop.
+            The engine's events, and after each `Finished` a `Result` with the picture or the answer. Nothing is drawn
+            before the first event is asked for. To stop, close the generator.
 
         Raises:
-            ValueError: as `image` and `chat`, at the call.
+            ValueError: as `image` and `chat`, at the call and not at the first event.
         """
         is_words = isinstance(asked, str) or (
             isinstance(asked, list | tuple) and all(isinstance(a, str) for a in asked)
