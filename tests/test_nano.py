@@ -38,7 +38,7 @@ def test_same_seed_same_picture_alone_in_a_batch_and_in_another_process(nano: Em
     assert np.array_equal(pixels(Image.open(path)), alone)
 
 
-UNUSUAL = ["", "🐱🐶 ???", "<image> is a tag", "zzz qqq 12345", "\n\n", "Ünïcödé ﷽ 漢字", "dog " * 30, "photo a of"]
+UNUSUAL = [".", "🐱🐶 ???", "<image> is a tag", "zzz qqq 12345", "\n\na", "Ünïcödé ﷽ 漢字", "dog " * 30, "photo a of"]
 
 
 @pytest.mark.parametrize("decoding", ["predictive", "zipar"])

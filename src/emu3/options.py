@@ -177,10 +177,7 @@ def check_device_map(name: str, value: object) -> Any:
 
 def check_dtype(name: str, value: object) -> str:
     """The name of a dtype, or a `torch.dtype`."""
-    text = str(value).removeprefix("torch.") if isinstance(value, str) or type(value).__name__ == "dtype" else ""
-    if text not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r:.80}")
-    return text
+    return check_choice(name, str(value).removeprefix("torch."), DTYPES)
 
 
 def _option(
@@ -311,7 +308,6 @@ def takes(kind: type[_Options]) -> Callable[[Function], Function]:
         options = [
             inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
             for each in fields(kind)  # type: ignore[arg-type]
-            if each.name not in signature.parameters
         ]
         function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return function

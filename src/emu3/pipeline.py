@@ -128,7 +128,7 @@ class Emu3Pipeline:
     def image(
         self, prompts: str | Sequence[str], *, on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> list[Image.Image]:
-        """Draw one picture for each prompt, all in one batch.
+        """Draw one picture for each prompt, all in one batch. Returns a list, also for a single prompt.
 
         Args:
             prompts: what to draw; a string is one prompt.
@@ -138,12 +138,8 @@ class Emu3Pipeline:
                 picture depends on its seed and not on its batch. In 16 bits the products of a batch round differently,
                 which may change a token.
 
-        Returns:
-            A list of RGB pictures, also for a single prompt.
-
         Raises:
-            ValueError: the checkpoint only reads, the size cannot be drawn or does not fit the context, or a prompt
-                or an option cannot be used.
+            ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.
         """
         return cast("list[Image.Image]", self._results(self.draw_requests(prompts, **options), on_event))
 
@@ -151,7 +147,7 @@ class Emu3Pipeline:
     def chat(
         self, messages: Any, pictures: Any = None, *, on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> Any:
-        """Answer a question, the last message of a conversation, or several of them at once.
+        """Answer a question or conversation; or a list of conversations, with a list of answers.
 
         Args:
             messages: a question; or a conversation, which is a list of messages `{"role": ..., "content": ...}`, whose
@@ -161,12 +157,8 @@ class Emu3Pipeline:
             on_event: called with the engine's events, whose requests are numbered like the conversations.
             **options: those of `emu3.options.Answer`. Answer i of several has seed + i, or its own of a list of seeds.
 
-        Returns:
-            The answer, or a list of answers for a list of conversations.
-
         Raises:
-            ValueError: the checkpoint only draws, a message or picture cannot be read, a conversation is longer than
-                the context, or a question or an option cannot be used.
+            ValueError: the checkpoint only draws, a conversation does not fit the context, or an argument is wrong.
         """
         conversations = _conversations(messages, pictures)
         answers = self._results(self._answers(conversations, make(Answer, options)), on_event)
@@ -313,9 +305,9 @@ class Emu3Pipeline:
 
 def _pick_device(load: Load) -> str:
     """The device to load to; for "auto" the best that is there."""
-    has_gpu, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    has_mps = torch.backends.mps.is_available()
     if load.device == "auto":
-        return "cuda" if has_gpu and not load.int8 else "mps" if has_mps and not load.int8 else "cpu"
+        return "cpu" if load.int8 else "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     kind, _, number = load.device.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(number or 0) >= there:
@@ -330,7 +322,7 @@ def _are_several(messages: Any) -> bool:
 
 def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
     if isinstance(messages, str):
-        messages = (messages, () if pictures is None else pictures)
+        messages = (messages, pictures)
     elif pictures is not None:
         raise ValueError(
             "pictures go with one question, a string; put those of a conversation into its messages, or give several "
@@ -343,8 +335,8 @@ def _conversation(messages: Any) -> list[Message]:
     """One conversation, perhaps given as a pair (question, pictures), as a list of messages."""
     if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
         text, pictures = messages
-        pictures = () if pictures is None else pictures
-        pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+        if not isinstance(pictures, list | tuple):
+            pictures = () if pictures is None else (pictures,)
         content = [
             *({"type": "image", "image": picture} for picture in pictures),
             {"type": "text", "text": check_words("question", text)},

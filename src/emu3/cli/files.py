@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG with `record` as JSON in its text chunk "emu3": wholly, or not at all."""
+    """Write a PNG with `record` as JSON in its text chunk "emu3", wholly or not at all."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_text("emu3", json.dumps(record))
-    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short, as a name may be as long as the system takes
+    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short: `path` may have the longest name allowed
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -31,10 +31,7 @@ def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> N
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """Where pictures go: out.png, or out-1.png, out-2.png, ...; in a folder 1.png, 2.png, ...
-
-    ValueError where no picture can be written.
-    """
+    """Where pictures go: out.png, or out-1.png, ...; in a folder 1.png, ... ValueError where none can be written."""
     if output == Path() or output.name.lower() in (".png", ".."):
         raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in .png, or a folder")
     if output.suffix and output.suffix.lower() != ".png" and not _is_folder(output):
