@@ -125,7 +125,7 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["bench", "nono"], "unknown checkpoint 'nono'"),
         (["bench", "reads"], "this checkpoint does not draw pictures"),
         (["bench", "--height", "16"], "give both height and width, or neither; got height=16"),
-        (["bench", "--pictures", "1,two"], "--pictures must be whole numbers above 0, with commas"),
+        (["bench", "--pictures", "1,two"], "--pictures '1,two' is no list of counts; give whole numbers"),
         (["bench", "--int8", "--device-map", "auto"], "int8 is for one CPU, and device_map='auto' is not"),
         (["convert", "nono", "new"], "unknown checkpoint 'nono'"),
         (["convert", "empty", "new"], "config.json"),

@@ -259,7 +259,7 @@ class Draw(_Options):
     top_p: float = _option(1.0, "Sample among the likeliest, up to this mass.", check_probability)
     temperature: float = _option(1.0, "0 takes the likeliest token.", check_temperature)
     seed: int | Sequence[int] | None = _option(
-        None, "Same seed, same picture; prompt i has seed + i. Default: a new one.", check_seed, type_=int
+        None, "Same seed, same picture; picture i has seed + i. Default: a new one.", check_seed, type_=int
     )
     decoding: Any = _option(
         "predictive",

@@ -134,9 +134,9 @@ class Emu3Pipeline:
             prompts: what to draw; a string is one prompt.
             on_event: called with the engine's events, whose requests are numbered like the prompts.
             **options: those of `emu3.options.Draw`. In Python `guidance_scale` may also be a function of progress,
-                which goes from 0 to 1; `seed` a list with one for each prompt; and `decoding` a decoder. In float32 a
-                picture depends on its seed and not on its batch. In 16 bits the products of a batch round differently,
-                which may change a token.
+                which goes from 0 to 1, and `decoding` a decoder. For `seed`, picture i has seed + i, or its own of a
+                list. In float32 a picture depends on its seed and not on its batch. In 16 bits the products of a batch
+                round differently, which may change a token.
 
         Raises:
             ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.

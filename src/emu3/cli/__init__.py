@@ -200,7 +200,7 @@ def bench(
     """Measure how fast a checkpoint draws here, beside what this machine can do."""
     counts = pictures.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
-        raise ValueError(f"--pictures must be whole numbers above 0, with commas, such as 1,4,16, got {pictures!r:.80}")
+        raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
     for name in decoding.split(","):
         Draw(decoding=name, height=height, width=width)  # refuses wrong ones
     pipeline = _load_pipeline(model, load, "draw")
