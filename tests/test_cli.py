@@ -1,8 +1,10 @@
 import inspect
 import json
 import shlex
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> st
     assert err.startswith("error: ")
     assert err.count("\n") == 1 and err.endswith("\n")
     return err
+
+
+def error_before_torch(folder: Path, *arguments: object) -> str:
+    """The same of a process in a folder, which must end so before it imports torch."""
+    code = "import sys, emu3.cli\ntry: emu3.cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        env={"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
 
 
 @pytest.fixture
@@ -86,19 +103,76 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
     """Neither the time nor the model is spent on it; nothing is written."""
     (tmp_path / "there.png").write_text("a file")
     (tmp_path / "two-1.png").mkdir()
-    code = "import sys, emu3.cli\ntry: emu3.cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     flag, value = arguments.split(" ", 1)
-    done = subprocess.run(
-        [sys.executable, "-c", code, "image", "a cat", "a dog", flag, value],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(SOURCE)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and complaint in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert complaint in error_before_torch(tmp_path, "image", "a cat", "a dog", flag, value)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["there.png", "two-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["image", ""], "prompt must not be empty, got ''"),
+        (["image", "a cat", " "], "prompt must not be empty, got ' '"),
+        (["image", "a cat", "--model", "reads"], "this checkpoint does not draw pictures"),
+        (["image", "a cat", "--int8", "--device", "cuda"], "int8 is for one CPU, and device='cuda' is not"),
+        (["chat", "cat.png", ""], "question must not be empty, got ''"),
+        (["chat", "https://example.org/a//cat.png"], "'https://example.org/a//cat.png' is an address; download"),
+        (["chat", "cat.png", "--model", "draws"], "this checkpoint does not answer or read pictures"),
+        (["eval", "nono"], "unknown checkpoint 'nono'"),
+        (["eval", "draws"], "this checkpoint does not answer or read pictures"),
+        (["eval", "nano", "-o", "file"], "'file': "),
+        (["eval", "nano", "--decoding", "spiral"], "unknown decoding 'spiral'"),
+        (["bench", "nono"], "unknown checkpoint 'nono'"),
+        (["bench", "reads"], "this checkpoint does not draw pictures"),
+        (["bench", "--height", "16"], "give both height and width, or neither; got height=16"),
+        (["bench", "--pictures", "1,two"], "--pictures '1,two' is no list of counts; give whole numbers"),
+        (["bench", "--int8", "--device-map", "auto"], "int8 is for one CPU, and device_map='auto' is not"),
+        (["convert", "nono", "new"], "unknown checkpoint 'nono'"),
+        (["convert", "empty", "new"], "config.json"),
+        (["convert", "nano", "new", "--to", "gguf"], "--to must be one of documented, legacy, baai, got 'gguf'"),
+        (["convert", "nano", "new", "--abilities", "fly"], "--abilities must be one of draw, read, got 'fly'"),
+        (["convert", "nano", "new", "--abilities", ""], "--abilities must be one of draw, read, got ''"),
+        (["convert", "nano", "empty", "--to", "legacy"], "empty is there already; remove it, or name another folder"),
+        (["convert", "nano", "file/new", "--to", "legacy"], "file' is no folder"),
+        (["convert", "nano", "new", "--vision", "reads"], "is not needed"),
+        (["train", "none.toml"], "no recipe at none.toml"),
+        (["train", "file"], "file is not valid TOML"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_arguments_and_files_tell_is_told_before_torch_is_imported(
+    tmp_path: Path, tiny_checkpoint: Path, picture: Path, arguments: list[str], complaint: str
+) -> None:
+    (tmp_path / "file").write_text("no TOML")
+    (tmp_path / "empty").mkdir()
+    for name, ability in (("draws", "draw"), ("reads", "read")):
+        config = json.loads((shutil.copytree(tiny_checkpoint, tmp_path / name) / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"abilities": [ability]}))
+    before = sorted(tmp_path.rglob("*"))
+    assert complaint in error_before_torch(tmp_path, *(str(picture) if a == "cat.png" else a for a in arguments))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not version("torch").endswith("+cpu"), reason="this PyTorch may see a GPU")
+def test_a_pytorch_for_cpus_is_told_before_it_is_imported(tmp_path: Path) -> None:
+    said = error_before_torch(tmp_path, "image", "a cat", "--device", "cuda")
+    assert "device='cuda', but PyTorch" in said and "is for CPUs only" in said
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "emu3", "--version"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{__version__}\n"
+
+
+def test_no_bars_where_stderr_is_no_terminal() -> None:
+    code = (
+        "import sys, emu3.cli\ntry: emu3.cli.main(['--version'])\nexcept SystemExit: pass\n"
+        "from transformers.utils import logging\nprint(logging.is_progress_bar_enabled())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("command", ["info", "eval"])
@@ -304,6 +378,7 @@ def test_train_runs_the_recipe(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipes, "run_recipe", lambda recipe: recipe.parent / "result")
+    (tmp_path / "recipe.toml").write_text("")
     assert run(capsys, "train", tmp_path / "recipe.toml") == (0, f"{tmp_path / 'result'}\n", "")
 
 

@@ -33,12 +33,12 @@ def test_same_seed_same_picture_alone_in_a_batch_and_in_another_process(nano: Em
     assert np.array_equal(pixels(batch[1]), alone)
     assert not np.array_equal(pixels(batch[3]), alone)
     path = tmp_path / "car.png"
-    command = [sys.executable, "-m", "emu3.cli", "image", PROMPT, "--seed", "7", "-o", str(path)]
+    command = [sys.executable, "-m", "emu3", "image", PROMPT, "--seed", "7", "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": "src"})
     assert np.array_equal(pixels(Image.open(path)), alone)
 
 
-UNUSUAL = ["", "🐱🐶 ???", "<image> is a tag", "zzz qqq 12345", "\n\n", "Ünïcödé ﷽ 漢字", "dog " * 30, "photo a of"]
+UNUSUAL = [".", "🐱🐶 ???", "<image> is a tag", "zzz qqq 12345", "\n\na", "Ünïcödé ﷽ 漢字", "dog " * 30, "photo a of"]
 
 
 @pytest.mark.parametrize("decoding", ["predictive", "zipar"])

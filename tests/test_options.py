@@ -66,6 +66,21 @@ def test_defaults_pass_their_own_checks(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [Load, Draw, Answer])
+def test_help_describes_every_option(kind: Any) -> None:
+    said = inspect.getdoc(kind)
+    assert said is not None and said.startswith("How ")
+    assert [line for line in said.splitlines() if ": " in line] == [
+        f"    {each.name}: {each.metadata['help']}" for each in fields(kind)
+    ]
+
+
+@pytest.mark.parametrize("where", [{"device": "cuda"}, {"device": "mps"}, {"device_map": "auto"}])
+def test_layers_in_8_bits_are_for_one_cpu(where: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"int8 is for one CPU, and device.* is not; leave out one of them"):
+        Load(int8=True, **where)
+
+
+@pytest.mark.parametrize("kind", [Load, Draw, Answer])
 def test_options_of_every_type(kind: Any) -> None:
     for name in options_of(kind):
         both = {name} | ({"height", "width"} if name in ("height", "width") else set())

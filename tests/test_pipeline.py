@@ -252,6 +252,8 @@ def test_chat_at_a_temperature_follows_its_seed(pipeline):
         ({**SMALL, "temperature": -1.0}, "temperature"),
         ({**SMALL, "prompts": None}, "prompts must be a string or a non-empty list of strings, got None"),
         ({**SMALL, "prompts": []}, "prompts must be a string"),
+        ({**SMALL, "prompts": ""}, "prompt must not be empty, got ''"),
+        ({**SMALL, "prompts": ["a cat", " \n"]}, r"prompt must not be empty, got ' \\n'"),
         ({**SMALL, "negative_prompt": ["dog"]}, r"negative_prompt must be a string, got \['dog'\]"),
         ({"height": 8.0, "width": 8}, "height must be a whole number, from 1 to 1048576, got 8.0"),
         ({"ratio": (4, 3)}, r"ratio must be .*, got \(4, 3\)"),
@@ -261,6 +263,23 @@ def test_chat_at_a_temperature_follows_its_seed(pipeline):
 def test_what_cannot_be_drawn_is_refused(pipeline, wrong, message):
     with pytest.raises(ValueError, match=message):
         pipeline.image(**{"prompts": "a cat"} | wrong)
+
+
+def test_guidance_0_draws_the_negative_prompt_and_1_the_prompt(pipeline):
+    cat, red = (arrays(pipeline.image(prompt, **SMALL, seed=3, guidance_scale=1)) for prompt in ("a cat", "red"))
+    assert cat != red
+    for prompt in ("a cat", "four"):
+        assert arrays(pipeline.image(prompt, negative_prompt="red", **SMALL, seed=3, guidance_scale=0)) == red
+    assert arrays(pipeline.image("a cat", negative_prompt="", **SMALL, seed=3)) == arrays(
+        pipeline.image("a cat", **SMALL, seed=3)
+    )
+
+
+def test_the_parameters_of_layers_in_8_bits_count(tiny_checkpoint):
+    count = f"{Emu3Pipeline.from_pretrained(tiny_checkpoint).model.num_parameters():,} parameters"
+    assert f"({count}, torch.float32, on cpu)" in repr(Emu3Pipeline.from_pretrained(tiny_checkpoint))
+    quantized = Emu3Pipeline.from_pretrained(tiny_checkpoint, int8=True)
+    assert f"({count}, torch.float32, layers in 8 bits, on cpu)" in repr(quantized)
 
 
 def test_a_pipeline_can_be_copied_when_it_has_drawn(pipeline, tmp_path):
@@ -298,6 +317,25 @@ def test_a_call_that_ends_early_leaves_nothing_behind(pipeline):
         event.output for event in pipeline.stream("what?", [picture(3)], max_new_tokens=4) if isinstance(event, Result)
     ]
     assert answer == pipeline.chat("what?", [picture(3)], max_new_tokens=4)
+
+
+def test_a_stream_refuses_at_the_call_and_runs_nothing_before_it_is_read(pipeline):
+    with pytest.raises(ValueError, match="do not fit the model's context of 300"):
+        pipeline.stream("long " * 300, **SMALL)
+    with pytest.raises(ValueError, match="do not fit the model's context of 300"):
+        pipeline.stream("long " * 300, [])
+    unread, closed = pipeline.stream("a cat", **SMALL), pipeline.stream("a dog", **SMALL)
+    assert pipeline.engine.idle
+    closed.close()
+    assert pipeline.engine.idle
+    del unread
+    assert pipeline.engine.idle
+
+
+@pytest.mark.parametrize("question", ["", " ", ("", ["picture.png"]), [("what?", None), ("\n", None)]])
+def test_an_empty_question_is_refused(pipeline, question):
+    with pytest.raises(ValueError, match="question must not be empty"):
+        pipeline.chat(question)
 
 
 def test_what_cannot_be_answered_is_refused(pipeline):

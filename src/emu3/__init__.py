@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from emu3.configuration import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
     from emu3.generation.engine import Engine
     from emu3.generation.grammar import GridGrammar
+    from emu3.generation.request import Guidance, Request
+    from emu3.generation.sampling import Sampling
     from emu3.image_processing import Emu3ImageProcessor
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration, Emu3Model
     from emu3.modeling.text import Emu3ForCausalLM, Emu3PreTrainedModel, Emu3TextModel
@@ -19,24 +21,22 @@ if TYPE_CHECKING:
     from emu3.vocabulary import Vocabulary
 
 # torch and transformers take seconds to import, so each public name loads its module on first use (PEP 562).
-_MODULES = {
-    "Emu3Config": "emu3.configuration",
-    "Emu3TextConfig": "emu3.configuration",
-    "Emu3VQVAEConfig": "emu3.configuration",
-    "Emu3ForCausalLM": "emu3.modeling.text",
-    "Emu3PreTrainedModel": "emu3.modeling.text",
-    "Emu3TextModel": "emu3.modeling.text",
-    "Emu3VQVAE": "emu3.modeling.vision",
-    "Emu3Model": "emu3.modeling.multimodal",
-    "Emu3ForConditionalGeneration": "emu3.modeling.multimodal",
-    "Emu3ImageProcessor": "emu3.image_processing",
-    "Emu3Processor": "emu3.processing",
-    "Emu3Pipeline": "emu3.pipeline",
-    "Engine": "emu3.generation.engine",
-    "GridGrammar": "emu3.generation.grammar",
-    "Vocabulary": "emu3.vocabulary",
-    "register": "emu3.auto_classes",
+_NAMES = {
+    "emu3.auto_classes": "register",
+    "emu3.configuration": "Emu3Config Emu3TextConfig Emu3VQVAEConfig",
+    "emu3.generation.engine": "Engine",
+    "emu3.generation.grammar": "GridGrammar",
+    "emu3.generation.request": "Guidance Request",
+    "emu3.generation.sampling": "Sampling",
+    "emu3.image_processing": "Emu3ImageProcessor",
+    "emu3.modeling.multimodal": "Emu3ForConditionalGeneration Emu3Model",
+    "emu3.modeling.text": "Emu3ForCausalLM Emu3PreTrainedModel Emu3TextModel",
+    "emu3.modeling.vision": "Emu3VQVAE",
+    "emu3.pipeline": "Emu3Pipeline",
+    "emu3.processing": "Emu3Processor",
+    "emu3.vocabulary": "Vocabulary",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "Emu3Config",
@@ -53,6 +53,9 @@ __all__ = [
     "Emu3VQVAEConfig",
     "Engine",
     "GridGrammar",
+    "Guidance",
+    "Request",
+    "Sampling",
     "Vocabulary",
     "__version__",
     "register",

@@ -1,7 +1,7 @@
-"""Every option that a user can set, once: its name, default, help text and check.
+"""Every option that a user can set: its name, default, help text and check, written down once.
 
-`Emu3Pipeline` and the command line read the options from here, and so do the settings in a PNG. Checks raise ValueError
-with the option's name, the value and what would do. Nothing here imports torch, so a wrong value is told at once.
+`Emu3Pipeline`, the command line and the settings in a PNG take the options from here. A check raises a ValueError that
+names the option, the value and what is allowed. Nothing here imports torch, so a wrong value is reported at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 MOST_GUIDANCE = 1e6
@@ -28,25 +28,20 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """A whole number from `least` to `most`. ValueError for anything else, True and 1.0 included."""
-    number = None if isinstance(value, bool) else _index(value)
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
     if number is None or number < least or (most is not None and number > most):
-        bounds = (
-            f"at least {least}" if most is None else f"from {least} to {'2**63 - 1' if most == MOST_SEED else most}"
-        )
+        upper = "2**63 - 1" if most == MOST_SEED else most
+        bounds = f"at least {least}" if most is None else f"from {least} to {upper}"
         raise ValueError(f"{name} must be a whole number, {bounds}, got {value!r:.80}")
     return number
 
 
-def _index(value: Any) -> int | None:
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def check_number(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> float:
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
     """A finite number from `least` to `most`."""
     # The numbers of numpy and torch have `item`.
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
@@ -55,9 +50,9 @@ def check_number(name: str, value: object, least: float = -math.inf, most: float
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not least <= number <= most:
-        bounds = {(True, True): "", (False, True): f" of at least {least:g}", (True, False): f" of at most {most:g}"}
-        wanted = bounds.get((least == -math.inf, most == math.inf), f" from {least:g} to {most:g}")
-        raise ValueError(f"{name} must be a finite number{wanted}, got {value!r:.80}")
+        lower = "" if least == -math.inf else f" of at least {least:g}"
+        bounds = lower if most == math.inf else f" from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r:.80}")
     return number
 
 
@@ -91,10 +86,8 @@ def check_guidance(name: str, value: object) -> float | Callable[[float], float]
     return value if callable(value) else check_number(name, value, -MOST_GUIDANCE, MOST_GUIDANCE)
 
 
-def check_seed(name: str, value: object) -> int | list[int] | None:
-    """A whole number, a list of them, or None."""
-    if value is None:
-        return None
+def check_seed(name: str, value: object) -> int | list[int]:
+    """A whole number, or a list of them."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [check_whole(name, each, 0, MOST_SEED) for each in value]
     return check_whole(name, value, 0, MOST_SEED)
@@ -103,7 +96,7 @@ def check_seed(name: str, value: object) -> int | list[int] | None:
 def check_ratio(name: str, value: object) -> str:
     """ "width:height" in whole numbers from 1."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", value) if isinstance(value, str) else None
-    if match is None or "0" in (match[1].lstrip("0") or "0", match[2].lstrip("0") or "0"):
+    if match is None or 0 in map(int, match.groups()):
         raise ValueError(f'{name} must be "width:height" in positive integers, such as "16:9", got {value!r:.80}')
     return str(value)
 
@@ -117,6 +110,29 @@ def check_text(name: str, value: object) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} {value!r:.80} is not valid Unicode; remove the lone surrogate") from error
     return value
+
+
+def check_words(name: str, value: object) -> str:
+    """A text that says something: not empty, and not only spaces."""
+    text = check_text(name, value)
+    if not text.strip():
+        raise ValueError(f"{name} must not be empty, got {text!r:.80}; say in words what you want")
+    return text
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """One of a few names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.80}")
+    return value
+
+
+def check_ability(ability: str, abilities: Sequence[str] | None) -> None:
+    """ValueError where a checkpoint's config.json lists its abilities, and "draw" or "read" is not among them."""
+    if abilities is not None and ability not in abilities:
+        what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
+        other = {"draw": "Emu3-Gen", "read": "Emu3-Chat"}[ability]
+        raise ValueError(f"this checkpoint does not {what}, says its config.json; load one that does, as {other}")
 
 
 def check_decoding(name: str, value: object) -> Any:
@@ -155,67 +171,69 @@ def check_device_map(name: str, value: object) -> Any:
     """How transformers spreads a model over devices: a strategy, or a dict of module -> device."""
     strategies = ("auto", "balanced", "balanced_low_0", "sequential")
     if not (isinstance(value, str) and value in strategies) and not (isinstance(value, dict) and value):
-        raise ValueError(f"{name} must be auto, balanced, balanced_low_0, sequential or a dict, got {value!r:.80}")
+        raise ValueError(f"{name} must be {', '.join(strategies)} or a dict, got {value!r:.80}")
     return value
 
 
 def check_dtype(name: str, value: object) -> str:
     """The name of a dtype, or a `torch.dtype`."""
-    text = str(value).removeprefix("torch.") if isinstance(value, str) or type(value).__name__ == "dtype" else ""
-    if text not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r:.80}")
-    return text
+    return check_choice(name, str(value).removeprefix("torch."), DTYPES)
 
 
 def _option(
-    type_: type,
     default: Any,
     help_: str,
     check: Callable[..., Any],
     *bounds: Any,
-    optional: bool = False,
-    flags: tuple[str, ...] = (),
+    type_: type | None = None,
+    flags: Sequence[str] = (),
 ) -> Any:
-    """A field with what the command line needs of it: type, help text, check, and flags beside its own name.
+    """A field with what the command line needs of it: type, help text, and flags beside its own name.
 
-    An optional one may be None.
+    Where the default is None, None is allowed, and `type_` is the type of other values.
     """
-
-    def run(name: str, value: object) -> Any:
-        return None if optional and value is None else check(name, value, *bounds)
-
-    return field(default=default, metadata={"type": type_, "help": help_, "check": run, "flags": flags})
+    metadata = {"type": type_ or type(default), "help": help_, "flags": flags, "check": check, "bounds": bounds}
+    return field(default=default, metadata=metadata)
 
 
 _SIDE = (check_whole, 1, 2**20)
 
 
 class _Options:
-    """Checks every field when it is made, and keeps what the check returns."""
+    """Options of one kind. Each is checked when they are made; the help texts become the docstring of the class."""
+
+    def __init_subclass__(cls) -> None:
+        texts = [f"    {name}: {each.metadata['help']}" for name, each in vars(cls).items() if isinstance(each, Field)]
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n", "Args:", *texts])
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            object.__setattr__(self, each.name, each.metadata["check"](each.name, getattr(self, each.name)))
+            value = getattr(self, each.name)
+            if value is not None or each.default is not None:
+                checked = each.metadata["check"](each.name, value, *each.metadata["bounds"])
+                object.__setattr__(self, each.name, checked)
 
 
 @dataclass(frozen=True)
 class Load(_Options):
     """How a checkpoint is loaded."""
 
-    device: str = _option(str, "auto", "Where it runs: auto (a GPU if there is one), cpu, cuda, mps.", check_device)
+    device: str = _option("auto", "Where it runs: auto (a GPU if there is one), cpu, cuda, mps.", check_device)
     dtype: str = _option(
-        str, "auto", "Of the weights: auto (the checkpoint's own), float32, bfloat16, float16.", check_dtype
+        "auto", "Of the weights: auto (the checkpoint's own), float32, bfloat16, float16.", check_dtype
     )
     device_map: Any = _option(
-        str,
-        None,
-        "Spread over several GPUs, in place of a device: auto; needs accelerate.",
-        check_device_map,
-        optional=True,
+        None, "Spread over several GPUs, in place of a device: auto; needs accelerate.", check_device_map, type_=str
     )
-    int8: bool = _option(bool, False, "Run the layers in 8 bits, on a CPU.", check_flag)
-    compiled: bool = _option(bool, False, "Compile the layers first; pays for many pictures.", check_flag)
-    download: bool = _option(bool, False, "Allow a hub id to be downloaded.", check_flag)
+    int8: bool = _option(False, "Run the layers in 8 bits, on a CPU.", check_flag)
+    compiled: bool = _option(False, "Compile the layers first; pays for many pictures.", check_flag)
+    download: bool = _option(False, "Allow a hub id to be downloaded.", check_flag)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.int8 and (self.device_map is not None or not self.device.startswith(("auto", "cpu"))):
+            where = f"device={self.device!r}" if self.device_map is None else f"device_map={self.device_map!r}"
+            raise ValueError(f"int8 is for one CPU, and {where} is not; leave out one of them")
 
 
 @dataclass(frozen=True)
@@ -223,25 +241,27 @@ class Draw(_Options):
     """How pictures are drawn."""
 
     negative_prompt: str | None = _option(
-        str, None, "What to stay away from.", check_text, optional=True, flags=("--negative",)
+        None, "What to stay away from. Default: the empty prompt.", check_text, type_=str, flags=("--negative",)
     )
-    ratio: str = _option(str, "1:1", "Width to height.", check_ratio)
+    ratio: str = _option("1:1", "Width to height.", check_ratio)
     image_area: int | None = _option(
-        int, None, "Pixels, with --ratio. Default: as trained.", check_whole, 1, 2**40, optional=True
+        None, "Pixels, with the ratio. Default: as trained.", check_whole, 1, 2**40, type_=int
     )
-    height: int | None = _option(int, None, "Pixels; with the width, in place of the ratio.", *_SIDE, optional=True)
-    width: int | None = _option(int, None, "Pixels; with the height, in place of the ratio.", *_SIDE, optional=True)
+    height: int | None = _option(None, "Pixels; with the width, in place of ratio and area.", *_SIDE, type_=int)
+    width: int | None = _option(None, "Pixels; with the height, in place of ratio and area.", *_SIDE, type_=int)
     guidance_scale: float | Callable[[float], float] = _option(
-        float, 3.0, "How closely to follow the words; 1: no guidance.", check_guidance, flags=("--guidance",)
+        3.0,
+        "How closely to follow the words. 1: no guidance, half the work; 0: only the negative prompt is drawn.",
+        check_guidance,
+        flags=("--guidance",),
     )
-    top_k: int = _option(int, 2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
-    top_p: float = _option(float, 1.0, "Sample among the likeliest, up to this mass.", check_probability)
-    temperature: float = _option(float, 1.0, "0 takes the likeliest token.", check_temperature)
+    top_k: int = _option(2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
+    top_p: float = _option(1.0, "Sample among the likeliest, up to this mass.", check_probability)
+    temperature: float = _option(1.0, "0 takes the likeliest token.", check_temperature)
     seed: int | Sequence[int] | None = _option(
-        int, None, "Same seed, same picture; prompt i has seed + i. Default: a new one.", check_seed
+        None, "Same seed, same picture; picture i has seed + i. Default: a new one.", check_seed, type_=int
     )
     decoding: Any = _option(
-        str,
         "predictive",
         "predictive, raster: same pictures; jacobi: lossless; zipar: fast; see docs/draw.md.",
         check_decoding,
@@ -257,12 +277,12 @@ class Draw(_Options):
 class Answer(_Options):
     """How questions are answered."""
 
-    max_new_tokens: int = _option(int, 1024, "The longest answer, in tokens.", check_whole)
-    temperature: float = _option(float, 0.0, "0 takes the likeliest token.", check_temperature)
-    top_k: int = _option(int, 0, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
-    top_p: float = _option(float, 1.0, "Sample among the likeliest, up to this mass.", check_probability)
+    max_new_tokens: int = _option(1024, "The longest answer, in tokens; the context may end it sooner.", check_whole)
+    temperature: float = _option(0.0, "0 takes the likeliest token.", check_temperature)
+    top_k: int = _option(0, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
+    top_p: float = _option(1.0, "Sample among the likeliest, up to this mass.", check_probability)
     seed: int | Sequence[int] | None = _option(
-        int, None, "Above temperature 0: same seed, same answer. Default: a new one.", check_seed
+        None, "Above temperature 0: same seed, same answer. Default: a new one.", check_seed, type_=int
     )
 
 
@@ -273,8 +293,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def make(kind: type[OptionsType], given: Mapping[str, Any]) -> OptionsType:
     """Options from keywords. ValueError for a name that is no option, beside the checks."""
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
-    if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"unknown option {unknown[0]!r:.80}; the options are {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r:.80}; the options are {', '.join(known)}")
     return kind(**given)
 
 
@@ -287,7 +308,6 @@ def takes(kind: type[_Options]) -> Callable[[Function], Function]:
         options = [
             inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
             for each in fields(kind)  # type: ignore[arg-type]
-            if each.name not in signature.parameters
         ]
         function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return function

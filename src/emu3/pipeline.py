@@ -27,7 +27,8 @@ from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
-from emu3.options import Answer, Draw, Load, check_text, check_whole, make, takes
+from emu3.options import MOST_SEED, Answer, Draw, Load, check_ability, check_whole, check_words, make, takes
+from emu3.quantization import Int8Linear
 from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText
 
@@ -43,11 +44,9 @@ _MAKING_ENGINE = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a request came to: the last event of each in `Emu3Pipeline.stream`.
+    """The last event of each request in `Emu3Pipeline.stream`: an RGB picture or an answer.
 
-    Attributes:
-        request: place of the prompt or conversation in what was asked for.
-        output: an RGB picture, or an answer.
+    `request` is the place of its prompt or conversation in what was asked for.
     """
 
     request: int
@@ -56,17 +55,10 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Emu3Pipeline:
-    """A model and its processor, ready to draw and to answer.
+    """A model in evaluation mode and its processor, ready to draw and to answer.
 
-    Its engine is made at the first call and kept. Call `engine.refresh()` after the model's weights were changed.
-
-    Args:
-        model: in evaluation mode.
-        processor: the checkpoint's own.
-        compiled: whether to compile the layers; see `Engine`.
-
-    Raises:
-        ValueError: the processor counts other pixels per token side than the model.
+    Its engine is made at the first call and kept. Call `engine.refresh()` after you change the model's weights.
+    `compiled` compiles the layers, as `Engine` says.
     """
 
     model: Emu3ForConditionalGeneration
@@ -82,24 +74,26 @@ class Emu3Pipeline:
             )
 
     def __repr__(self) -> str:
-        weight = self.model.lm_head.weight
-        return f"Emu3Pipeline({self.model.num_parameters():,} parameters, {weight.dtype}, on {weight.device})"
+        # The tensors of layers in 8 bits are buffers, which `num_parameters` does not count.
+        quantized = [layer for layer in self.model.modules() if isinstance(layer, Int8Linear)]
+        tensors = [tensor for layer in quantized for tensor in (layer.weight, layer.bias) if tensor is not None]
+        count = self.model.num_parameters() + sum(tensor.numel() for tensor in tensors)
+        weight, in_8_bits = self.model.lm_head.weight, ", layers in 8 bits" if quantized else ""
+        return f"Emu3Pipeline({count:,} parameters, {weight.dtype}{in_8_bits}, on {weight.device})"
 
     @classmethod
     @takes(Load)
     def from_pretrained(cls, name: str | Path, **options: Any) -> Emu3Pipeline:
         """Load "nano", which is part of the package, a folder, or a hub id `owner/name`.
 
-        Args:
-            name: which checkpoint.
-            **options: see `emu3.options.Load`.
+        `emu3.options.Load` describes the options.
 
         Raises:
-            ValueError: there is no such checkpoint, its files do not fit together, or an option that cannot be used.
+            ValueError: there is no such checkpoint, its files do not fit together, or an option cannot be used.
         """
         load = make(Load, options)
         if not isinstance(name, str | Path) or not str(name):
-            raise ValueError(f'name must be that of a checkpoint, as "nano", or a folder, got {name!r:.80}')
+            raise ValueError(f'name must be that of a checkpoint, such as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor
 
         device = _pick_device(load)
@@ -112,18 +106,17 @@ class Emu3Pipeline:
 
     @property
     def engine(self) -> Engine:
-        """Runs what is asked for; threads may share it. Its cache takes at most half of the memory that is free."""
+        """Runs the requests; threads may share it. Its cache takes at most half of the memory that is free."""
         with _MAKING_ENGINE:
             if "_engine" not in self.__dict__:
                 engine = Engine(self.model, compiled=self.compiled)
                 room = free_memory(self.model.lm_head.weight.device) // 2 // engine.bytes_per_token
                 engine.tokens = max(2 * engine.context, room)
                 self.__dict__["_engine"] = engine
-            found: Engine = self.__dict__["_engine"]
-            return found
+            return cast(Engine, self.__dict__["_engine"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but the engine, which each makes anew."""
+        """For copies and pickles, which make their own engine."""
         return {name: value for name, value in self.__dict__.items() if name != "_engine"}
 
     @cached_property
@@ -135,57 +128,37 @@ class Emu3Pipeline:
     def image(
         self, prompts: str | Sequence[str], *, on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> list[Image.Image]:
-        """Draw one picture for each prompt, together in one batch.
+        """Draw one picture for each prompt, all in one batch. Returns a list, also for a single prompt.
 
         Args:
             prompts: what to draw; a string is one prompt.
-            on_event: is called with the engine's events; its requests are numbered like the prompts.
-            **options: see `emu3.options.Draw`, and:
-                negative_prompt: None guides away from the empty prompt.
-                ratio, image_area: set the size; the area is what the model was trained on by default.
-                height, width: in pixels, in place of ratio and area; multiples of the vision tokenizer's factor.
-                guidance_scale: a number, or a function of progress, which goes from 0 to 1.
-                seed: picture i has seed + i, or its own of a list. In float32 a picture depends on its seed and not on
-                    the batch; in 16 bits products round differently in a batch, which may change a token.
-                decoding: "predictive" or "raster", the same tokens up to rounding; "jacobi", lossless; "zipar", close
-                    to them; perhaps with a window, as in "zipar:7"; or a decoder. See docs/draw.md.
-
-        Returns:
-            A list of RGB pictures, also for a single prompt.
+            on_event: called with the engine's events, whose requests are numbered like the prompts.
+            **options: those of `emu3.options.Draw`. In Python `guidance_scale` may also be a function of progress,
+                which goes from 0 to 1, and `decoding` a decoder. For `seed`, picture i has seed + i, or its own of a
+                list. In float32 a picture depends on its seed and not on its batch. In 16 bits the products of a batch
+                round differently, which may change a token.
 
         Raises:
-            ValueError: a checkpoint that only reads, a size that cannot be drawn or does not fit the context with its
-                prompt, an option that cannot be used, or seeds that are not as many as the prompts.
+            ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.
         """
         return cast("list[Image.Image]", self._results(self.draw_requests(prompts, **options), on_event))
 
     @takes(Answer)
     def chat(
-        self,
-        messages: Any,
-        pictures: Any = None,
-        *,
-        on_event: Callable[[Event], object] | None = None,
-        **options: Any,
+        self, messages: Any, pictures: Any = None, *, on_event: Callable[[Event], object] | None = None, **options: Any
     ) -> Any:
-        """Answer a question, the last message of a conversation, or several of them at once.
+        """Answer a question or conversation; or a list of conversations, with a list of answers.
 
         Args:
-            messages: a question, or the messages of a conversation: `{"role": ..., "content": ...}` each, where content
-                is a text or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`; see
-                `emu3.chat.Message`. Or a list of conversations, each a list of messages or a pair (question, pictures).
-            pictures: of the question, in front of it: one, or a list.
-            on_event: is called with the engine's events; its requests are numbered like the conversations.
-            **options: see `emu3.options.Answer`, and:
-                max_new_tokens: the context may end the answer sooner.
-                seed: answer i of several has seed + i, or its own of a list.
-
-        Returns:
-            The answer, or a list of answers for a list of conversations.
+            messages: a question; or a conversation, which is a list of messages `{"role": ..., "content": ...}`, whose
+                content is a text or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`
+                (see `emu3.chat.Message`); or a list of conversations, each as before or a pair (question, pictures).
+            pictures: one or a list, which stand in front of the question.
+            on_event: called with the engine's events, whose requests are numbered like the conversations.
+            **options: those of `emu3.options.Answer`. Answer i of several has seed + i, or its own of a list of seeds.
 
         Raises:
-            ValueError: a checkpoint that only draws, a message or picture that cannot be read, an option that cannot be
-                used, or a conversation longer than the context.
+            ValueError: the checkpoint only draws, a conversation does not fit the context, or an argument is wrong.
         """
         conversations = _conversations(messages, pictures)
         answers = self._results(self._answers(conversations, make(Answer, options)), on_event)
@@ -195,17 +168,17 @@ class Emu3Pipeline:
         """Draw or answer, and report as tokens come.
 
         Args:
-            asked: as for `image` or as for `chat`. Words without `pictures` are drawn; with pictures, or with an empty
+            asked: as for `image` or as for `chat`. Words without `pictures` are drawn. With pictures, or with an empty
                 list of them, they are a question.
             pictures: of the question.
-            **options: see `emu3.options.Draw` or `emu3.options.Answer`.
+            **options: those of `emu3.options.Draw` or `emu3.options.Answer`.
 
         Yields:
-            The engine's events, and after each `Finished` a `Result` with the picture or the answer. To stop, close the
-            generator.
+            The engine's events, and after each `Finished` a `Result` with the picture or the answer. Nothing is drawn
+            before the first event is asked for. To stop, close the generator.
 
         Raises:
-            ValueError: as `image` and `chat`.
+            ValueError: as `image` and `chat`, at the call and not at the first event.
         """
         is_words = isinstance(asked, str) or (
             isinstance(asked, list | tuple) and all(isinstance(a, str) for a in asked)
@@ -218,14 +191,10 @@ class Emu3Pipeline:
 
     def require(self, ability: str) -> None:
         """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
-        abilities = getattr(self.model.config, "abilities", None)
-        if abilities is not None and ability not in abilities:
-            what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
-            other = {"draw": "Emu3-Gen", "read": "Emu3-Chat"}[ability]
-            raise ValueError(f"this checkpoint does not {what}, says its config.json; load one that does, as {other}")
+        check_ability(ability, getattr(self.model.config, "abilities", None))
 
     def _run(self, requests: list[Request]) -> Generator[Event | Result]:
-        with closing(self.engine.stream(requests)) as events:  # what is under way is cancelled where this ends early
+        with closing(self.engine.stream(requests)) as events:  # closing cancels what still runs
             for event in events:
                 yield event
                 if isinstance(event, Failed):
@@ -234,7 +203,7 @@ class Emu3Pipeline:
                     yield Result(event.request, self._decode(requests[event.request], event.ids))
 
     def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
-        """What each request comes to."""
+        """The picture or answer of each request."""
         if on_event is not None and not callable(on_event):
             raise ValueError(f"on_event must be a function that takes an event, got {on_event!r:.80}")
         outputs: dict[int, Any] = {}
@@ -251,29 +220,24 @@ class Emu3Pipeline:
         """What `image` asks the engine for: one request for each prompt. Arguments and errors as there."""
         draw = make(Draw, options)
         self.require("draw")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
-        if not texts or not all(isinstance(text, str) for text in texts):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
-        shape = self._shape(draw)
-        guidance = None
+        shape, guidance = self._shape(draw), None
         if draw.guidance_scale != 1:
             negative_ids = self.layout.prompt(draw.negative_prompt or "", shape)
             guidance = Guidance(tuple(negative_ids), draw.guidance_scale)
         decoder = decoder_named(draw.decoding) if isinstance(draw.decoding, str) else draw.decoding
-        return [
-            Request(
-                tuple(self.layout.prompt(check_text("prompt", text), shape)),
-                self.layout.grammar(shape),
-                Sampling(draw.temperature, draw.top_k, draw.top_p),
-                guidance,
-                seed,
-                decoder=decoder,
-            )
-            for text, seed in zip(texts, _seeds(draw.seed, len(texts)), strict=True)
-        ]
+        sampling = Sampling(draw.temperature, draw.top_k, draw.top_p)
+        requests = []
+        for text, seed in zip(texts, _seeds(draw.seed, len(texts)), strict=True):
+            ids = tuple(self.layout.prompt(check_words("prompt", text), shape))
+            requests.append(Request(ids, self.layout.grammar(shape), sampling, guidance, seed, decoder=decoder))
+            requests[-1].budget(self.engine.context)  # refuses what does not fit
+        return requests
 
     def _shape(self, draw: Draw) -> Shape:
-        """Size of the picture to draw, in visual tokens."""
+        """Height and width in visual tokens."""
         factor: int = self.processor.image_processor.spatial_factor
         if draw.height is None or draw.width is None:
             area = self.processor.image_area if draw.image_area is None else draw.image_area
@@ -288,7 +252,6 @@ class Emu3Pipeline:
         return shape
 
     def _answers(self, conversations: list[list[Message]], answer: Answer) -> list[Request]:
-        """The requests for answers."""
         self.require("read")
         sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
         seeds = _seeds(answer.seed, len(conversations))
@@ -299,7 +262,7 @@ class Emu3Pipeline:
 
     @torch.inference_mode()
     def _answer(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Request:
-        """The request for an answer: the conversation's ids, with visual tokens in place of the placeholders."""
+        """The conversation's ids, with visual tokens in place of the placeholders, as a request."""
         inputs = self.processor.apply_chat_template(
             conversation,
             tokenize=True,
@@ -311,8 +274,7 @@ class Emu3Pipeline:
         ids_S = inputs["input_ids"][0]
         grammar = self.layout.answer(len(self.model.lm_head.weight))
         request = Request(tuple(ids_S.tolist()), grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
-        # Whether it fits is known before the pictures are encoded, which takes far longer.
-        request.budget(self.engine.context)
+        request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
         if "pixel_values" not in inputs:
             return request
         device = self.model.lm_head.weight.device
@@ -325,7 +287,7 @@ class Emu3Pipeline:
         return replace(request, prompt_ids=tuple(ids_S.tolist()))
 
     def _decode(self, request: Request, ids: tuple[int, ...]) -> Image.Image | str:
-        """The picture or the text that an answer says."""
+        """The picture or the text that the ids of an answer mean."""
         if request.grammar.kind == "text":
             return "".join(each.text for each in self.layout.read(ids) if isinstance(each, Text)).strip()
         opening = len(request.prompt_ids) - 1 - request.prompt_ids[::-1].index(self.layout.vocabulary.boi)
@@ -334,7 +296,7 @@ class Emu3Pipeline:
 
     @torch.inference_mode()
     def decode(self, visual: Visual) -> Image.Image:
-        """The picture of codes: RGB."""
+        """The RGB picture that the codes of a `Visual` mean."""
         codes_THW = torch.tensor(np.asarray(visual.codes_THW), device=self.model.lm_head.weight.device)
         pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
         picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
@@ -342,10 +304,10 @@ class Emu3Pipeline:
 
 
 def _pick_device(load: Load) -> str:
-    """The device to load to: the best that is there for "auto". ValueError where it is not there."""
-    has_gpu, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    """The device to load to; for "auto" the best that is there."""
+    has_mps = torch.backends.mps.is_available()
     if load.device == "auto":
-        return "cuda" if has_gpu and not load.int8 else "mps" if has_mps and not load.int8 else "cpu"
+        return "cpu" if load.int8 else "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     kind, _, number = load.device.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(number or 0) >= there:
@@ -354,14 +316,13 @@ def _pick_device(load: Load) -> str:
 
 
 def _are_several(messages: Any) -> bool:
-    """Whether there is a list of conversations, and not one."""
+    """Whether these are several conversations, and not one."""
     return isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
 
 
 def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
-    """The messages of each conversation."""
     if isinstance(messages, str):
-        messages = (messages, () if pictures is None else pictures)
+        messages = (messages, pictures)
     elif pictures is not None:
         raise ValueError(
             "pictures go with one question, a string; put those of a conversation into its messages, or give several "
@@ -371,14 +332,14 @@ def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
 
 
 def _conversation(messages: Any) -> list[Message]:
-    """The messages of one conversation, which may be given as a pair (question, pictures)."""
+    """One conversation, perhaps given as a pair (question, pictures), as a list of messages."""
     if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
         text, pictures = messages
-        pictures = () if pictures is None else pictures
-        pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+        if not isinstance(pictures, list | tuple):
+            pictures = () if pictures is None else (pictures,)
         content = [
             *({"type": "image", "image": picture} for picture in pictures),
-            {"type": "text", "text": check_text("question", text)},
+            {"type": "text", "text": check_words("question", text)},
         ]
         return [{"role": "user", "content": content}]
     if not isinstance(messages, list | tuple) or not messages:
@@ -390,7 +351,6 @@ def _conversation(messages: Any) -> list[Message]:
 
 
 def _tokens(name: str, pixels: int, factor: int) -> int:
-    """Tokens along a side of so many pixels."""
     if pixels % factor:
         lower = pixels // factor * factor
         nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
@@ -399,10 +359,9 @@ def _tokens(name: str, pixels: int, factor: int) -> int:
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed for each of `count` requests."""
     if isinstance(seed, Sequence):
         if len(seed) != count:
             raise ValueError(f"{len(seed)} seeds for {count} prompts; give one each, or a single one to count from")
         return list(seed)
     first = secrets.randbelow(2**31) if seed is None else seed
-    return [check_whole("seed", first + number, 0, 2**63 - 1) for number in range(count)]
+    return [check_whole("seed", first + number, 0, MOST_SEED) for number in range(count)]

@@ -1,15 +1,17 @@
 """The command line: one function for each command of `emu3`.
 
-Commands import what they need when they run, so that `emu3 --help` answers at once, and a wrong option is told before
-torch is imported. The options of drawing, answering and loading are those of `emu3.options`.
+Commands import what they need when they run. So `emu3 --help` answers at once, and wrong arguments or files are refused
+without waiting for torch to load. The options of drawing, answering and loading are those of `emu3.options`.
 """
 
 import gc
 import inspect
 import json
 import logging
+import os
 import secrets
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -18,13 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from emu3.cli.files import output_paths, read_picture, write_picture
-from emu3.options import Answer, Draw, Load, check_text, parse_decoding
+from emu3 import __version__
+from emu3.cli.files import check_folder, output_paths, read_picture, write_picture
+from emu3.options import Answer, Draw, Load, check_ability, check_choice, check_words, parse_decoding
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from emu3.generation.events import Event
     from emu3.pipeline import Emu3Pipeline
 
 app = typer.Typer(
@@ -35,17 +37,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelOption = Annotated[str, typer.Option(help="Checkpoint: nano (shipped), a folder, or a hub id owner/name.")]
-ModelArgument = Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id owner/name.")]
+_CHECKPOINT = "Checkpoint: nano (shipped), a folder, or a hub id owner/name."
+ModelOption = Annotated[str, typer.Option(help=_CHECKPOINT)]
+ModelArgument = Annotated[str, typer.Argument(help=_CHECKPOINT)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2."""
-    # Where torchao is installed, transformers imports it, and it tells of missing GPU parts: no concern of a command.
+    # Where torchao is installed, transformers imports it, and it warns of missing GPU parts that no command needs.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():  # a log needs no progress bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(args=arguments)
     except (ValueError, OSError) as error:
@@ -54,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _with(**kinds: Any) -> Callable[[Command], Command]:
-    """Give a command the options of some kinds; it takes each as one argument, as in `draw: Draw`."""
+    """Give a command the options of some kinds. It takes those of a kind as one argument, such as `draw: Draw`."""
 
     def decorate(function: Command) -> Command:
         own = [each for each in inspect.signature(function).parameters.values() if each.name not in kinds]
@@ -75,7 +80,7 @@ def _with(**kinds: Any) -> Callable[[Command], Command]:
 
 
 def _parameter(option: Any) -> inspect.Parameter:
-    """A field of options as typer wants it."""
+    """The parameter from which typer makes the option."""
     type_ = option.metadata["type"] if option.default is not None else option.metadata["type"] | None
     name = f"--{option.name.replace('_', '-')}"
     how = typer.Option(name, *option.metadata["flags"], help=option.metadata["help"])
@@ -86,7 +91,7 @@ def _parameter(option: Any) -> inspect.Parameter:
 @app.callback(invoke_without_command=True)
 def _version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        typer.echo(_version())
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -107,33 +112,38 @@ def image(
 ) -> None:
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
     for prompt in prompts:
-        check_text("prompt", prompt)
+        check_words("prompt", prompt)
     paths = output_paths(output, len(prompts))
     seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
     settings = asdict(replace(draw, seed=seed))
-    pipeline = _load_pipeline(model, load)
+    pipeline = _load_pipeline(model, load, "draw")
+    from emu3.generation.events import Started, Tokens
     from emu3.pipeline import Result
 
     weight = pipeline.model.lm_head.weight
     loaded: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "device": str(weight.device)}
     loaded |= {"int8": load.int8, "compiled": load.compiled}
     records: dict[int, dict[str, Any]] = {}
-    with _progress("drawing") as progress:
+    drawn, in_all = 0, 0
+    with _progress("drawing") as report:
         for event in pipeline.stream(prompts, **settings):
-            if not isinstance(event, Result):
-                progress(event)
-                continue
-            number, picture = event.request, cast("Image.Image", event.output)
-            record = {"prompt": prompts[number], "model": model, "version": _version(), **loaded, **settings}
-            # What draws this picture again on its own: its own seed, and the size that ratio and model came to.
-            record |= {"seed": seed + number, "height": picture.height, "width": picture.width}
-            write_picture(picture, paths[number], record)
-            records[number] = {"path": str(paths[number]), **record}
+            if isinstance(event, Started):
+                in_all += event.length
+            elif isinstance(event, Tokens):
+                drawn += len(event.ids)
+                report(drawn, in_all)
+            elif isinstance(event, Result):
+                number, picture = event.request, cast("Image.Image", event.output)
+                record = {"prompt": prompts[number], "model": model, "version": __version__, **loaded, **settings}
+                # What draws this picture again on its own: its own seed, and the size that ratio and model came to.
+                record |= {"seed": seed + number, "height": picture.height, "width": picture.width}
+                write_picture(picture, paths[number], record)
+                records[number] = {"path": str(paths[number]), **record}
     in_order = [records[number] for number in sorted(records)]
-    for record in in_order if not as_json else ():
-        typer.echo(f"{record['path']}  seed {record['seed']}  {record['width']}x{record['height']}  {record['prompt']}")
-    if as_json:
-        _print_json(in_order)
+    lines = (
+        f"{each['path']}  seed {each['seed']}  {each['width']}x{each['height']}  {each['prompt']}" for each in in_order
+    )
+    _print(in_order if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -141,20 +151,16 @@ def image(
 def chat(
     answer: Answer,
     load: Load,
-    picture: Annotated[Path, typer.Argument(help="The picture to look at.", show_default=False)],
+    picture: Annotated[str, typer.Argument(help="The picture to look at, a file.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask about it.")] = "Describe the picture.",
     model: ModelOption = "nano",
     as_json: JsonOption = False,
 ) -> None:
     """Ask about a picture."""
-    check_text("question", question)
+    check_words("question", question)
     opened = read_picture(picture)
-    pipeline = _load_pipeline(model, load)
-    said = pipeline.chat(question, [opened], **asdict(answer))
-    if as_json:
-        _print_json({"picture": str(picture), "question": question, "answer": said, "model": model})
-    else:
-        typer.echo(said)
+    said = _load_pipeline(model, load, "read").chat(question, [opened], **asdict(answer))
+    _print({"picture": picture, "question": question, "answer": said, "model": model} if as_json else said)
 
 
 @app.command(name="eval")
@@ -170,13 +176,13 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
     parse_decoding(decoding)
+    if output is not None:
+        check_folder(output)
+    _check_checkpoint(model, load, "draw", "read")
     from emu3.icons.report import evaluate
 
     report = evaluate(model, count, seed, output, decoding, **asdict(load))
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        typer.echo(report.to_table())
+    _print(report.to_dict() if as_json else report.to_table())
 
 
 @app.command()
@@ -196,15 +202,12 @@ def bench(
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
     for name in decoding.split(","):
-        parse_decoding(name)
-    pipeline = _load_pipeline(model, load)
+        Draw(decoding=name, height=height, width=width)  # refuses wrong ones
+    pipeline = _load_pipeline(model, load, "draw")
     from emu3.evaluation.speed import measure
 
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
-    if as_json:
-        _print_json(speed.to_dict())
-    else:
-        typer.echo(speed.to_table())
+    _print(speed.to_dict() if as_json else speed.to_table())
 
 
 @app.command()
@@ -222,47 +225,30 @@ def info(
 
     found = inspect_hub(checkpoint) if download and is_hub_id(checkpoint) else inspect(resolve(checkpoint))
     if as_json:
-        _print_json(found.to_dict())
+        _print(found.to_dict())
         return
-    from rich.console import Console
-    from rich.table import Table
 
     def megabytes(count: int) -> str:
         return f"{count / 1e6:,.1f} MB"
 
-    memory = ", ".join(
-        f"{megabytes(count)} {dtype}"
-        for count, dtype in (
-            (found.memory_float32, "float32"),
-            (found.memory_bfloat16, "bfloat16"),
-            (found.memory_int8, "int8"),
-            (found.memory_int4, "int4"),
-        )
-    )
-    abilities = {"draw": "draws pictures", "read": "reads pictures"}
-
-    table = Table(show_header=False, box=None, title=found.path, title_justify="left")
-    table.add_row("layout", found.layout)
-    table.add_row("parameters", f"{found.parameters:,} in {found.tensors} tensors")
-    for part, count in found.parameters_by_part.items():
-        table.add_row(f"  {part}", f"{count:,}")
-    table.add_row("stored as", ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()))
-    table.add_row("on disk", megabytes(found.bytes_on_disk))
-    table.add_row("in memory", memory)
-    if found.context is not None:
-        table.add_row("context", f"{found.context:,} tokens")
-        table.add_row("vocabulary", f"{found.vocabulary_size:,} tokens")
-    if found.codebook_size is not None:
-        side = found.pixels_per_token_side
-        table.add_row("visual tokens", f"{found.codebook_size:,}, each {side}x{side} pixels")
-    if found.min_pixels is not None and found.max_pixels is not None:
-        table.add_row("pictures", f"{found.min_pixels:,} to {found.max_pixels:,} pixels")
-    table.add_row("tokenizer", ", ".join(found.tokenizer_files) or "none")
-    table.add_row("abilities", " and ".join(abilities[ability] for ability in found.abilities or ()) or "unknown")
-    if found.layout == "baai":
-        other = f" together with the {found.missing[0]}" if found.missing else ""
-        table.add_row("to load it", f"convert it{other} with `emu3 convert`")
-    Console().print(table)
+    side, other = found.pixels_per_token_side, f" together with the {found.missing[0]}" if found.missing else ""
+    dtypes, verbs = ("float32", "bfloat16", "int8", "int4"), {"draw": "draws pictures", "read": "reads pictures"}
+    rows = {
+        "layout": found.layout,
+        "parameters": f"{found.parameters:,} in {found.tensors} tensors",
+        **{f"  {part}": f"{count:,}" for part, count in found.parameters_by_part.items()},
+        "stored as": ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()),
+        "on disk": megabytes(found.bytes_on_disk),
+        "in memory": ", ".join(f"{megabytes(getattr(found, f'memory_{dtype}'))} {dtype}" for dtype in dtypes),
+        "context": found.context and f"{found.context:,} tokens",
+        "vocabulary": found.vocabulary_size and f"{found.vocabulary_size:,} tokens",
+        "visual tokens": found.codebook_size and f"{found.codebook_size:,}, each {side}x{side} pixels",
+        "pictures": found.min_pixels and found.max_pixels and f"{found.min_pixels:,} to {found.max_pixels:,} pixels",
+        "tokenizer": ", ".join(found.tokenizer_files) or "none",
+        "abilities": " and ".join(verbs[ability] for ability in found.abilities or ()) or "unknown",
+        "to load it": found.layout == "baai" and f"convert it{other} with `emu3 convert`",
+    }
+    _print("\n".join([found.path, *(f"{name:<20}{text}" for name, text in rows.items() if text)]))
 
 
 @app.command()
@@ -270,7 +256,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint to read: a folder, or a hub id in the local cache.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
     vision: Annotated[
-        str | None, typer.Option(help="BAAI's vision tokenizer, where SOURCE is BAAI's language model.")
+        str | None, typer.Option(help="BAAI's vision tokenizer, if SOURCE is its language model.")
     ] = None,
     to: Annotated[str, typer.Option(help="Layout to write: documented, legacy or baai.")] = "documented",
     abilities: Annotated[
@@ -280,26 +266,31 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout. Every tensor keeps its dtype and its bits."""
     from emu3.checkpoints import resolve
+    from emu3.checkpoints.info import LAYOUTS, folders_of
+    from emu3.checkpoints.settings import ABILITIES
 
+    able = None if abilities is None else abilities.split(",")
+    check_choice("--to", to, LAYOUTS)
+    for ability in able or ():
+        check_choice("--abilities", ability, ABILITIES)
     folders = resolve(source), None if vision is None else resolve(vision)
+    folders_of(*folders)  # refuses what is no checkpoint
+    check_folder(target, is_new=True)
     from emu3.checkpoints.config import RefusedTensorsError
     from emu3.checkpoints.convert import convert
 
     try:
-        with _byte_progress("converting") as progress:
-            able = abilities and abilities.split(",")
-            report = convert(folders[0], target, vision=folders[1], to=to, abilities=able, on_progress=progress)
+        with _progress("converting", in_bytes=True) as advance:
+            report = convert(folders[0], target, vision=folders[1], to=to, abilities=able, on_progress=advance)
     except RefusedTensorsError as error:
         if as_json:
-            _print_json({"refused": error.refused})
+            _print({"refused": error.refused})
         raise
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        typer.echo(
-            f"{report.target}  {report.source_layout} to {report.target_layout}: {len(report.moves)} tensors, "
-            f"{report.renamed} renamed, {report.reshaped} reshaped, none refused, {report.bytes / 1e6:,.1f} MB"
-        )
+    summary = (
+        f"{report.target}  {report.source_layout} to {report.target_layout}: {len(report.moves)} tensors, "
+        f"{report.renamed} renamed, {report.reshaped} reshaped, none refused, {report.bytes / 1e6:,.1f} MB"
+    )
+    _print(report.to_dict() if as_json else summary)
 
 
 @app.command()
@@ -317,19 +308,45 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (TOML); recipes/nano has examples.", show_default=False)],
 ) -> None:
     """Train by a recipe. A run that was cut off goes on from its last checkpoint."""
+    if not recipe.is_file():
+        raise ValueError(f"no recipe at {recipe}; see recipes/nano for examples")
+    try:
+        tomllib.loads(recipe.read_text())
+    except ValueError as error:
+        raise ValueError(f"{recipe} is not valid TOML: {error}") from error
     from emu3.icons.recipes import run_recipe
 
     typer.echo(str(run_recipe(recipe)))
 
 
-def _load_pipeline(model: str, load: Load) -> "Emu3Pipeline":
+def _check_checkpoint(model: str, load: Load, *abilities: str) -> None:
+    """Refuse a checkpoint that cannot be loaded or used as asked for, as far as its headers say."""
+    from importlib.metadata import version
+
     from emu3.checkpoints import resolve
+    from emu3.checkpoints.memory import check_fits
+    from emu3.checkpoints.settings import read_config
 
-    if (load.device == "cpu" or load.int8 or not _may_have_gpu()) and load.device_map is None:
-        from emu3.checkpoints.memory import check_fits
+    folder = resolve(model, download=load.download)
+    known = read_config(folder).get("abilities")
+    for ability in abilities:
+        check_ability(ability, known)
+    if load.device.startswith("cuda") and (build := version("torch")).endswith("+cpu"):
+        raise ValueError(
+            f"device={load.device!r}, but PyTorch {build} is for CPUs only; install its build for your GPU"
+        )
+    if (load.device.startswith("cpu") or load.int8 or not _may_have_gpu()) and load.device_map is None:
+        check_fits(folder, load.dtype, load.int8)
 
-        check_fits(resolve(model, download=load.download), load.dtype, load.int8)  # before the seconds that torch takes
-    # Of the million objects that the imports make none is garbage. To look for it takes a fifth of a short command.
+
+def _may_have_gpu() -> bool:
+    """Whether this may be a machine with a GPU: on Linux, one with the device file of NVIDIA, AMD or WSL."""
+    return sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+
+
+def _load_pipeline(model: str, load: Load, ability: str) -> "Emu3Pipeline":
+    _check_checkpoint(model, load, ability)
+    # Of the million objects that the imports make, none is garbage. Looking for it takes a fifth of a short command.
     gc.disable()
     from emu3.pipeline import Emu3Pipeline
 
@@ -339,57 +356,22 @@ def _load_pipeline(model: str, load: Load) -> "Emu3Pipeline":
     return pipeline
 
 
-def _may_have_gpu() -> bool:
-    return sys.platform != "linux" or Path("/dev/nvidiactl").exists()
-
-
 @contextmanager
-def _progress(description: str) -> Iterator[Callable[["Event"], None]]:
-    """A bar on stderr, in tokens, fed with the engine's events; nothing where stderr is no terminal."""
+def _progress(description: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, fed with what is done and what there is in all; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, in_all: None
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from emu3.generation.events import Started, Tokens
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    count = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
-        length = 0
-
-        def follow(event: "Event") -> None:
-            nonlocal length
-            if isinstance(event, Started):
-                length += event.length
-                bar.update(task, total=length)
-            elif isinstance(event, Tokens):
-                bar.advance(task, len(event.ids))
-
-        yield follow
+        yield lambda done, in_all: bar.update(task, completed=done, total=in_all)
 
 
-@contextmanager
-def _byte_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, in bytes, fed with what is done and what there is in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-
-        def follow(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield follow
-
-
-def _version() -> str:
-    from emu3 import __version__
-
-    return __version__
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+def _print(value: Any) -> None:
+    """Text as it is, anything else as JSON."""
+    typer.echo(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))

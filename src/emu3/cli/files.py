@@ -9,39 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
 
 def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG with `record` as JSON in its text chunk "emu3": wholly, or not at all."""
+    """Write a PNG with `record` as JSON in its text chunk "emu3", wholly or not at all."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_text("emu3", json.dumps(record))
+    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short: `path` may have the longest name allowed
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(picture, path, text)
+        try:
+            picture.save(unfinished, format="PNG", pnginfo=text)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; mend that, or give -o another name"
-        ) from error
-
-
-def _write_whole(picture: Image.Image, path: Path, text: PngInfo) -> None:
-    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short, as a name may be as long as the system takes
-    try:
-        picture.save(unfinished, format="PNG", pnginfo=text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        why = error.strerror or error
+        raise ValueError(f"cannot write {str(path)!r}: {why}; mend that, or give -o another name") from error
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """Where pictures go: out.png, or out-1.png, out-2.png, ...; in a folder 1.png, 2.png, ...
-
-    Raises:
-        ValueError: a picture could not be written there.
-    """
+    """Where pictures go: out.png, or out-1.png, ...; in a folder 1.png, ... ValueError where none can be written."""
     if output == Path() or output.name.lower() in (".png", ".."):
         raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in .png, or a folder")
     if output.suffix and output.suffix.lower() != ".png" and not _is_folder(output):
@@ -56,6 +46,14 @@ def output_paths(output: Path, count: int) -> list[Path]:
         if problem := _why_not_written(path):
             raise ValueError(f"cannot write {str(path)!r:.120}: {problem}; give -o another name")
     return paths
+
+
+def check_folder(folder: Path, is_new: bool = False) -> None:
+    """ValueError where no files can be written into a folder, or a new one is there already."""
+    if is_new and folder.exists():
+        raise ValueError(f"{folder} is there already; remove it, or name another folder")
+    if problem := _why_not_written(folder / "config.json"):
+        raise ValueError(f"cannot write into {str(folder)!r:.120}: {problem}; name another folder")
 
 
 def _is_folder(path: Path) -> bool:
@@ -77,18 +75,20 @@ def _why_not_written(path: Path) -> str | None:
     return None if os.access(there, os.W_OK) else f"{str(there)!r} may not be written to"
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(name: str) -> Image.Image:
     """The picture to look at. ValueError where there is none, or it cannot be read."""
     from PIL import Image
 
+    if name.startswith(("http://", "https://")):
+        raise ValueError(f"{name!r} is an address; download the picture first, as with `curl -O`, and name the file")
     try:
-        with Image.open(path) as opened:
+        with Image.open(name) as opened:
             opened.load()
             return opened
     except FileNotFoundError:
-        raise ValueError(f"no picture at {str(path)!r}; name the picture first, then the question") from None
+        raise ValueError(f"no picture at {name!r}; name the picture first, then the question") from None
     except IsADirectoryError:
-        raise ValueError(f"{str(path)!r} is a folder; name a picture") from None
+        raise ValueError(f"{name!r} is a folder; name a picture") from None
     # What Pillow raises depends on the format and on where the file breaks.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {str(path)!r} as a picture: {error}") from error
+        raise ValueError(f"cannot read {name!r} as a picture: {error}") from error

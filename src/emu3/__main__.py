@@ -1,4 +1,4 @@
-"""`python -m emu3.cli`."""
+"""`python -m emu3`."""
 
 from emu3.cli import main
 
