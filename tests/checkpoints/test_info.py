@@ -83,11 +83,10 @@ def test_integer_tensors_take_the_same_memory_in_every_dtype(make_checkpoint) ->
 
 
 def test_quantized_memory_counts_matrices_and_their_scales(make_checkpoint) -> None:
-    """A matrix of 256x128 has 256 scales of two bytes in 8 bits, and as many of scale and zero in 4 bits."""
+    """A matrix of 256x128 has 256 scales of four bytes."""
     info = inspect(make_checkpoint(CURRENT | {"model.text_model.layers.0.mlp.up_proj.weight": (256, 128)}))
     rest, weights = 128, 256 * 128
-    assert (info.memory_bfloat16, info.memory_int8) == (rest + 2 * weights, rest + weights + 512)
-    assert info.memory_int4 == rest + weights // 2 + 1024
+    assert (info.memory_bfloat16, info.memory_int8) == (rest + 2 * weights, rest + weights + 1024)
 
 
 def test_shards_are_those_of_the_index(make_checkpoint) -> None:

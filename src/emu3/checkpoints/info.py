@@ -27,8 +27,6 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
     "language": {"model.embed_tokens.": "embedding", "model.": "language model", "lm_head.": "head"},
     "vision": {"": "vision tokenizer"},
 }
-# A quantized matrix has a bfloat16 scale for each row (8 bits), or scale and zero for each 128 weights (4 bits).
-_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class CheckpointInfo:
 
     Attributes:
         memory_bfloat16: with the vision tokenizer in float32, as `load_model` keeps it.
-        memory_int8, memory_int4: the same with the matrices of the decoder layers in 8 or 4 bits.
+        memory_int8: the same with the matrices of the decoder layers in 8 bits.
         abilities: what config.json says that the weights were trained for, of "draw" and "read"; None for unknown.
         missing: what must be added before the checkpoint loads: "language model" or "vision tokenizer".
     """
@@ -52,7 +50,6 @@ class CheckpointInfo:
     memory_float32: int
     memory_bfloat16: int
     memory_int8: int
-    memory_int4: int
     context: int | None
     vocabulary_size: int | None
     codebook_size: int | None
@@ -182,8 +179,7 @@ def _summarize(
         bytes_on_disk=sum(size for _, size in files),
         memory_float32=sum(tensor_bytes(*tensor, 32) for tensor in tensors),
         memory_bfloat16=sum(tensor_bytes(*tensor, 16) for tensor in tensors),
-        memory_int8=sum(tensor_bytes(*tensor, 16, 8) for tensor in tensors),
-        memory_int4=sum(tensor_bytes(*tensor, 16, 4) for tensor in tensors),
+        memory_int8=sum(tensor_bytes(*tensor, 16, int8=True) for tensor in tensors),
         context=context if has_text else None,
         vocabulary_size=vocabulary if has_text else None,
         codebook_size=vision.get("codebook_size", 32768) if has_vision else None,
@@ -208,13 +204,12 @@ def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader])
     return found
 
 
-def tensor_bytes(part: str, header: TensorHeader, bits: int, matrix_bits: int | None = None) -> int:
-    """Memory of a tensor that is loaded in `bits`, or in `matrix_bits` if it is a matrix of a decoder layer."""
+def tensor_bytes(part: str, header: TensorHeader, bits: int, int8: bool = False) -> int:
+    """Memory of a tensor that is loaded in `bits`, or with `int8` in 8 bits if it is a matrix of a decoder layer."""
     if "F" not in header.dtype:
         return header.bytes
-    if matrix_bits and part == "language model" and len(header.shape) == 2:
-        scales = 2 * header.shape[0] if matrix_bits == 8 else 4 * (header.elements // _GROUP)
-        return header.elements * matrix_bits // 8 + scales
+    if int8 and part == "language model" and len(header.shape) == 2:
+        return header.elements + 4 * header.shape[0]  # each row has a scale in float32
     return header.elements * (32 if part == "vision tokenizer" else bits) // 8
 
 

@@ -75,7 +75,7 @@ def check_fits(
 
 def _needed(folder: Path, headers: Mapping[str, TensorHeader], dtype: str, int8: bool) -> int:
     tensors = tensors_by_part(str(folder), "", headers)
-    return sum(tensor_bytes(*tensor, _BITS[dtype], 8 if int8 else None) for tensor in tensors)
+    return sum(tensor_bytes(*tensor, _BITS[dtype], int8) for tensor in tensors)
 
 
 def _free_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:

@@ -232,7 +232,7 @@ def info(
         return f"{count / 1e6:,.1f} MB"
 
     side, other = found.pixels_per_token_side, f" together with the {found.missing[0]}" if found.missing else ""
-    dtypes, verbs = ("float32", "bfloat16", "int8", "int4"), {"draw": "draws pictures", "read": "reads pictures"}
+    dtypes, verbs = ("float32", "bfloat16", "int8"), {"draw": "draws pictures", "read": "reads pictures"}
     rows = {
         "layout": found.layout,
         "parameters": f"{found.parameters:,} in {found.tensors} tensors",
