@@ -94,9 +94,9 @@ class Emu3Pipeline:
         load = make(Load, options)
         if not isinstance(name, str | Path) or not str(name):
             raise ValueError(f'name must be that of a checkpoint, such as "nano", or a folder, got {name!r:.80}')
-        from emu3.checkpoints.load import load_model, load_processor
+        from emu3.checkpoints.load import load_model, load_processor, pick_device
 
-        device = _pick_device(load)
+        device = pick_device(load.device, load.int8)
         folder = resolve(name, download=load.download)
         if load.device_map is None:
             check_fits(folder, load.dtype, load.int8, device)
@@ -301,18 +301,6 @@ class Emu3Pipeline:
         pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
         picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
         return picture
-
-
-def _pick_device(load: Load) -> str:
-    """The device to load to; for "auto" the best that is there."""
-    has_mps = torch.backends.mps.is_available()
-    if load.device == "auto":
-        return "cpu" if load.int8 else "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    kind, _, number = load.device.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
-    if int(number or 0) >= there:
-        raise ValueError(f"device={load.device!r}, but this PyTorch sees no such GPU; leave it out to run on the CPU")
-    return load.device
 
 
 def _are_several(messages: Any) -> bool:

@@ -19,9 +19,9 @@ from emu3.quantization import Int8Linear
 
 def weights(model: torch.nn.Module) -> int:
     """Bytes of what the files of a checkpoint become."""
-    low = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    quantized = [tensor for module in low for tensor in (module.weight, module.scales)]
-    return sum(tensor.nbytes for tensor in [*model.state_dict().values(), *quantized])
+    low = [tensor for each in model.modules() if isinstance(each, Int8Linear) for tensor in (each.weight, each.scales)]
+    tables = [tensor for name, tensor in model.named_buffers() if "rotary" not in name]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *tables, *low]}.values())
 
 
 def test_what_is_needed_is_what_loading_takes() -> None:

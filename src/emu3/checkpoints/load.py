@@ -60,6 +60,18 @@ _GENERATION = "generation_config.json"
 _TOKENIZER_FILES: Mapping[str, Mapping[str, Kind]] = {"tokenizer.json": {}, "tokenizer_config.json": TOKENIZER}
 
 
+def pick_device(name: str, int8: bool = False) -> str:
+    """The device that an option names; for "auto" the best that is there. ValueError for one that is not."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return "cpu" if int8 else "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    kind, _, number = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
+    if int(number or 0) >= there:
+        raise ValueError(f"device={name!r}, but this PyTorch sees no such GPU; leave it out to run on the CPU")
+    return name
+
+
 def load_model(
     path: str | Path,
     *,
