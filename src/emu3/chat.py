@@ -49,7 +49,9 @@ def read_conversation(conversation: Any) -> list[Any]:
     """One conversation, or a list of them, as plain lists and dicts. ValueError for a message that is not usable."""
     if not conversation:
         raise ValueError("the conversation is empty; give at least one message")
-    talk: list[Any] = _as_plain(conversation)
+    talk: Any = _as_plain(conversation)
+    if not isinstance(talk, list):
+        raise ValueError(f"a conversation is a list of messages, got {conversation!r:.80}")
     for message in chain.from_iterable(talk) if isinstance(talk[0], list) else talk:
         _check_message(message)
     return talk
@@ -62,7 +64,7 @@ def _as_plain(value: Any) -> Any:
     what they are.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     elif hasattr(value, "model_dump"):
         value = value.model_dump()
     if isinstance(value, Mapping):

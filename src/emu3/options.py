@@ -209,9 +209,10 @@ class _Options:
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value = getattr(self, each.name)
-            if value is not None or each.default is not None:
-                checked = each.metadata["check"](each.name, value, *each.metadata["bounds"])
-                object.__setattr__(self, each.name, checked)
+            if value is None and each.default is None:
+                continue
+            checked = each.metadata["check"](each.name, value, *each.metadata["bounds"])
+            object.__setattr__(self, each.name, checked)
 
 
 @dataclass(frozen=True)

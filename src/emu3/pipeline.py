@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
-
+# Of the module, because a lock in a pipeline could not be copied or pickled.
 _MAKING_ENGINE = threading.Lock()
 
 
@@ -161,15 +161,15 @@ class Emu3Pipeline:
             ValueError: the checkpoint only draws, a conversation does not fit the context, or an argument is wrong.
         """
         conversations = _conversations(messages, pictures)
-        answers = self._results(self._answers(conversations, make(Answer, options)), on_event)
+        answers = self._results(self._answer_requests(conversations, make(Answer, options)), on_event)
         return answers if _are_several(messages) else answers[0]
 
     def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Generator[Event | Result]:
         """Draw or answer, and report as tokens come.
 
         Args:
-            asked: as for `image` or as for `chat`. Words without `pictures` are drawn. With pictures, or with an empty
-                list of them, they are a question.
+            asked: as for `image` or as for `chat`. A string, or a list of strings, is drawn. With `pictures`, even an
+                empty list, a string is a question.
             pictures: of the question.
             **options: those of `emu3.options.Draw` or `emu3.options.Answer`.
 
@@ -186,7 +186,7 @@ class Emu3Pipeline:
         if is_words and pictures is None:
             requests = self.draw_requests(asked, **options)
         else:
-            requests = self._answers(_conversations(asked, pictures), make(Answer, options))
+            requests = self._answer_requests(_conversations(asked, pictures), make(Answer, options))
         return self._run(requests)
 
     def require(self, ability: str) -> None:
@@ -251,17 +251,19 @@ class Emu3Pipeline:
             )
         return shape
 
-    def _answers(self, conversations: list[list[Message]], answer: Answer) -> list[Request]:
+    def _answer_requests(self, conversations: list[list[Message]], answer: Answer) -> list[Request]:
         self.require("read")
         sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
         seeds = _seeds(answer.seed, len(conversations))
         return [
-            self._answer(conversation, sampling, seed, answer.max_new_tokens)
+            self._answer_request(conversation, sampling, seed, answer.max_new_tokens)
             for conversation, seed in zip(conversations, seeds, strict=True)
         ]
 
     @torch.inference_mode()
-    def _answer(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Request:
+    def _answer_request(
+        self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int
+    ) -> Request:
         """The conversation's ids, with visual tokens in place of the placeholders, as a request."""
         inputs = self.processor.apply_chat_template(
             conversation,

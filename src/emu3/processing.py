@@ -161,7 +161,7 @@ class Emu3Processor(ProcessorMixin):
             tokenize: go on to ids, with the pictures that the messages hold.
             return_dict: with `tokenize`, give all that `__call__` returns, and not the `input_ids` alone.
             split_special_tokens, sanitize_control_tokens: two names of one option, which needs `tokenize`: what a
-                message's text spells like a control token or "<image>" is plain text. Only the template's count.
+                message's text spells like a control token or "<image>" is plain text. Those of the template count.
             processor_kwargs: options of `__call__`.
             **kwargs: more options of `__call__`, `add_generation_prompt` and the other arguments of transformers'
                 method, and variables of the template.

@@ -335,7 +335,7 @@ def test_decoders_of_one_batch_do_not_disturb_each_other(model, vocabulary, mixe
 )
 def test_compiled_layers_decide_the_same(model, mixed, monkeypatch, few_layers, int8, small):
     """Layer by layer, and all as one; in 8 bits with matrices that are small, and that are not."""
-    monkeypatch.setattr(forward, "FEW_LAYERS", few_layers)
+    monkeypatch.setattr(forward, "_FEW_LAYERS", few_layers)
     monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", small)
     model = copy.deepcopy(model)
     if int8:

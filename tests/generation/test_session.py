@@ -3,7 +3,7 @@
 import copy
 import random
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from emu3.generation.grammar import GridGrammar
 from emu3.generation.prefixes import BLOCK
 from emu3.generation.request import Guidance, Request
 from emu3.generation.runtime.cache import EMPTY
+from emu3.generation.runtime.forward import Forward
 from emu3.generation.sampling import GREEDY, Sampling
 
 WARM = Sampling(1.3, top_k=12)
@@ -265,6 +266,57 @@ def test_a_request_that_fails_leaves_nothing_behind(model, vocabulary):
     chunked.step()
     chunked.cancel(number)
     assert finished(chunked.stream([short, long])) == expected
+
+
+@dataclass(frozen=True)
+class Failing(RasterDecoder):
+    """Raises at a position, where it proposes or where it accepts."""
+
+    where: str = "accept"
+
+    def propose(self, state, ids, most):
+        step = super().propose(state, ids, most)
+        return step if self.where == "accept" or step.targets[0] < 4 else 1 / 0
+
+    def accept(self, state, step, drawn, lo):
+        return super().accept(state, step, drawn, lo) if step.targets[0] < 4 else [(99, int("no id"))]
+
+
+@pytest.mark.parametrize("where", ["propose", "accept"])
+def test_a_decoder_that_fails_ends_its_own_request(model, vocabulary, where):
+    """Also where the other request comes to its end in the same step."""
+    good, bad = picture(vocabulary, (5,), 2, 2), picture(vocabulary, (6,), 3, 3, decoder=Failing(where))
+    engine = Engine(model)
+    other = engine.stream([good])
+    events = [next(other)]
+    events += [*engine.stream([bad]), *other]
+    assert [event.error for event in events if isinstance(event, Failed)] == [
+        f"its decoder fails: {'ZeroDivisionError' if where == 'propose' else 'ValueError'}"
+        + ("('division by zero')" if where == "propose" else "(\"invalid literal for int() with base 10: 'no id'\")")
+    ]
+    assert finished(events) == {0: alone(model, good)}
+    assert is_empty(engine)
+
+
+def test_a_request_of_a_stream_that_is_cancelled_by_its_number(model, vocabulary):
+    requests = [picture(vocabulary, (n,), 3, 3, seed=n) for n in range(3)]
+    engine = Engine(model)
+    stream = engine.stream(requests)
+    events = [next(stream) for _ in range(4)]
+    assert engine.cancel(1)
+    later = list(stream)
+    assert not any(event.request == 1 for event in later if not isinstance(event, Stepped))
+    assert finished(events + later) == {n: alone(model, requests[n]) for n in (0, 2)}
+
+
+def test_memory_that_runs_out_at_the_start_may_come_back(model, vocabulary, monkeypatch):
+    request, engine = picture(vocabulary, (5,)), Engine(model)
+    number = engine.submit(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "pack", lambda *arguments: torch.empty(2**60))
+        with pytest.raises(RuntimeError):
+            engine.step()
+    assert run(engine) == {number: alone(model, request)}
 
 
 def test_weights_that_were_changed_are_read_after_refresh(model, vocabulary):

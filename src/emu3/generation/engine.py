@@ -21,6 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Set
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ from emu3.options import check_whole
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
-# A forward of so many tokens takes about as long as one of few. Above, wrong guesses cost time.
+# A forward of up to about so many tokens takes as long as one of few, so guesses are free. Above, wrong ones cost time.
 _MOST_TOKENS = 128
 # Prompts of so many tokens or fewer may be padded to one another: a forward of its own costs more.
 _SHORT_CHUNK = 32
@@ -148,14 +149,20 @@ class Engine:
             before = len(self._waiting) + len(self._admitted)
             self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
             self._remove({number})
+            for stream in self._streams:
+                stream.forget(number)
             return len(self._waiting) + len(self._admitted) < before
 
     def step(self) -> list[Event]:
         """Admit what fits, feed a chunk of prompts, and run one forward of all that decode."""
         with self._lock, torch.inference_mode():
-            events = [*self._admit(), *self._prefill(), *self._decode()]
-            for stream in self._streams:
-                stream.hear(events)
+            events: list[Event] = []
+            try:
+                for event in chain(self._admit(), self._prefill(), self._decode()):
+                    events.append(event)
+            finally:  # what was decided is decided, even if the step breaks off
+                for stream in self._streams:
+                    stream.hear(events)
             return events
 
     def stream(self, requests: Request | Iterable[Request]) -> Generator[Event]:
@@ -183,8 +190,9 @@ class Engine:
                 with self._lock:
                     if not stream.events:
                         self.step()
-                    events, stream.events = stream.events, []
-                yield from events
+                    event = stream.events.popleft() if stream.events else None
+                if event is not None:
+                    yield event
         finally:
             with self._lock:
                 self._streams.remove(stream)
@@ -276,6 +284,8 @@ class Engine:
                 planned.append((sequence, sequence.plan(most)))
             except ValueError as error:  # its guidance schedule
                 failed[sequence.number] = str(error)
+            except Exception as error:  # a decoder may be anyone's
+                failed[sequence.number] = f"its decoder fails: {error!r}"
         self._remove(failed.keys())
         ended: set[int] = set()
         if planned:
@@ -286,13 +296,15 @@ class Engine:
             for (sequence, plan), (rows, finite) in zip(planned, drawn, strict=True):
                 if not all(finite):
                     position = sequence.part.start + plan.step.targets[finite.index(False)]
-                    why = cause_of_broken_logits(
-                        self._runner.text_model, self.model.lm_head, sequence.request.prompt_ids
-                    )
+                    why = self._cause(sequence)
                     failed[sequence.number] = f"the model gives no finite logits for token {position}: {why}"
                     continue
                 before = sequence.emitted
-                more, reason = sequence.accept(plan.step, rows)
+                try:
+                    more, reason = sequence.accept(plan.step, rows)
+                except Exception as error:
+                    failed[sequence.number] = f"its decoder fails: {error!r}"
+                    continue
                 decided += sequence.emitted - before
                 events += more
                 if reason is not None:
@@ -302,6 +314,13 @@ class Engine:
             yield from events
         self._remove(ended | failed.keys())
         yield from (Failed(number, error) for number, error in failed.items())
+
+    def _cause(self, sequence: Sequence) -> str:
+        """Why the logits of a sequence are not finite."""
+        try:
+            return cause_of_broken_logits(self._runner.text_model, self.model.lm_head, sequence.request.prompt_ids)
+        except Exception as error:  # it runs the model once more, for which there may be no memory
+            return repr(error)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> Finished:
         return Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason)
@@ -330,7 +349,7 @@ def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, 
     """Chunks of prompts in groups that are worth padding to their longest; each is a lane and where its chunk ends."""
     groups: list[list[tuple[Lane, int]]] = []
     longest = 0
-    for lane, end in sorted(chunks, key=lambda chunk: chunk[0].filled - chunk[1]):
+    for lane, end in sorted(chunks, key=lambda chunk: chunk[1] - chunk[0].filled, reverse=True):
         length = end - lane.filled
         if not groups or (longest > _SHORT_CHUNK and longest > 2 * length):
             groups.append([])
@@ -349,7 +368,13 @@ class _Stream:
 
     def __init__(self, places: dict[int, int]) -> None:
         self.places = places
-        self.events: list[Event] = []
+        self.events: deque[Event] = deque()
+
+    def forget(self, number: int) -> None:
+        """A request was cancelled: wait for it no more, and hand out none of its events."""
+        if (place := self.places.pop(number, None)) is not None:
+            others = [event for event in self.events if isinstance(event, Stepped) or event.request != place]
+            self.events = deque(others)
 
     def hear(self, events: list[Event]) -> None:
         """Keep what belongs to this call."""

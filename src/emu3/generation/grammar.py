@@ -30,7 +30,7 @@ class Grammar(Protocol):
     Attributes:
         kind: what is written. It picks sampling and guidance.
         length: in tokens; None: the ids decide where it ends.
-        final: whether nothing follows this part, known without its ids. At its end, `then` says the same.
+        final: True: the answer ends with this part. False: only `then` can tell, at its end.
         must_follow: the id that must stand before the first position, if one must.
     """
 
@@ -86,7 +86,7 @@ class TextGrammar:
 
 @dataclass(frozen=True)
 class Grid(Grammar, ABC):
-    """Where the tokens of a picture or clip stand, for every family that closes rows by a token.
+    """Where the tokens of a picture or clip stand, for every family of models that closes rows by a token.
 
     Args:
         height, width: of a frame, in visual tokens.
@@ -219,7 +219,7 @@ def prefix_allowed_tokens_fn(
     Returns:
         A function of the sample's number and its ids so far (S,), giving the legal next ids.
     """
-    # `generate` asks once a token, and building the list costs more than the rest of the answer.
+    # `generate` asks once a token, and building the list costs more than all else here.
     ids_of = functools.cache(lambda lo, hi: list(range(lo, hi)))
 
     def allowed_tokens(batch_id: int, input_ids: torch.Tensor) -> list[int]:

@@ -6,7 +6,7 @@ An answer is one part after the other, each with its grammar and the state of it
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,8 +91,8 @@ class Part:
         decoder: decides it.
         state: what the decoder keeps.
         start: where it begins in the answer.
-        pending: forced tokens at the end of the previous part that are not in the cache yet, besides its last one. The
-            first step of this part feeds them.
+        pending: how many forced tokens at the end of the previous part are not in the cache yet, besides its last one.
+            The first step of this part feeds them.
         turn: added to the turns of this part's steps, so that its tokens see all that stands before the part.
         last_turn: the latest turn in this part so far, before `turn` is added.
     """
@@ -118,9 +118,8 @@ class Sequence:
         ids: the answer; UNDECIDED where nothing is decided. Ids that a grammar forces are known when its part begins.
         lanes: one for each prompt.
         part: the part that is being written.
-        emitted: how many ids have been reported. While ZipAR decides several rows at once, they are not the first ones;
-            at the end of a part they are.
-        newest: the position that was decided last.
+        emitted: how many ids have been reported. With ZipAR they are the first ones only when a part ends.
+        newest: the position of the last id that the model decided, and the grammar did not force.
     """
 
     request: Request
@@ -174,7 +173,7 @@ class Sequence:
         part = self.part
         positions = [part.start + k for k in (*range(-1 - part.pending, -1), *step.inputs)]
         drafts = {part.start + k: id_ for k, id_ in step.drafts.items()}
-        ids = [drafts.get(k, int(self.ids[k])) for k in positions if k >= 0]
+        ids = [int(self.ids[k]) if self.ids[k] != UNDECIDED else drafts[k] for k in positions if k >= 0]
         turns = [part.turn] * len(positions)
         if step.turns is not None:
             turns[part.pending :] = [part.turn + turn for turn in step.turns]
@@ -185,11 +184,9 @@ class Sequence:
         ]
 
     def accept(self, step: Step, drawn: Tensor) -> tuple[list[Event], Reason | None]:
-        """Take what the decoder decides: events, with the forced ids after each id, and why the answer ends if it does.
+        """Take what the decoder decides from what was `drawn`; see `Decoder.accept`.
 
-        Args:
-            step: what was run.
-            drawn: see `Decoder.accept`.
+        Returns the events, each id with the forced ids behind it; and why the answer ends, or None.
         """
         part, ids = self.part, self._ids_of_part()
         events: list[Event] = []
@@ -206,7 +203,7 @@ class Sequence:
     def advance(self) -> tuple[list[Event], Reason | None]:
         """Go on to the next part where this one is complete: events, and why the answer ends, if it does."""
         events: list[Event] = []
-        # A text is asked after every id whether it goes on, a picture when it is complete.
+        # A part without a length may end after any id, others when they are complete.
         while self.emitted > self.part.start and (self.part.grammar.length is None or self._is_complete()):
             part = self.part
             then = part.grammar.then(self.ids[part.start : self.emitted])
@@ -216,7 +213,8 @@ class Sequence:
                 return events, "length"
             if then is part.grammar:
                 break
-            self._begin_part(then, pending=self.emitted - 1 - self.newest, turn=part.turn + part.last_turn)
+            not_fed = self.emitted - self.newest  # the newest id, and the forced ones behind it
+            self._begin_part(then, pending=not_fed - 1, turn=part.turn + part.last_turn)
             events += self.report_opening()
         return events, None
 
@@ -225,7 +223,7 @@ class Sequence:
 
     def report_opening(self) -> list[Event]:
         """The events of the forced ids that a part begins with."""
-        return list(self._report(0, forced=True)) if self._ids_of_part()[0] != UNDECIDED else []
+        return self._report(0, forced=True) if self._ids_of_part()[0] != UNDECIDED else []
 
     def _begin_part(self, grammar: Grammar, pending: int, turn: int) -> None:
         decoder: Decoder[Any] = self.request.decoder if grammar.kind == "visual" else RasterDecoder()
@@ -239,7 +237,7 @@ class Sequence:
         start, length = self.part.start, self.part.grammar.length
         return self.ids[start:] if length is None else self.ids[start : start + length]
 
-    def _report(self, k: int, forced: bool) -> Iterator[Event]:
+    def _report(self, k: int, forced: bool) -> list[Event]:
         """The events of position k, which was just decided, and of the forced ids behind it."""
         grammar, ids = self.part.grammar, self._ids_of_part()
         end = k + 1
@@ -247,10 +245,11 @@ class Sequence:
             end += 1
         new = tuple(ids[k:end].tolist())
         self.emitted += len(new)
-        yield Tokens(self.number, self.part.start + k, new, (forced,) + (True,) * (len(new) - 1))
+        events: list[Event] = [Tokens(self.number, self.part.start + k, new, (forced,) + (True,) * (len(new) - 1))]
         if isinstance(grammar, Grid):
             for position in range(k, end):
                 if row := grammar.row_ending_at(position):
-                    yield RowDone(self.number, *row)
+                    events.append(RowDone(self.number, *row))
                     if row[1] == grammar.height - 1:
-                        yield FrameDone(self.number, row[0])
+                        events.append(FrameDone(self.number, row[0]))
+        return events

@@ -71,7 +71,8 @@ class SpatialNorm(nn.Module):
     def fold(self, x_BCHW: Tensor, quantized_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The factor and the offset of `GroupNorm.fold`, with this norm's scale and shift in them.
 
-        Both have the channels and the width of x, and the height of the quantized latents.
+        Both have the channels and the width of x, but only the height of the quantized latents: `apply_affine_silu`
+        picks the rows of each band.
         """
         factor, offset = self.norm_layer.fold(x_BCHW)
         scale, shift = self.conv_y(quantized_BCHW), self.conv_b(quantized_BCHW)

@@ -48,6 +48,7 @@ _WEIGHT_OF_LAST_STEP = 0.1
 _TRIED_PER_RIGHT_GUESS = 3
 # A step without guesses adds this to the average, so that guessing is tried again after some steps.
 _RECOVERY = 0.01
+_MOST_RECOVERED = 1.0
 
 
 @lru_cache(maxsize=64)
@@ -104,8 +105,8 @@ class Guesses:
         grid: of the picture.
         turns: see `turns_of`.
         guesses: an id for each position, or UNDECIDED where nothing was guessed yet.
-        cached: whether the input that decides position j is in the cache for good: it was right, and so was all that
-            it saw.
+        cached: whether the input that decides position j is in the cache and need not be fed again: it was right, and
+            so was all that it saw.
         right_lately: moving average of how many positions a step decides by guessing, beyond those of its first turn,
             which need no guess. High at first, as most pictures begin with plain areas.
     """
@@ -123,7 +124,7 @@ class GuessingDecoder(Decoder[Guesses]):
     @property
     @abstractmethod
     def most_targets(self) -> int:
-        """Most targets of a step, but for those of one turn."""
+        """Most targets of a step. A step does not split a turn, so it may have more."""
 
     @abstractmethod
     def lag(self, grid: Grid) -> int:
@@ -141,17 +142,17 @@ class GuessingDecoder(Decoder[Guesses]):
         ahead = _TRIED_PER_RIGHT_GUESS * state.right_lately
         count = _in_first_turn(turns) + (math.ceil(ahead) if ahead >= 1 else 0)
         count = min(count, most, self.most_targets, len(undecided))
-        last_turn = np.partition(turns, count - 1)[count - 1]
+        last_turn = np.partition(turns, count - 1)[count - 1]  # of target number `count`; its whole turn comes along
         targets = undecided[turns <= last_turn].tolist()
-        # All inputs that these targets see and that are not in the cache for good.
-        inputs = (~state.cached & (state.turns <= last_turn)).nonzero()[0]
-        positions = (inputs - 1).tolist()
-        for k in positions:
+        # All tokens that these targets see and that are not in the cache for good. They decide positions `js`.
+        js = (~state.cached & (state.turns <= last_turn)).nonzero()[0]
+        inputs = (js - 1).tolist()
+        for k in inputs:
             if k >= 0 and ids[k] == UNDECIDED and state.guesses[k] == UNDECIDED:
                 state.guesses[k] = guess_from_neighbour(state.grid, k, ids, state.guesses)
         # Tokens of the last turn are targets, but do not go in.
         drafts = {k: int(state.guesses[k]) for k in targets if state.turns[k + 1] <= last_turn}
-        return Step(positions, targets, drafts, state.turns[inputs].tolist())
+        return Step(inputs, targets, drafts, state.turns[js].tolist())
 
     def accept(self, state: Guesses, step: Step, drawn: Tensor, lo: int) -> list[tuple[int, int]]:
         """Compare guesses with what was drawn: the positions that are decided, with their ids.
@@ -164,24 +165,24 @@ class GuessingDecoder(Decoder[Guesses]):
         """
         decided: list[tuple[int, int]] = []
         never = len(state.turns)
-        spoiled_from = never  # the earliest turn in which a wrong guess went in, among the positions so far
-        spoiled_behind: dict[int, int] = {}  # the same, at each wrong guess
+        first_wrong = never  # the earliest turn in which a wrong guess went in, among the positions so far
+        wrong_at: dict[int, int] = {}  # position of a wrong guess -> the turn in which it went in
         for k, id_ in zip(step.targets, (lo + index for index in drawn.tolist()), strict=True):
-            if state.turns[k] < spoiled_from:
+            if state.turns[k] < first_wrong:
                 decided.append((k, id_))
                 if step.drafts.get(k, id_) != id_:
-                    spoiled_from = min(spoiled_from, int(state.turns[k + 1]))
-                    spoiled_behind[k] = spoiled_from
+                    wrong_at[k] = int(state.turns[k + 1])
+                    first_wrong = min(first_wrong, wrong_at[k])
             state.guesses[k] = id_
-        # An input is good for ever if no wrong guess, at its position or before, went in by its turn.
-        inputs = np.array(step.inputs) + 1
-        limits = np.minimum.accumulate([spoiled_behind.get(k, never) for k in step.inputs])
-        state.cached[inputs] = state.turns[inputs] < limits
+        # An input stays in the cache if neither it nor one before it is a wrong guess that it saw.
+        js = np.array(step.inputs) + 1
+        limits = np.minimum.accumulate([wrong_at.get(k, never) for k in step.inputs])
+        state.cached[js] = state.turns[js] < limits
         turns = state.turns[list(step.targets)]
         by_guessing = len(decided) - _in_first_turn(turns)
         if len(turns) > _in_first_turn(turns):
             state.right_lately += _WEIGHT_OF_LAST_STEP * (by_guessing - state.right_lately)
-        else:
+        elif state.right_lately < _MOST_RECOVERED:
             state.right_lately += _RECOVERY
         return decided
 

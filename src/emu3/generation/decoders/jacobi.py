@@ -5,10 +5,10 @@
 3. A draft x that was drawn from q is kept with probability min(1, p(x) / q(x)). Else it is replaced by a draw from what
    p has more than q: max(0, p - q), normalised. Either way the token is distributed as p.
 4. The tokens up to the first replaced one are decided, that one included. Those behind it saw a draft that is gone, so
-   they become the drafts of the next step. Their q is the p of step 2, even if step 3 kept them: as tokens they are now
-   distributed as p. With their old q, the picture's distribution would drift.
+   they become the drafts of the next step. From now on their q is the p of step 2, even if step 3 kept them: after
+   step 3 they are distributed as p. With their old q, the picture's distribution would drift.
 
-Step 3 replaces few drafts, so most of those that are handed on pass the next time, many at once.
+Step 3 replaces few drafts. So the next step starts from nearly the same window, and usually many pass.
 
 Lossless: the tokens have the distribution of raster decoding with the same guidance and sampling, but a seed gives
 another picture. At temperature 0 it is the same picture.
@@ -54,7 +54,7 @@ def couple(
     kept_S = accept_S * q_S < p_S
     cumulative_SV = (probabilities_SV - proposals_SV).clamp_min_(0).cumsum_(-1)
     redrawn_S = torch.searchsorted(cumulative_SV, redraw_S[:, None] * cumulative_SV[:, -1:], right=True)[:, 0]
-    # p equal to q leaves nothing to draw from; then every draft is kept.
+    # p equal to q leaves nothing to draw from, but then every draft is kept. The clamp is for what rounding leaves.
     return torch.where(kept_S, drafts_S, redrawn_S.clamp_max(probabilities_SV.shape[1] - 1)), kept_S
 
 
@@ -128,6 +128,6 @@ class JacobiDecoder(Decoder[Drafts]):
         tokens_S, kept_S = couple(drawn, drafts_S, proposals_SV, accept_S, redraw_S)
         ids, kept = [lo + token for token in tokens_S.tolist()], kept_S.tolist()
         passed = kept.index(False) + 1 if False in kept else len(kept)
-        state.next_input = step.targets[passed - 1]  # replaced or last, so it did not go in as it is now
+        state.next_input = step.targets[passed - 1]  # a replacement, or the window's last; neither is in the cache
         state.ids, state.proposals_SV = ids[passed:], drawn[passed:]
         return list(zip(step.targets[:passed], ids[:passed], strict=True))

@@ -7,7 +7,7 @@ A decoder sees one part of one answer, and never the batch. Positions count from
 
 The input at position k - 1 decides position k: what comes out of the model at `<img>` decides the first `v`.
 
-Shapes: B targets of all requests that choose alike, S targets of one step, V legal ids.
+Shapes: B targets of all requests that choose alike, V legal ids.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Step(NamedTuple):
         inputs: positions whose tokens go in, ascending.
         targets: positions to decide, ascending. For each target k, k - 1 is among the inputs.
         drafts: ids to feed at inputs that are not decided yet; others are ignored.
-        turns: one for each input. It sees the positions before it whose turn is not later. So it does not see a token
-            that stands before it but is decided later, as with ZipAR. None: it sees all positions before it.
+        turns: one for each input, kept with it in the cache. A token sees those before it, cached or new, whose turn is
+            not later than its own. So it does not see tokens that stand before it but are decided later, as with ZipAR.
+            None: turn 0 for all.
 
     An input may be fed again in a later step, which replaces what it left in the cache.
     """
@@ -61,7 +62,8 @@ class Decoder(ABC, Generic[State]):
 
         Args:
             state: of this part.
-            ids: of this part, one a position; or UNDECIDED. Forced ids are decided from the start.
+            ids: one for each position of this part, or UNDECIDED; for a text, as many as may follow. Forced ids are
+                decided from the start.
             most: a hint: with more targets than that, a forward of the batch as it is now gets slower. A step has at
                 least one target.
         """

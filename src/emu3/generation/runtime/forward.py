@@ -36,14 +36,14 @@ _ANGLES_CHANGE = ("dynamic", "longrope")
 # From so many queries on, the fused attention kernel is faster than two products. Below, its preparations cost more.
 _MANY_QUERIES = 256
 # Up to so many layers are compiled as one, which is faster but takes minutes for many; else layer by layer.
-FEW_LAYERS = 8
+_FEW_LAYERS = 8
 # Matrices up to this size are stored a second time, in oneDNN's order. Reordering at each call would cost as much as
 # a product of a few rows.
-SMALL_MATRIX = 2**20
+_SMALL_MATRIX = 2**20
 
 
 class Layer(NamedTuple):
-    """What a layer computes with. A quantized or adapted matrix is called as the module that it is."""
+    """The weights of a layer, as functions. Plain matrices become products; quantized or adapted ones stay modules."""
 
     attention_norm: RMSNorm
     scaling: float
@@ -79,7 +79,7 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
 
     Args:
         modules: each from (..., inputs) to its own (..., outputs).
-        dtype: of the input that modules take which are not plain.
+        dtype: what modules that are not plain get as input.
         compiled: whether the result will be compiled.
     """
     plain = all(
@@ -97,7 +97,7 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
     if not plain:
         return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
     weight = _in_one_piece([cast(nn.Parameter, module.weight) for module in modules])
-    if not compiled and weight.numel() <= SMALL_MATRIX and _onednn_supports(weight):
+    if not compiled and weight.numel() <= _SMALL_MATRIX and _onednn_supports(weight):
         return partial(_onednn_linear, dtype=weight.dtype, weight=torch.ops.mkldnn._reorder_linear_weight(weight))
     return partial(linear, weight=weight)
 
@@ -154,7 +154,7 @@ class Forward:
         layers: its layers, packed.
         cos_LD, sin_LD: of every slot. The sine of the first half of a head is negative, as the rotation needs it.
             None where they change with the length.
-        decode: `run_layers` for lanes that decode, perhaps compiled.
+        decode: `run_layers` for lanes that decode, compiled if asked for. Prompts use it uncompiled.
     """
 
     text_model: Emu3TextModel
@@ -171,7 +171,7 @@ class Forward:
             on_cpu = text_model.embed_tokens.weight.device.type == "cpu"
             options: dict[str, Any] = {"cpp_wrapper": on_cpu}  # kernels called from C++; a GPU's are recorded instead
             compile_ = partial(torch.compile, dynamic=True, options=options)
-            few = len(text_model.layers) <= FEW_LAYERS
+            few = len(text_model.layers) <= _FEW_LAYERS
             decode = compile_(run_layers) if few else partial(run_layers, run=compile_(run_layer))
         layers = tuple(
             Layer.pack(cast("Emu3DecoderLayer", layer), compiled)
@@ -220,11 +220,11 @@ class Forward:
             cos_BSD, sin_BSD = self.cos_LD[slots_BS], self.sin_LD[slots_BS]
         bias_BSL = torch.zeros_like(seen_BSL, dtype=hidden_BSE.dtype).masked_fill_(~seen_BSL, -torch.inf)
         heads, groups = cache.keys[0].shape[1], self.groups
-        # Queries of one key-value head: the tokens of its first query head, then those of its second, ...
+        # The rows of a key-value head are the tokens of its first query head, then those of its second, ...
         bias = (bias_BSL.repeat(1, groups, 1) if groups > 1 else bias_BSL)[:, None]
         if bias.shape[2] < _MANY_QUERIES:
             bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
-        # Lanes are named for prompts only. These run uncompiled, because their shapes hardly come back.
+        # `lanes` is given for prompts only. These run uncompiled, because their shapes hardly come back.
         run = self.decode if lanes is None else run_layers
         hidden_BSE = run(
             self.layers,
@@ -293,7 +293,7 @@ def run_layer(
 ) -> Tensor:
     """Attention and feed-forward: hidden states (B, S, E).
 
-    A key-value head serves N / K query heads, and so `queries` = N / K * S queries.
+    The N / K query heads of a key-value head are stacked: it has `queries` = N / K * S rows.
 
     Args:
         layer: of the model.

@@ -45,7 +45,7 @@ class ModelRunner:
 
     @property
     def head(self) -> Tensor:
-        """Of the vocabulary: (V, E)."""
+        """The weight of the output layer, (V, E)."""
         return self.model.lm_head.weight
 
     @property
@@ -77,24 +77,24 @@ class ModelRunner:
         """
         if self.cache is not None and lanes <= self.cache.lanes and slots <= self.cache.slots:
             return
-        if most_tokens is None:  # a limit has no room for rounding up
+        if most_tokens is None:  # under a limit, exactly what is needed, because rounding up could exceed it
             slots = min(self.context, -(-slots // _SLOT_STEP) * _SLOT_STEP)
         if self.cache is None:
             dtype, device = working_dtype(self.head), self.head.device
-            self.cache = SlotCache.allocate(lanes=lanes, slots=slots, dtype=dtype, device=device, **self._shape)
-            self._forward = Forward.pack(self.text_model, slots, self.compiled)
+            cache = SlotCache.allocate(lanes=lanes, slots=slots, dtype=dtype, device=device, **self._shape)
+            forward = Forward.pack(self.text_model, slots, self.compiled)
         else:
             old = self.cache
             # Lanes by doubling, so that many small requests that come one by one copy little.
             wanted = min(most_lanes, max(lanes, 2 * old.lanes)) if lanes > old.lanes else old.lanes
             size = wanted, max(slots, old.slots)
             if most_tokens is not None and size[0] * size[1] > most_tokens:
-                size = lanes, slots  # exactly what is needed, even if lanes get shorter
-            self.cache = old.resized(*size, kept=kept)
+                size = lanes, slots  # what is needed and no more, even if lanes get shorter
             assert self._forward is not None
-            self._forward = self._forward.for_slots(size[1])
+            cache, forward = old.resized(*size, kept=kept), self._forward.for_slots(size[1])
         recorded = self.compiled and self.head.device.type == "cuda"
-        self._run = RecordedForward(self._forward) if recorded else self._forward
+        # Together and last: where memory runs out before, all is as it was.
+        self.cache, self._forward, self._run = cache, forward, RecordedForward(forward) if recorded else forward
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """See `SlotCache.copy_prefix`."""
@@ -110,10 +110,11 @@ class ModelRunner:
         """Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
         assert self._run is not None and self.cache is not None, "something was admitted"
         longest = max(len(each.ids) for each in inputs)
-        # Ids, slots and turns. A shorter lane repeats its last token, which writes the same again.
+        # `zip` gives the ids of all lanes, then their slots, then their turns. A shorter lane repeats its last token,
+        # which writes the same again.
         ids_BS, slots_BS, turns_BS = (
-            torch.tensor([[*own, *[own[-1]] * (longest - len(own))] for own in column])
-            for column in zip(*inputs, strict=True)
+            torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+            for rows in zip(*inputs, strict=True)
         )
         return self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
 
@@ -128,24 +129,25 @@ class ModelRunner:
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
             alike[target.draw, target.span, target.scale, target.sampling].append(n)
-        drawn: dict[Draw, Tensor] = {}  # a row for every target, of which those are filled that are drawn this way
+        drawn: dict[tuple[Draw, tuple[int, int]], Tensor] = {}  # a row for every target; those of others stay unset
         finite_B = torch.empty(len(targets), dtype=torch.bool, device=hidden_BSE.device)
         for (draw, span, scale, sampling), members in alike.items():
             places = [targets[n].place for n in members]
             logits_BV = self._logits(hidden_BSE, [lanes[n] for n in members], places, span, scale)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
             rows = draw(logits_BV, sampling, noise_B)
-            if draw not in drawn:
-                drawn[draw] = rows.new_empty(len(targets), *rows.shape[1:])
-            drawn[draw][members] = rows
+            if (draw, span) not in drawn:
+                drawn[draw, span] = rows.new_empty(len(targets), *rows.shape[1:])
+            drawn[draw, span][members] = rows
             finite_B[members] = logits_BV.sum(-1).isfinite()
         # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
-        drawn = {draw: rows.cpu() if rows.ndim == 1 else rows for draw, rows in drawn.items()}
+        drawn = {key: rows.cpu() if rows.ndim == 1 else rows for key, rows in drawn.items()}
         finite = finite_B.tolist()
         results, start = [], 0
         for _, plan in planned:
             end = start + len(plan.targets)
-            results.append((drawn[plan.targets[0].draw][start:end], finite[start:end]))
+            first = plan.targets[0]  # all targets of a step have one way to draw and one span
+            results.append((drawn[first.draw, first.span][start:end], finite[start:end]))
             start = end
         return results
 
