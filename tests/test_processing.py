@@ -411,6 +411,7 @@ def test_stand_ins_that_someone_typed_are_text():
         (["a"], "no message"),
         ([{"role": "user", "content": [WIDE]}], "no content"),
         ([], "empty"),
+        (said("user", "a"), "list of messages"),
     ],
 )
 def test_unusable_messages_are_refused(conversation, named):
