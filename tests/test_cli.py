@@ -135,7 +135,7 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["convert", "nano", "empty", "--to", "legacy"], "empty is there already; remove it, or name another folder"),
         (["convert", "nano", "file/new", "--to", "legacy"], "file' is no folder"),
         (["convert", "nano", "new", "--vision", "reads"], "is not needed"),
-        (["train", "none.toml"], "no recipe at none.toml"),
+        (["train", "none.toml"], "none.toml is no file"),
         (["train", "file"], "file is not valid TOML"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -383,7 +383,7 @@ def test_train_runs_the_recipe(
 
 
 def test_a_missing_recipe_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "no recipe at" in one_line_error(capsys, "train", tmp_path / "none.toml")
+    assert "is no file" in one_line_error(capsys, "train", tmp_path / "none.toml")
 
 
 def readme_commands() -> list[str]:

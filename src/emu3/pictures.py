@@ -53,7 +53,7 @@ def to_array(picture: Any) -> Array:
         picture = (picture.float() if picture.is_floating_point() else picture).numpy()
     if not isinstance(picture, np.ndarray):
         raise ValueError(
-            f"{picture!r:.80} is no picture but a {type(picture).__name__}; "
+            f"{picture!r:.80}, a {type(picture).__name__}, is no picture; "
             "give a PIL.Image.Image, a numpy array, a torch tensor, or a file's path or an address as a string"
         )
     if picture.size == 0 or picture.ndim not in (2, 3):

@@ -309,7 +309,7 @@ def train(
 ) -> None:
     """Train by a recipe. A run that was cut off goes on from its last checkpoint."""
     if not recipe.is_file():
-        raise ValueError(f"no recipe at {recipe}; see recipes/nano for examples")
+        raise ValueError(f"{recipe} is no file; give a recipe in TOML, such as recipes/nano/vision.toml")
     try:
         tomllib.loads(recipe.read_text())
     except ValueError as error:

@@ -54,7 +54,7 @@ def read_recipe(path: Path, kinds: Mapping[str, Kind]) -> tuple[str, Any, Path]:
     that is unknown, missing or of the wrong type, and its value.
     """
     if not path.is_file():
-        raise ValueError(f"no recipe at {path}; see recipes/nano for examples")
+        raise ValueError(f"{path} is no file; give a recipe in TOML, such as recipes/nano/vision.toml")
     try:
         content = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

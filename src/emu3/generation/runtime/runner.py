@@ -6,6 +6,7 @@ Shapes: B lanes, S tokens of a lane, E model width, V vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from emu3.generation.runtime.cache import SlotCache
 from emu3.generation.runtime.forward import Forward, linear, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.sampling import guide
-from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
+from emu3.generation.sequence import Inputs, Plan, Sequence
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
@@ -129,27 +130,19 @@ class ModelRunner:
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
             alike[target.draw, target.span, target.scale, target.sampling].append(n)
-        drawn: dict[tuple[Draw, tuple[int, int]], Tensor] = {}  # a row for every target; those of others stay unset
-        finite_B = torch.empty(len(targets), dtype=torch.bool, device=hidden_BSE.device)
+        rows: dict[int, Tensor] = {}
+        finite: dict[int, bool] = {}
         for (draw, span, scale, sampling), members in alike.items():
             places = [targets[n].place for n in members]
             logits_BV = self._logits(hidden_BSE, [lanes[n] for n in members], places, span, scale)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
-            rows = draw(logits_BV, sampling, noise_B)
-            if (draw, span) not in drawn:
-                drawn[draw, span] = rows.new_empty(len(targets), *rows.shape[1:])
-            drawn[draw, span][members] = rows
-            finite_B[members] = logits_BV.sum(-1).isfinite()
-        # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
-        drawn = {key: rows.cpu() if rows.ndim == 1 else rows for key, rows in drawn.items()}
-        finite = finite_B.tolist()
-        results, start = [], 0
-        for _, plan in planned:
-            end = start + len(plan.targets)
-            first = plan.targets[0]  # all targets of a step have one way to draw and one span
-            results.append((drawn[first.draw, first.span][start:end], finite[start:end]))
-            start = end
-        return results
+            drawn = draw(logits_BV, sampling, noise_B)
+            # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
+            rows.update(zip(members, drawn.cpu() if drawn.ndim == 1 else drawn, strict=True))
+            finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
+        numbers = iter(range(len(targets)))
+        by_sequence = [list(islice(numbers, len(plan.targets))) for _, plan in planned]
+        return [(torch.stack([rows[n] for n in own]), [finite[n] for n in own]) for own in by_sequence]
 
     def _logits(
         self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
