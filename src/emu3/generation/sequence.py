@@ -154,12 +154,12 @@ class Sequence:
         """The next step of the part's decoder; see `Decoder.propose`. ValueError where the guidance schedule fails."""
         part, request = self.part, self.request
         step: Step = part.decoder.propose(part.state, self._ids_of_part(), most)
-        sampling = request.sampling_of(part.grammar.kind)
+        sampling, span = request.sampling_of(part.grammar.kind), part.grammar.span(step.targets[0])
         targets = [
             Target(
                 part.pending + bisect_left(step.inputs, k - 1),
                 float(self.noise[part.start + k]),
-                part.grammar.span(k),
+                span,
                 request.guidance_at(part.grammar, k),
                 sampling,
                 part.decoder.draw,
