@@ -154,6 +154,12 @@ def test_events_tell_the_whole_story(model, mixed, together):
             assert not rows
 
 
+class Opening(GridGrammar):
+    """A picture that more may follow."""
+
+    final = False
+
+
 def test_requests_that_cannot_run_are_refused(model, vocabulary, text):
     with pytest.raises(ValueError, match=r"prompt_ids must be a tuple of at least one whole number, got \(\)"):
         Request((), text)
@@ -161,6 +167,9 @@ def test_requests_that_cannot_run_are_refused(model, vocabulary, text):
         Request((vocabulary.bos,), GridGrammar(2, 2, vocabulary=vocabulary))
     with pytest.raises(ValueError, match="max_new_tokens"):
         Request((vocabulary.bos,), text, max_new_tokens=0)
+    opening = Opening(2, 2, vocabulary=vocabulary)
+    with pytest.raises(ValueError, match="max_new_tokens=8 is less than the picture that the answer begins with"):
+        Request((vocabulary.img,), opening, max_new_tokens=opening.length - 1)
     with pytest.raises(ValueError, match=r"278 tokens \(5 of prompt\) do not fit the model's context of 256"):
         finished(model, [picture(vocabulary, (5,), 10, 26, scale=1)])
     with pytest.raises(ValueError, match="do not fit"):

@@ -14,7 +14,7 @@ from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.decoders.zipar import ZipARDecoder
 from emu3.generation.engine import Engine
 from emu3.generation.events import Failed, Finished, Started, Stepped, Tokens
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.grammar import GridGrammar, TextGrammar
 from emu3.generation.prefixes import BLOCK
 from emu3.generation.request import Guidance, Request
 from emu3.generation.runtime.cache import EMPTY
@@ -270,19 +270,29 @@ def test_a_request_that_fails_leaves_nothing_behind(model, vocabulary):
 
 @dataclass(frozen=True)
 class Failing(RasterDecoder):
-    """Raises at a position, where it proposes or where it accepts."""
+    """Raises at a position, in the method `where`."""
 
-    where: str = "accept"
+    where: str
 
     def propose(self, state, ids, most):
         step = super().propose(state, ids, most)
-        return step if self.where == "accept" or step.targets[0] < 4 else 1 / 0
+        return 1 / 0 if self.where == "propose" and step.targets[0] >= 4 else step
+
+    @property
+    def draw(self):
+        return self.fail if self.where == "draw" else super().draw
 
     def accept(self, state, step, drawn, lo):
-        return super().accept(state, step, drawn, lo) if step.targets[0] < 4 else [(99, int("no id"))]
+        return (
+            self.fail() if self.where == "accept" and step.targets[0] >= 4 else super().accept(state, step, drawn, lo)
+        )
+
+    @staticmethod
+    def fail(*arguments):
+        return 1 / 0
 
 
-@pytest.mark.parametrize("where", ["propose", "accept"])
+@pytest.mark.parametrize("where", ["propose", "draw", "accept"])
 def test_a_decoder_that_fails_ends_its_own_request(model, vocabulary, where):
     """Also where the other request comes to its end in the same step."""
     good, bad = picture(vocabulary, (5,), 2, 2), picture(vocabulary, (6,), 3, 3, decoder=Failing(where))
@@ -291,11 +301,40 @@ def test_a_decoder_that_fails_ends_its_own_request(model, vocabulary, where):
     events = [next(other)]
     events += [*engine.stream([bad]), *other]
     assert [event.error for event in events if isinstance(event, Failed)] == [
-        f"its decoder fails: {'ZeroDivisionError' if where == 'propose' else 'ValueError'}"
-        + ("('division by zero')" if where == "propose" else "(\"invalid literal for int() with base 10: 'no id'\")")
+        "its decoder fails: ZeroDivisionError('division by zero')"
     ]
     assert finished(events) == {0: alone(model, good)}
     assert is_empty(engine)
+
+
+def test_a_failure_is_told_though_the_forward_of_its_step_fails_too(model, vocabulary, monkeypatch):
+    good, bad = picture(vocabulary, (5,), 3, 3), picture(vocabulary, (6,), 3, 3, decoder=Failing("propose"))
+    engine = Engine(model)
+    streams = [engine.stream([request]) for request in (good, bad)]
+    for stream in streams:
+        next(stream)
+    feed = engine._runner.feed
+
+    def fail_after_a_failure(inputs, lanes=None):
+        if len(engine._decoding) == 1:
+            monkeypatch.undo()
+            raise MemoryError
+        return feed(inputs, lanes)
+
+    monkeypatch.setattr(engine._runner, "feed", fail_after_a_failure)
+    with pytest.raises(MemoryError):
+        list(streams[0])
+    assert isinstance(list(streams[1])[-1], Failed)
+
+
+def test_a_decoder_of_rows_for_a_grammar_without_rows_is_refused(model, vocabulary):
+    class Line(TextGrammar):
+        kind, length, must_follow = "visual", 4, None
+
+    for decoder in (JacobiDecoder(), PredictiveDecoder(), ZipARDecoder()):
+        request = Request((5, vocabulary.img), Line(9, (1,)), decoder=decoder)
+        with pytest.raises(ValueError, match="Line has no rows and columns to guess by; use RasterDecoder"):
+            Engine(model).submit(request)
 
 
 def test_a_request_of_a_stream_that_is_cancelled_by_its_number(model, vocabulary):

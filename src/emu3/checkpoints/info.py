@@ -211,16 +211,3 @@ def tensor_bytes(part: str, header: TensorHeader, bits: int, int8: bool = False)
     if int8 and part == "language model" and len(header.shape) == 2:
         return header.elements + 4 * header.shape[0]  # each row has a scale in float32
     return header.elements * (32 if part == "vision tokenizer" else bits) // 8
-
-
-def own_dtype(config: Mapping[str, Any], headers: Mapping[str, TensorHeader], device: object = "cpu") -> str:
-    """The dtype in which a checkpoint is loaded by default: what its config.json says, or else how it is stored.
-
-    It is "float32", "bfloat16" or "float16". A CPU is slow in float16, so "bfloat16" takes its place there: as small,
-    but three of eleven bits are lost. Ask for float32 to keep them.
-    """
-    stored = next((header.dtype for name, header in headers.items() if name.endswith("embed_tokens.weight")), "")
-    name = config.get("dtype") or config.get("torch_dtype") or {"BF16": "bfloat16", "F16": "float16"}.get(stored)
-    if name == "float16" and str(device).startswith("cpu"):
-        return "bfloat16"
-    return name if name in ("bfloat16", "float16") else "float32"

@@ -23,7 +23,7 @@ from emu3.checkpoints.config import (
     vocabulary_of,
 )
 from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json
-from emu3.checkpoints.info import own_dtype
+from emu3.checkpoints.memory import own_dtype
 from emu3.checkpoints.settings import (
     PICTURES,
     TOKENIZER,

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits into memory, from the headers of its files and without importing torch."""
+"""In which dtype a checkpoint is loaded, and whether it fits into memory: from headers, without importing torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emu3.checkpoints.files import TensorHeader, read_headers
-from emu3.checkpoints.info import own_dtype, tensor_bytes, tensors_by_part
+from emu3.checkpoints.info import tensor_bytes, tensors_by_part
 from emu3.checkpoints.settings import read_config
 
 if TYPE_CHECKING:
     import torch
 
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+
+def own_dtype(config: Mapping[str, Any], headers: Mapping[str, TensorHeader], device: object = "cpu") -> str:
+    """The dtype in which a checkpoint is loaded by default: what its config.json says, or else how it is stored.
+
+    It is "float32", "bfloat16" or "float16". A CPU is slow in float16, so "bfloat16" takes its place there: as small,
+    but three of eleven bits are lost. Ask for float32 to keep them.
+    """
+    stored = next((header.dtype for name, header in headers.items() if name.endswith("embed_tokens.weight")), "")
+    name = config.get("dtype") or config.get("torch_dtype") or {"BF16": "bfloat16", "F16": "float16"}.get(stored)
+    if name == "float16" and str(device).startswith("cpu"):
+        return "bfloat16"
+    return name if name in ("bfloat16", "float16") else "float32"
 
 
 def memory_needed(folder: Path) -> dict[str, int]:

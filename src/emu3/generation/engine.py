@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from emu3.generation.broken import cause_of_broken_logits
-from emu3.generation.events import Event, Failed, Finished, Reason, Started, Stepped
+from emu3.generation.events import Event, Failed, Finished, Reason, Started, Stepped, Tokens
 from emu3.generation.grammar import Grid
 from emu3.generation.prefixes import Prefixes
 from emu3.generation.request import Request
-from emu3.generation.runtime.runner import ModelRunner
+from emu3.generation.runtime.runner import Drawn, ModelRunner
 from emu3.generation.sequence import Inputs, Lane, Plan, Sequence
 from emu3.options import check_whole
 
@@ -55,8 +55,8 @@ class Engine:
     Args:
         model: in evaluation mode. Call `refresh` after its weights were changed.
         lanes: most prompts in the cache; a request under guidance takes two. What does not fit waits.
-        tokens: most slots of the cache, which are the lanes in use times the slots of the longest. None: only `lanes`
-            limits them.
+        tokens: most slots of the cache in all. Every lane in use takes as many as the longest request under way needs.
+            None: only `lanes` limits them.
         chunk: most tokens of a prompt that one step feeds.
         compiled: whether to compile the layers for the steps, and on a GPU to record them (CUDA graphs); takes a
             while at first, and needs a C++ compiler on a CPU.
@@ -179,7 +179,7 @@ class Engine:
             try:
                 for request in requests:
                     numbers.append(self.submit(request))
-            except ValueError:
+            except BaseException:
                 for number in numbers:
                     self.cancel(number)
                 raise
@@ -275,48 +275,46 @@ class Engine:
             self._decoding.append(self._prefilling.pop(0))
 
     def _decode(self) -> Iterator[Event]:
-        """3. to 6. One forward of all sequences that decode."""
+        """3. to 6. One forward of all sequences that decode. What fails in one of them ends that one."""
         planned: list[tuple[Sequence, Plan]] = []
-        failed: dict[int, str] = {}
+        failed: list[Failed] = []
         most = max(1, _MOST_TOKENS // max(1, sum(len(sequence.lanes) for sequence in self._decoding)))
         for sequence in self._decoding:
             try:
                 planned.append((sequence, sequence.plan(most)))
             except ValueError as error:  # its guidance schedule
-                failed[sequence.number] = str(error)
+                failed.append(Failed(sequence.number, str(error)))
             except Exception as error:  # a decoder may be anyone's
-                failed[sequence.number] = f"its decoder fails: {error!r}"
-        self._remove(failed.keys())
-        ended: set[int] = set()
-        if planned:
-            inputs = [own for _, plan in planned for own in plan.inputs]
-            hidden_BSE = self._runner.feed(inputs)
-            events, decided = [], 0
-            drawn = self._runner.draw(hidden_BSE, planned)
-            for (sequence, plan), (rows, finite) in zip(planned, drawn, strict=True):
-                if not all(finite):
-                    position = sequence.part.start + plan.step.targets[finite.index(False)]
-                    why = self._cause(sequence)
-                    failed[sequence.number] = f"the model gives no finite logits for token {position}: {why}"
-                    continue
-                before = sequence.emitted
-                try:
-                    more, reason = sequence.accept(plan.step, rows)
-                except Exception as error:
-                    failed[sequence.number] = f"its decoder fails: {error!r}"
-                    continue
-                decided += sequence.emitted - before
-                events += more
-                if reason is not None:
-                    events.append(self._finish(sequence, reason))
-                    ended.add(sequence.number)
-            yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
-            yield from events
-        self._remove(ended | failed.keys())
-        yield from (Failed(number, error) for number, error in failed.items())
+                failed.append(_decoder_failed(sequence, error))
+        self._remove({event.request for event in failed})
+        yield from failed
+        if not planned:
+            return
+        inputs = [own for _, plan in planned for own in plan.inputs]
+        hidden_BSE = self._runner.feed(inputs)
+        events: list[Event] = []
+        for (sequence, plan), drawn in zip(planned, self._runner.draw(hidden_BSE, planned), strict=True):
+            events += self._accept(sequence, plan, drawn)
+        decided = sum(len(event.ids) for event in events if isinstance(event, Tokens))
+        yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
+        yield from events
+        self._remove({event.request for event in events if isinstance(event, Finished | Failed)})
 
-    def _cause(self, sequence: Sequence) -> str:
-        """Why the logits of a sequence are not finite."""
+    def _accept(self, sequence: Sequence, plan: Plan, drawn: Drawn | Exception) -> list[Event]:
+        """6. What a sequence makes of what was drawn. Where it ends, the last event says so."""
+        if isinstance(drawn, Exception):
+            return [_decoder_failed(sequence, drawn)]
+        if not all(drawn.finite):
+            position = sequence.part.start + plan.step.targets[drawn.finite.index(False)]
+            why = self._explain_broken_logits(sequence)
+            return [Failed(sequence.number, f"the model gives no finite logits for token {position}: {why}")]
+        try:
+            events, reason = sequence.accept(plan.step, drawn.rows)
+        except Exception as error:
+            return [_decoder_failed(sequence, error)]
+        return events if reason is None else [*events, self._finish(sequence, reason)]
+
+    def _explain_broken_logits(self, sequence: Sequence) -> str:
         try:
             return cause_of_broken_logits(self._runner.text_model, self.model.lm_head, sequence.request.prompt_ids)
         except Exception as error:  # it runs the model once more, for which there may be no memory
@@ -343,6 +341,10 @@ class Engine:
             lane.index = index
         self._decoding = [sequence for sequence in self._decoding if sequence.number not in numbers]
         self._prefilling = [sequence for sequence in self._prefilling if sequence.number not in numbers]
+
+
+def _decoder_failed(sequence: Sequence, error: Exception) -> Failed:
+    return Failed(sequence.number, f"its decoder fails: {error!r}")
 
 
 def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, int]]]:

@@ -100,6 +100,11 @@ class Request:
             object.__setattr__(self, "max_new_tokens", check_whole("max_new_tokens", self.max_new_tokens))
             if self._has_length:
                 raise ValueError(f"max_new_tokens is for text only, got {self.max_new_tokens} for a picture")
+            if self.max_new_tokens < (self.grammar.length or 1):
+                raise ValueError(
+                    f"max_new_tokens={self.max_new_tokens} is less than the picture that the answer begins with, which "
+                    f"has {self.grammar.length} tokens; give more, or leave it out"
+                )
 
     @property
     def _has_length(self) -> bool:

@@ -32,7 +32,7 @@ class Lane:
         filled: tokens of the prompt that are in the cache. The last one goes in with the first step.
         source: a lane whose prompt begins alike, from which the first `shared` tokens are copied once they are there.
         shared: how many.
-        alive: whether the lane is in the cache.
+        alive: False once the request has ended or was cancelled; another lane may not copy from it then.
     """
 
     prompt: tuple[int, ...]
@@ -91,8 +91,8 @@ class Part:
         decoder: decides it.
         state: what the decoder keeps.
         start: where it begins in the answer.
-        pending: how many forced tokens at the end of the previous part are not in the cache yet, besides its last one.
-            The first step of this part feeds them.
+        pending: how many tokens of the previous part are not in the cache yet, besides its last one, which the decoder
+            feeds as position -1. The first step of this part feeds them too.
         turn: added to the turns of this part's steps, so that its tokens see all that stands before the part.
         last_turn: the latest turn in this part so far, before `turn` is added.
     """
@@ -108,18 +108,20 @@ class Part:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way. Changes in place, since a step decides a few of thousands of tokens.
+    """A request under way. Changes in place, because a step decides few of thousands of tokens.
 
     Attributes:
         request: what was asked for.
         number: its name in events.
         budget: the most tokens that it emits.
         noise: one number in [0, 1) for each of them.
-        ids: the answer; UNDECIDED where nothing is decided. Ids that a grammar forces are known when its part begins.
+        ids: the answer; UNDECIDED where nothing is decided. Ids that a grammar forces are there from the start of their
+            part, if its length is known.
         lanes: one for each prompt.
         part: the part that is being written.
-        emitted: how many ids have been reported. With ZipAR they are the first ones only when a part ends.
-        newest: the position of the last id that the model decided, and the grammar did not force.
+        emitted: how many ids have been reported. ZipAR reports them out of order, so only when a part ends are they the
+            first ones.
+        newest: the position of the id that the model decided last; forced ids do not count.
     """
 
     request: Request
@@ -140,7 +142,8 @@ class Sequence:
             ValueError: it does not fit.
         """
         budget = request.budget(context)
-        noise, lanes = uniform_noise(request.seed, budget).numpy(), [Lane(prompt) for prompt in request.prompts]
+        noise = uniform_noise(request.seed, budget).numpy()
+        lanes = [Lane(prompt) for prompt in request.prompts]
         sequence = cls(request, number, budget, noise, np.full(budget, UNDECIDED), lanes)
         sequence._begin_part(request.grammar, pending=0, turn=0)
         return sequence
@@ -171,13 +174,14 @@ class Sequence:
     def _inputs(self, step: Step) -> list[Inputs]:
         """What the step feeds into each lane."""
         part = self.part
+        # Positions of the whole answer: first what is pending before position -1 of the part, then what the step feeds.
         positions = [part.start + k for k in (*range(-1 - part.pending, -1), *step.inputs)]
         drafts = {part.start + k: id_ for k, id_ in step.drafts.items()}
         ids = [int(self.ids[k]) if self.ids[k] != UNDECIDED else drafts[k] for k in positions if k >= 0]
         turns = [part.turn] * len(positions)
         if step.turns is not None:
             turns[part.pending :] = [part.turn + turn for turn in step.turns]
-        # Position -1 is the prompt's last token, so negative positions index the prompt from its end.
+        # Position -1 of the answer is the prompt's last token, so negative positions index the prompt from its end.
         return [
             Inputs([lane.prompt[k] for k in positions if k < 0] + ids, [len(lane.prompt) + k for k in positions], turns)
             for lane in self.lanes
@@ -203,8 +207,7 @@ class Sequence:
     def advance(self) -> tuple[list[Event], Reason | None]:
         """Go on to the next part where this one is complete: events, and why the answer ends, if it does."""
         events: list[Event] = []
-        # A part without a length may end after any id, others when they are complete.
-        while self.emitted > self.part.start and (self.part.grammar.length is None or self._is_complete()):
+        while self._may_end():
             part = self.part
             then = part.grammar.then(self.ids[part.start : self.emitted])
             if then is None:
@@ -213,13 +216,19 @@ class Sequence:
                 return events, "length"
             if then is part.grammar:
                 break
-            not_fed = self.emitted - self.newest  # the newest id, and the forced ones behind it
+            # What is not in the cache: the newest id, which no step has fed, and the forced ones behind it. With every
+            # order, the last visual position is decided in the last turn, so it is the newest.
+            not_fed = self.emitted - self.newest
+            # The next decoder feeds the last of them. Its part starts at the latest turn of this one, to see all of it.
             self._begin_part(then, pending=not_fed - 1, turn=part.turn + part.last_turn)
             events += self.report_opening()
         return events, None
 
-    def _is_complete(self) -> bool:
-        return bool((self._ids_of_part() != UNDECIDED).all())
+    def _may_end(self) -> bool:
+        """Whether the part may end here: one without a length after any id, one with a length when it is complete."""
+        if self.emitted == self.part.start:
+            return False
+        return self.part.grammar.length is None or bool((self._ids_of_part() != UNDECIDED).all())
 
     def report_opening(self) -> list[Event]:
         """The events of the forced ids that a part begins with."""

@@ -48,7 +48,15 @@ _WEIGHT_OF_LAST_STEP = 0.1
 _TRIED_PER_RIGHT_GUESS = 3
 # A step without guesses adds this to the average, so that guessing is tried again after some steps.
 _RECOVERY = 0.01
+# It adds nothing to an average above this one: in a full batch there is no room for guesses, so it would grow for ever.
 _MOST_RECOVERED = 1.0
+
+
+def grid_of(grammar: Grammar) -> Grid:
+    """The grammar, which must be that of a picture or clip with neighbours to guess from. ValueError if it is not."""
+    if not isinstance(grammar, Grid):
+        raise ValueError(f"{type(grammar).__name__} has no rows and columns to guess by; use RasterDecoder")
+    return grammar
 
 
 @lru_cache(maxsize=64)
@@ -105,8 +113,8 @@ class Guesses:
         grid: of the picture.
         turns: see `turns_of`.
         guesses: an id for each position, or UNDECIDED where nothing was guessed yet.
-        cached: whether the input that decides position j is in the cache and need not be fed again: it was right, and
-            so was all that it saw.
+        cached: `cached[j]`: whether the input that decides position j need not be fed again. It is in the cache, it was
+            right, and so was all that it saw.
         right_lately: moving average of how many positions a step decides by guessing, beyond those of its first turn,
             which need no guess. High at first, as most pictures begin with plain areas.
     """
@@ -131,9 +139,9 @@ class GuessingDecoder(Decoder[Guesses]):
         """Turns by which a row is behind the row above; see `turns_of`."""
 
     def begin(self, grammar: Grammar, seed: int) -> Guesses:
-        assert isinstance(grammar, Grid), "only pictures and clips are guessed"
-        turns = turns_of(grammar, self.lag(grammar))
-        return Guesses(grammar, turns, np.full(grammar.length, UNDECIDED), np.zeros(len(turns), dtype=bool))
+        grid = grid_of(grammar)
+        turns = turns_of(grid, self.lag(grid))
+        return Guesses(grid, turns, np.full(grid.length, UNDECIDED), np.zeros(len(turns), dtype=bool))
 
     def propose(self, state: Guesses, ids: NDArray[np.int64], most: int) -> Step:
         """Targets: the positions of the next turn, and those of more turns where guesses were right lately."""
@@ -167,7 +175,8 @@ class GuessingDecoder(Decoder[Guesses]):
         never = len(state.turns)
         first_wrong = never  # the earliest turn in which a wrong guess went in, among the positions so far
         wrong_at: dict[int, int] = {}  # position of a wrong guess -> the turn in which it went in
-        for k, id_ in zip(step.targets, (lo + index for index in drawn.tolist()), strict=True):
+        ids = [lo + index for index in drawn.tolist()]
+        for k, id_ in zip(step.targets, ids, strict=True):
             if state.turns[k] < first_wrong:
                 decided.append((k, id_))
                 if step.drafts.get(k, id_) != id_:

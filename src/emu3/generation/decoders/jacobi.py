@@ -5,8 +5,8 @@
 3. A draft x that was drawn from q is kept with probability min(1, p(x) / q(x)). Else it is replaced by a draw from what
    p has more than q: max(0, p - q), normalised. Either way the token is distributed as p.
 4. The tokens up to the first replaced one are decided, that one included. Those behind it saw a draft that is gone, so
-   they become the drafts of the next step. From now on their q is the p of step 2, even if step 3 kept them: after
-   step 3 they are distributed as p. With their old q, the picture's distribution would drift.
+   they become the drafts of the next step. After step 3 they are distributed as p, kept or replaced. So the next step
+   takes that p as their q. With their old q, the picture's distribution would drift.
 
 Step 3 replaces few drafts. So the next step starts from nearly the same window, and usually many pass.
 
@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emu3.generation.decoders.guesses import guess_from_neighbour
+from emu3.generation.decoders.guesses import grid_of, guess_from_neighbour
 from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
 from emu3.generation.grammar import Grammar, Grid
 from emu3.generation.sampling import Sampling, probabilities
@@ -94,8 +94,7 @@ class JacobiDecoder(Decoder[Drafts]):
         check_whole("window", self.window)
 
     def begin(self, grammar: Grammar, seed: int) -> Drafts:
-        assert isinstance(grammar, Grid), "only pictures and clips are drafted"
-        return Drafts(grammar, torch.Generator().manual_seed(seed))
+        return Drafts(grid_of(grammar), torch.Generator().manual_seed(seed))
 
     def propose(self, state: Drafts, ids: NDArray[np.int64], most: int) -> Step:
         """Step 1: drafts for the next `window` undecided positions, all of which are targets.
@@ -117,13 +116,13 @@ class JacobiDecoder(Decoder[Drafts]):
     def accept(self, state: Drafts, step: Step, drawn: Tensor, lo: int) -> list[tuple[int, int]]:
         """Steps 3 and 4."""
         device = drawn.device
-        drafts_S = torch.tensor([step.drafts[k] - lo for k in step.targets], device=device)
-        known = len(state.ids)
+        drafts_S = torch.tensor([step.drafts[k] - lo for k in step.targets], device=device)  # as columns of `drawn`
+        carried_over = len(state.ids)
         proposals_SV = torch.zeros_like(drawn)
         if state.proposals_SV is not None:
-            proposals_SV[:known] = state.proposals_SV
+            proposals_SV[:carried_over] = state.proposals_SV
         # A position new to the window was guessed: its q has all its weight on the guess.
-        proposals_SV[known:].scatter_(1, drafts_S[known:, None], 1.0)
+        proposals_SV[carried_over:].scatter_(1, drafts_S[carried_over:, None], 1.0)
         accept_S, redraw_S = torch.rand(2, len(step.targets), generator=state.random).to(device)
         tokens_S, kept_S = couple(drawn, drafts_S, proposals_SV, accept_S, redraw_S)
         ids, kept = [lo + token for token in tokens_S.tolist()], kept_S.tolist()

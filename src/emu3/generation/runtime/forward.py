@@ -7,6 +7,9 @@ A step of a small batch is mostly the overhead of its operations. So, compared w
 - Query heads that share a key-value head become further queries of that head. So no key is copied.
 - On a CPU with 16-bit weights only products with weights use 16 bits; all else is faster in float32.
 
+So hooks on a layer or an attention module are not called. Some weights are stored a second time in another order; after
+a change of the model's weights, `Engine.refresh` packs them anew.
+
 Tests compare the two: greedy decoding by the engine and by `generate`, token for token.
 
 Shapes: B lanes, S tokens of a lane, E model width, N query heads, K key-value heads, L slots, D width of a head.
@@ -82,24 +85,25 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
         dtype: what modules that are not plain get as input.
         compiled: whether the result will be compiled.
     """
-    plain = all(
-        type(module) is nn.Linear
-        and module.bias is None
-        and "forward" not in vars(module)  # how accelerate offloads
-        and type(module.weight) is nn.Parameter
-        and module.weight.device.type != "meta"
-        for module in modules
-    )
     quantized = [module for module in modules if isinstance(module, Int8Linear)]
-    whole = Int8Linear.fuse(quantized) if len(quantized) == len(modules) else None
-    if whole is not None:
+    if len(quantized) == len(modules) and (whole := Int8Linear.fuse(quantized)) is not None:
         return whole
-    if not plain:
+    if not all(map(_is_plain, modules)):
         return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
     weight = _in_one_piece([cast(nn.Parameter, module.weight) for module in modules])
     if not compiled and weight.numel() <= _SMALL_MATRIX and _onednn_supports(weight):
         return partial(_onednn_linear, dtype=weight.dtype, weight=torch.ops.mkldnn._reorder_linear_weight(weight))
     return partial(linear, weight=weight)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and "forward" not in vars(module)  # accelerate offloads weights by a `forward` of its own
+        and type(module.weight) is nn.Parameter
+        and module.weight.device.type != "meta"
+    )
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The model as the engine runs it: its layers packed, its cache, and the draw of ids from its logits.
 
-Shapes: B lanes, S tokens of a lane, E model width, V vocabulary.
+Shapes: B lanes, S tokens of a lane, E model width, V vocabulary, or the legal ids of it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 # The cache grows to a multiple of so many slots.
 _SLOT_STEP = 64
+
+
+class Drawn(NamedTuple):
+    """What a decoder drew for the targets of a sequence, a row for each, and which of them have finite logits."""
+
+    rows: Tensor
+    finite: list[bool]
 
 
 class ModelRunner:
@@ -88,7 +95,7 @@ class ModelRunner:
             old = self.cache
             # Lanes by doubling, so that many small requests that come one by one copy little.
             wanted = min(most_lanes, max(lanes, 2 * old.lanes)) if lanes > old.lanes else old.lanes
-            size = wanted, max(slots, old.slots)
+            size = wanted, max(slots, old.slots)  # lanes, slots
             if most_tokens is not None and size[0] * size[1] > most_tokens:
                 size = lanes, slots  # what is needed and no more, even if lanes get shorter
             assert self._forward is not None
@@ -119,8 +126,8 @@ class ModelRunner:
         )
         return self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
 
-    def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[tuple[Tensor, list[bool]]]:
-        """For each sequence, what its decoder drew for its targets, and which of them have finite logits.
+    def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[Drawn | Exception]:
+        """For each sequence, what its decoder drew, or how it failed.
 
         The planned sequences have the first lanes of the cache, which are the rows of `hidden_BSE`.
         """
@@ -132,17 +139,25 @@ class ModelRunner:
             alike[target.draw, target.span, target.scale, target.sampling].append(n)
         rows: dict[int, Tensor] = {}
         finite: dict[int, bool] = {}
+        failed: dict[int, Exception] = {}
         for (draw, span, scale, sampling), members in alike.items():
             places = [targets[n].place for n in members]
             logits_BV = self._logits(hidden_BSE, [lanes[n] for n in members], places, span, scale)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
-            drawn = draw(logits_BV, sampling, noise_B)
-            # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
-            rows.update(zip(members, drawn.cpu() if drawn.ndim == 1 else drawn, strict=True))
             finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
+            try:
+                drawn = draw(logits_BV, sampling, noise_B)
+                # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
+                rows.update(zip(members, drawn.cpu() if drawn.ndim == 1 else drawn, strict=True))
+            except Exception as error:  # a decoder may be anyone's
+                failed.update(dict.fromkeys(members, error))
+        results: list[Drawn | Exception] = []
         numbers = iter(range(len(targets)))
-        by_sequence = [list(islice(numbers, len(plan.targets))) for _, plan in planned]
-        return [(torch.stack([rows[n] for n in own]), [finite[n] for n in own]) for own in by_sequence]
+        for _, plan in planned:
+            own = list(islice(numbers, len(plan.targets)))
+            wrong = [failed[n] for n in own if n in failed]
+            results.append(wrong[0] if wrong else Drawn(torch.stack([rows[n] for n in own]), [finite[n] for n in own]))
+        return results
 
     def _logits(
         self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
