@@ -168,7 +168,9 @@ def test_requests_that_cannot_run_are_refused(model, vocabulary, text):
     with pytest.raises(ValueError, match="max_new_tokens"):
         Request((vocabulary.bos,), text, max_new_tokens=0)
     opening = Opening(2, 2, vocabulary=vocabulary)
-    with pytest.raises(ValueError, match="max_new_tokens=8 is less than the picture that the answer begins with"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens=8 is less than the 9 tokens of the part that the answer begins with"
+    ):
         Request((vocabulary.img,), opening, max_new_tokens=opening.length - 1)
     with pytest.raises(ValueError, match=r"278 tokens \(5 of prompt\) do not fit the model's context of 256"):
         finished(model, [picture(vocabulary, (5,), 10, 26, scale=1)])

@@ -327,13 +327,92 @@ def test_a_failure_is_told_though_the_forward_of_its_step_fails_too(model, vocab
     assert isinstance(list(streams[1])[-1], Failed)
 
 
-def test_a_decoder_of_rows_for_a_grammar_without_rows_is_refused(model, vocabulary):
-    class Line(TextGrammar):
-        kind, length, must_follow = "visual", 4, None
+class Twice(GridGrammar):
+    """A picture, and another of the same size."""
 
+    final = False
+
+    def then(self, ids):
+        return self if len(ids) < self.length else GridGrammar(self.height, self.width, vocabulary=self.vocabulary)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_two_pictures_of_an_answer_have_random_numbers_of_their_own(model, vocabulary, decoder):
+    """All ids are equally likely, so that only the random numbers decide."""
+    model = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    grammar = Twice(4, 4, vocabulary=vocabulary)
+    ids = alone(model, Request((5, vocabulary.img), grammar, Sampling(1.0), seed=3, decoder=decoder))
+    first, second = ids[: grammar.length], ids[grammar.length :]
+    assert len(first) == len(second)
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < len(first) - 6  # of 16; 7 are forced
+
+
+class Multinomial(RasterDecoder):
+    """Draws by a function that refuses NaN."""
+
+    @staticmethod
+    def draw(logits_BV, sampling, noise_B):
+        return torch.multinomial(logits_BV.softmax(-1), 1)[:, 0] * 0
+
+
+def test_a_draw_that_fails_is_that_of_one_request(model, vocabulary):
+    """The token 9 has a NaN in its embedding, and the two requests draw alike."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.text_model.embed_tokens.weight[9, 0] = torch.nan
+    good, broken = (picture(vocabulary, (text,), 3, 3, decoder=Multinomial()) for text in (5, 9))
+    events = list(Engine(model).stream([broken, good]))
+    assert finished(events) == {1: alone(model, good)}
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.error.startswith("the model gives no finite logits")
+
+
+def test_memory_that_runs_out_in_a_draw_ends_no_request(model, vocabulary, monkeypatch):
+    request, engine = picture(vocabulary, (5,)), Engine(model)
+    number = engine.submit(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(RasterDecoder, "draw", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+    assert run(engine) == {number: alone(model, request)}
+
+
+class Line(TextGrammar):
+    """A row of forced ids, which may be that of a picture, and what follows it."""
+
+    length, final, must_follow = 4, False, None
+    follower = None
+
+    def span(self, k):
+        return k * 0 + 3, k * 0 + 4
+
+    def then(self, ids):
+        return self if len(ids) < 4 else self.follower
+
+
+class VisualLine(Line):
+    kind = "visual"
+
+
+class Before(Line):
+    follower = VisualLine(9, (1,))
+
+
+def test_a_part_that_cannot_begin_ends_its_own_request(model, vocabulary):
+    """The first part is forced as a whole, so that it ends as soon as the request is admitted."""
+    bad = Request((5, vocabulary.img), Before(9, (1,)), decoder=PredictiveDecoder())
+    good = picture(vocabulary, (5,))
+    events = list(Engine(model).stream([bad, good]))
+    assert finished(events) == {1: alone(model, good)}
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert "VisualLine has no rows and columns" in failed.error
+
+
+def test_a_decoder_of_rows_for_a_grammar_without_rows_is_refused(model, vocabulary):
     for decoder in (JacobiDecoder(), PredictiveDecoder(), ZipARDecoder()):
-        request = Request((5, vocabulary.img), Line(9, (1,)), decoder=decoder)
-        with pytest.raises(ValueError, match="Line has no rows and columns to guess by; use RasterDecoder"):
+        request = Request((5, vocabulary.img), VisualLine(9, (1,)), decoder=decoder)
+        with pytest.raises(ValueError, match="VisualLine has no rows and columns to guess by; use RasterDecoder"):
             Engine(model).submit(request)
 
 

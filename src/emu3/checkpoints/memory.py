@@ -1,4 +1,4 @@
-"""In which dtype a checkpoint is loaded, and whether it fits into memory: from headers, without importing torch."""
+"""In which dtype a checkpoint is loaded, and whether it fits; from config.json and headers, without importing torch."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from emu3.generation.broken import cause_of_broken_logits
 from emu3.generation.events import Event, Failed, Finished, Reason, Started, Stepped, Tokens
 from emu3.generation.grammar import Grid
 from emu3.generation.prefixes import Prefixes
-from emu3.generation.request import Request
+from emu3.generation.request import Request, ScheduleError
 from emu3.generation.runtime.runner import Drawn, ModelRunner
 from emu3.generation.sequence import Inputs, Lane, Plan, Sequence
 from emu3.options import check_whole
@@ -112,8 +112,8 @@ class Engine:
         """Take a request on; returns the number by which events name it.
 
         Raises:
-            ValueError: the request never fits, whatever else runs; it holds ids that the model does not have, or a
-                grammar of another vocabulary; or the model is in training mode.
+            ValueError: the request never fits, whatever else runs; it holds ids that the model does not have, a grammar
+                of another vocabulary, or a decoder that cannot decide it; or the model is in training mode.
         """
         if not isinstance(request, Request):
             raise ValueError(f"a request must be a Request, got {request!r:.80}")
@@ -154,7 +154,7 @@ class Engine:
             return len(self._waiting) + len(self._admitted) < before
 
     def step(self) -> list[Event]:
-        """Admit what fits, feed a chunk of prompts, and run one forward of all that decode."""
+        """Admit what fits, feed a chunk of each prompt, and run one forward of all that decode."""
         with self._lock, torch.inference_mode():
             events: list[Event] = []
             try:
@@ -237,16 +237,23 @@ class Engine:
             raise
         for sequence in admitted:
             yield Started(sequence.number, len(sequence.request.prompt_ids), sequence.budget)
-            yield from sequence.report_opening()
-            events, reason = sequence.advance()
+            events = self._open(sequence)
             yield from events
-            if reason is not None:  # nothing was left to decide
-                yield self._finish(sequence, reason)
+            if events and isinstance(events[-1], Finished | Failed):
                 continue
             for index, lane in enumerate(sequence.lanes, self.lanes_in_use):
                 lane.index = index
                 self._prefixes.add(lane)
             self._prefilling.append(sequence)
+
+    def _open(self, sequence: Sequence) -> list[Event]:
+        """Report what the grammar forces at the beginning. If that is all of it, the last event says so."""
+        try:
+            events = sequence.report_opening()
+            more, reason = sequence.advance()
+        except Exception as error:
+            return [_decoder_failed(sequence, error)]
+        return [*events, *more] if reason is None else [*events, *more, self._finish(sequence, reason)]
 
     def _prefill(self) -> Iterator[Event]:
         """2. Feed a chunk of every prompt, except those whose beginning another lane is still computing."""
@@ -282,7 +289,7 @@ class Engine:
         for sequence in self._decoding:
             try:
                 planned.append((sequence, sequence.plan(most)))
-            except ValueError as error:  # its guidance schedule
+            except ScheduleError as error:
                 failed.append(Failed(sequence.number, str(error)))
             except Exception as error:  # a decoder may be anyone's
                 failed.append(_decoder_failed(sequence, error))
@@ -300,16 +307,14 @@ class Engine:
         yield from events
         self._remove({event.request for event in events if isinstance(event, Finished | Failed)})
 
-    def _accept(self, sequence: Sequence, plan: Plan, drawn: Drawn | Exception) -> list[Event]:
+    def _accept(self, sequence: Sequence, plan: Plan, drawn: Drawn) -> list[Event]:
         """6. What a sequence makes of what was drawn. Where it ends, the last event says so."""
-        if isinstance(drawn, Exception):
-            return [_decoder_failed(sequence, drawn)]
         if not all(drawn.finite):
             position = sequence.part.start + plan.step.targets[drawn.finite.index(False)]
             why = self._explain_broken_logits(sequence)
             return [Failed(sequence.number, f"the model gives no finite logits for token {position}: {why}")]
         try:
-            events, reason = sequence.accept(plan.step, drawn.rows)
+            events, reason = sequence.accept(plan.step, torch.stack(drawn.rows()))
         except Exception as error:
             return [_decoder_failed(sequence, error)]
         return events if reason is None else [*events, self._finish(sequence, reason)]

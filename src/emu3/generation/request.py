@@ -15,6 +15,10 @@ from emu3.options import MOST_GUIDANCE, MOST_SEED, check_guidance, check_number,
 RASTER = RasterDecoder()
 
 
+class ScheduleError(ValueError):
+    """A schedule of guidance fails, or gives no usable number."""
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance: away from what follows the negative prompt.
@@ -58,8 +62,8 @@ class Request:
         decoder: decides the tokens of pictures and clips. Texts are written token by token.
 
     Raises:
-        ValueError: an empty prompt, one that does not end with an image start though a picture is to follow, or a limit
-            below 1 or on a picture, or a seed out of range.
+        ValueError: an empty prompt, one that does not end with an image start though a picture is to follow, a limit
+            below 1, on a picture, or below the length of the first part, or a seed out of range.
     """
 
     prompt_ids: tuple[int, ...]
@@ -102,8 +106,8 @@ class Request:
                 raise ValueError(f"max_new_tokens is for text only, got {self.max_new_tokens} for a picture")
             if self.max_new_tokens < (self.grammar.length or 1):
                 raise ValueError(
-                    f"max_new_tokens={self.max_new_tokens} is less than the picture that the answer begins with, which "
-                    f"has {self.grammar.length} tokens; give more, or leave it out"
+                    f"max_new_tokens={self.max_new_tokens} is less than the {self.grammar.length} tokens of the part "
+                    "that the answer begins with; give more, or leave it out"
                 )
 
     @property
@@ -126,7 +130,7 @@ class Request:
         """The scale of guidance at position k of a part of the answer; None where there is no guidance.
 
         Raises:
-            ValueError: a schedule fails, or gives no usable number.
+            ScheduleError: see there.
         """
         if self.guidance is None or self.guidance.scale == 1 or grammar.kind not in self.guidance.kinds:
             return None
@@ -136,8 +140,11 @@ class Request:
         try:
             scale = self.guidance.scale(k / grammar.length)
         except Exception as error:
-            raise ValueError(f"the guidance schedule fails at token {k}: {error!r}") from error
-        return check_number(f"guidance scale at token {k}", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
+            raise ScheduleError(f"the guidance schedule fails at token {k}: {error!r}") from error
+        try:
+            return check_number(f"guidance scale at token {k}", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
+        except ValueError as error:
+            raise ScheduleError(str(error)) from error
 
     def reserved(self, context: int) -> int:
         """Slots that each of its lanes needs: for the longest prompt and for `budget`."""

@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step of a decoder, as the engine runs it: inputs for each lane, and targets in the order of the step's."""
+    """A step of a decoder, as the engine runs it: inputs for each lane, and targets, in the order of `step.targets`."""
 
     step: Step
     inputs: list[Inputs]
@@ -91,7 +91,7 @@ class Part:
         decoder: decides it.
         state: what the decoder keeps.
         start: where it begins in the answer.
-        pending: how many tokens of the previous part are not in the cache yet, besides its last one, which the decoder
+        pending: how many tokens before this part are not in the cache yet, besides the last one, which the decoder
             feeds as position -1. The first step of this part feeds them too.
         turn: added to the turns of this part's steps, so that its tokens see all that stands before the part.
         last_turn: the latest turn in this part so far, before `turn` is added.
@@ -119,8 +119,8 @@ class Sequence:
             part, if its length is known.
         lanes: one for each prompt.
         part: the part that is being written.
-        emitted: how many ids have been reported. ZipAR reports them out of order, so only when a part ends are they the
-            first ones.
+        emitted: how many ids have been reported. ZipAR reports out of order, so they need not be the first ids before a
+            part ends.
         newest: the position of the id that the model decided last; forced ids do not count.
     """
 
@@ -139,7 +139,7 @@ class Sequence:
         """Nothing is decided yet, for a model with a context of so many tokens.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: it does not fit, or its decoder cannot decide its grammar.
         """
         budget = request.budget(context)
         noise = uniform_noise(request.seed, budget).numpy()
@@ -154,7 +154,7 @@ class Sequence:
         return all(lane.filled == len(lane.prompt) - 1 for lane in self.lanes)
 
     def plan(self, most: int) -> Plan:
-        """The next step of the part's decoder; see `Decoder.propose`. ValueError where the guidance schedule fails."""
+        """The next step of the part's decoder; see `Decoder.propose`. ScheduleError where the guidance fails."""
         part, request = self.part, self.request
         step: Step = part.decoder.propose(part.state, self._ids_of_part(), most)
         sampling, span = request.sampling_of(part.grammar.kind), part.grammar.span(step.targets[0])
@@ -216,10 +216,10 @@ class Sequence:
                 return events, "length"
             if then is part.grammar:
                 break
-            # What is not in the cache: the newest id, which no step has fed, and the forced ones behind it. With every
-            # order, the last visual position is decided in the last turn, so it is the newest.
+            # Not in the cache yet: the newest id and the forced ids behind it. The next decoder feeds the last of them
+            # as position -1; the others are `pending`. In every order the last visual position is decided last, so it
+            # is the newest. The next part starts at the latest turn of this one, to see all of it.
             not_fed = self.emitted - self.newest
-            # The next decoder feeds the last of them. Its part starts at the latest turn of this one, to see all of it.
             self._begin_part(then, pending=not_fed - 1, turn=part.turn + part.last_turn)
             events += self.report_opening()
         return events, None
@@ -236,7 +236,11 @@ class Sequence:
 
     def _begin_part(self, grammar: Grammar, pending: int, turn: int) -> None:
         decoder: Decoder[Any] = self.request.decoder if grammar.kind == "visual" else RasterDecoder()
-        self.part = Part(grammar, decoder, decoder.begin(grammar, self.request.seed), self.emitted, pending, turn)
+        # Where an answer has several parts, the random numbers of one are not those of another, nor `noise`.
+        start, seed = self.emitted, self.request.seed
+        if start > 0 or not grammar.final:
+            seed = int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0] >> 1)
+        self.part = Part(grammar, decoder, decoder.begin(grammar, seed), start, pending, turn)
         if grammar.length is not None:
             lo, hi = grammar.span(np.arange(grammar.length))
             self._ids_of_part()[:] = np.where(hi == lo + 1, lo, UNDECIDED)

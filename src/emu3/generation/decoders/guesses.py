@@ -11,7 +11,8 @@ tokens:
 
 `turns[j]` is the turn in which position j would be decided if nothing were guessed: one position a turn in raster
 order, or several rows at once. The token before it goes in at that turn, and sees the inputs before it whose turns are
-not later. Everything is indexed by position, except `cached`: `cached[j]` is about the input that decides position j.
+not later. Everything is indexed by position, except `cached`: `cached[j]` is about the input that decides position j,
+which is the token at position j - 1.
 
 Each position has its own number of noise from the start. So the id that is drawn there depends only on the tokens that
 the position saw. A guess is right if it equals the id that is drawn in its place:
@@ -48,7 +49,7 @@ _WEIGHT_OF_LAST_STEP = 0.1
 _TRIED_PER_RIGHT_GUESS = 3
 # A step without guesses adds this to the average, so that guessing is tried again after some steps.
 _RECOVERY = 0.01
-# It adds nothing to an average above this one: in a full batch there is no room for guesses, so it would grow for ever.
+# Up to this average only: in a full batch no step has room for guesses, and it would grow for ever.
 _MOST_RECOVERED = 1.0
 
 
@@ -158,7 +159,7 @@ class GuessingDecoder(Decoder[Guesses]):
         for k in inputs:
             if k >= 0 and ids[k] == UNDECIDED and state.guesses[k] == UNDECIDED:
                 state.guesses[k] = guess_from_neighbour(state.grid, k, ids, state.guesses)
-        # Tokens of the last turn are targets, but do not go in.
+        # What the last turn decides goes in a turn later, so it needs no draft.
         drafts = {k: int(state.guesses[k]) for k in targets if state.turns[k + 1] <= last_turn}
         return Step(inputs, targets, drafts, state.turns[js].tolist())
 
@@ -183,7 +184,8 @@ class GuessingDecoder(Decoder[Guesses]):
                     wrong_at[k] = int(state.turns[k + 1])
                     first_wrong = min(first_wrong, wrong_at[k])
             state.guesses[k] = id_
-        # An input stays in the cache if neither it nor one before it is a wrong guess that it saw.
+        # An input need not be fed again if neither it nor one before it is a wrong guess that it saw. Guesses at
+        # undecided targets went in after a wrong one, so they are fed again too.
         js = np.array(step.inputs) + 1
         limits = np.minimum.accumulate([wrong_at.get(k, never) for k in step.inputs])
         state.cached[js] = state.turns[js] < limits

@@ -1,12 +1,13 @@
 """Speculative Jacobi decoding: draft a window of tokens, verify all of it in one forward, keep what passes.
 
-1. Draft the next tokens: first those that step 4 left, then each new position like its neighbour.
+1. Draft the next tokens: first those that step 4 left, then each new position like its neighbour. The latter was not
+   drawn: its q is 1 for that token.
 2. One forward gives the model's distribution p of every position in the window.
 3. A draft x that was drawn from q is kept with probability min(1, p(x) / q(x)). Else it is replaced by a draw from what
    p has more than q: max(0, p - q), normalised. Either way the token is distributed as p.
-4. The tokens up to the first replaced one are decided, that one included. Those behind it saw a draft that is gone, so
-   they become the drafts of the next step. After step 3 they are distributed as p, kept or replaced. So the next step
-   takes that p as their q. With their old q, the picture's distribution would drift.
+4. The tokens up to the first replaced one are decided, that one included. Those behind it saw a draft that is gone:
+   they are not decided, but are the drafts of the next step. After step 3 they are distributed as p, kept or replaced.
+   So the next step takes that p as their q. With their old q, the picture's distribution would drift.
 
 Step 3 replaces few drafts. So the next step starts from nearly the same window, and usually many pass.
 

@@ -21,7 +21,8 @@ class PredictiveDecoder(GuessingDecoder):
     """Decides every token up to the first that was guessed wrong.
 
     Args:
-        window: most tokens that are guessed at once; fewer where many pictures are under way.
+        window: most tokens that one forward decides, of which the first needs no guess; fewer where many pictures are
+            under way.
 
     Raises:
         ValueError: a window that is no whole number from 1.

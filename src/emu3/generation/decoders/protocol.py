@@ -1,6 +1,7 @@
 """What a decoder is: it proposes what the next forward runs, and accepts what comes out.
 
-A decoder sees one part of one answer, and never the batch. Positions count from 0 behind the prompt:
+Its state and its steps belong to one part of one answer. Only `draw`, which has no state, serves many requests.
+Positions count from 0 behind the prompt:
 
     tokens     a photo of a cat <img>   v  v  v EOL  v  v  v EOL EOF ...
     position               ...   -1     0  1  2  3   4  5  6  7   8
@@ -36,9 +37,9 @@ class Step(NamedTuple):
         inputs: positions whose tokens go in, ascending.
         targets: positions to decide, ascending. For each target k, k - 1 is among the inputs.
         drafts: ids to feed at inputs that are not decided yet; others are ignored.
-        turns: one for each input, kept with it in the cache. A token sees those before it, cached or new, whose turn is
-            not later than its own. So it does not see tokens that stand before it but are decided later, as with ZipAR.
-            None: turn 0 for all.
+        turns: one for each input, kept with it in the cache. A token sees the tokens at lower positions, cached or new,
+            whose turn is not later than its own. So it does not see tokens that stand before it but are decided later,
+            as with ZipAR. None: turn 0 for all.
 
     An input may be fed again in a later step, which replaces what it left in the cache.
     """
@@ -54,7 +55,7 @@ class Decoder(ABC, Generic[State]):
 
     @abstractmethod
     def begin(self, grammar: Grammar, seed: int) -> State:
-        """The state before the first step. All tokens before position -1 are in the cache; the one at -1 is not."""
+        """The state before the first step, which feeds position -1. The tokens before that one are cared for."""
 
     @abstractmethod
     def propose(self, state: State, ids: NDArray[np.int64], most: int) -> Step:

@@ -3,12 +3,12 @@
 A step of a small batch is mostly the overhead of its operations. So, compared with `emu3.modeling.text`:
 
 - Linear layers that share their input are one product (`fuse_linears`).
-- Cosines and sines are looked up for all slots. Queries and keys are rotated together.
+- Cosines and sines are computed once for all slots, then looked up. Queries and keys are rotated together.
 - Query heads that share a key-value head become further queries of that head. So no key is copied.
 - On a CPU with 16-bit weights only products with weights use 16 bits; all else is faster in float32.
 
-So hooks on a layer or an attention module are not called. Some weights are stored a second time in another order; after
-a change of the model's weights, `Engine.refresh` packs them anew.
+Hooks are called on the embeddings, the activation and special linear layers only. Small matrices on a CPU, and fused
+ones in 8 bits, are copies. So after a change of the model's weights `Engine.refresh` must pack them anew.
 
 Tests compare the two: greedy decoding by the engine and by `generate`, token for token.
 

@@ -1,13 +1,13 @@
 """The model as the engine runs it: its layers packed, its cache, and the draw of ids from its logits.
 
-Shapes: B lanes, S tokens of a lane, E model width, V vocabulary, or the legal ids of it.
+Shapes: B lanes, or targets drawn together; S tokens of a lane; E model width; V vocabulary, or its legal ids.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from emu3.generation.runtime.cache import SlotCache
 from emu3.generation.runtime.forward import Forward, linear, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
-from emu3.generation.sampling import guide
-from emu3.generation.sequence import Inputs, Plan, Sequence
+from emu3.generation.sampling import Sampling, guide
+from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
@@ -26,10 +26,22 @@ _SLOT_STEP = 64
 
 
 class Drawn(NamedTuple):
-    """What a decoder drew for the targets of a sequence, a row for each, and which of them have finite logits."""
+    """What a decoder drew for the targets of a sequence.
 
-    rows: Tensor
+    Attributes:
+        outcomes: for each target its row, or how the draw failed.
+        finite: whether its logits are.
+    """
+
+    outcomes: list[Tensor | Exception]
     finite: list[bool]
+
+    def rows(self) -> list[Tensor]:
+        """The rows of all targets. Raises what the draw raised."""
+        for outcome in self.outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return cast("list[Tensor]", self.outcomes)
 
 
 class ModelRunner:
@@ -115,7 +127,7 @@ class ModelRunner:
         self.cache.compact(kept, used)
 
     def feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
-        """Run tokens, given for each of the lanes (None: the first): hidden states (B, S, E)."""
+        """Run one entry of `inputs` for each lane: hidden states (B, S, E). `lanes` None: lanes 0, 1, ..."""
         assert self._run is not None and self.cache is not None, "something was admitted"
         longest = max(len(each.ids) for each in inputs)
         # `zip` gives the ids of all lanes, then their slots, then their turns. A shorter lane repeats its last token,
@@ -126,38 +138,28 @@ class ModelRunner:
         )
         return self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
 
-    def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[Drawn | Exception]:
-        """For each sequence, what its decoder drew, or how it failed.
+    def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[Drawn]:
+        """For each sequence, what its decoder drew.
 
         The planned sequences have the first lanes of the cache, which are the rows of `hidden_BSE`.
         """
         targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
-        # Targets that choose alike share the head, the sorting and the draw. They go by their numbers in `targets`.
+        # Targets that choose alike share the head, the sorting and the draw. Each is named by its index in `targets`.
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
             alike[target.draw, target.span, target.scale, target.sampling].append(n)
-        rows: dict[int, Tensor] = {}
+        outcomes: dict[int, Tensor | Exception] = {}
         finite: dict[int, bool] = {}
-        failed: dict[int, Exception] = {}
         for (draw, span, scale, sampling), members in alike.items():
             places = [targets[n].place for n in members]
             logits_BV = self._logits(hidden_BSE, [lanes[n] for n in members], places, span, scale)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
             finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
-            try:
-                drawn = draw(logits_BV, sampling, noise_B)
-                # Chosen ids move to the CPU together, so that no sequence waits for the device alone.
-                rows.update(zip(members, drawn.cpu() if drawn.ndim == 1 else drawn, strict=True))
-            except Exception as error:  # a decoder may be anyone's
-                failed.update(dict.fromkeys(members, error))
-        results: list[Drawn | Exception] = []
+            outcomes.update(zip(members, _rows(draw, logits_BV, sampling, noise_B), strict=True))
         numbers = iter(range(len(targets)))
-        for _, plan in planned:
-            own = list(islice(numbers, len(plan.targets)))
-            wrong = [failed[n] for n in own if n in failed]
-            results.append(wrong[0] if wrong else Drawn(torch.stack([rows[n] for n in own]), [finite[n] for n in own]))
-        return results
+        by_sequence = [list(islice(numbers, len(plan.targets))) for _, plan in planned]
+        return [Drawn([outcomes[n] for n in own], [finite[n] for n in own]) for own in by_sequence]
 
     def _logits(
         self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
@@ -174,3 +176,20 @@ class ModelRunner:
             return logits_BV
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
         return guide(conditional_BV, unconditional_BV, scale)
+
+
+def _rows(draw: Draw, logits_BV: Tensor, sampling: Sampling, noise_B: Tensor) -> list[Tensor | Exception]:
+    """A row for each target; or, as a decoder may be anyone's, how its draw failed. Then the others are drawn alone."""
+    try:
+        drawn = draw(logits_BV, sampling, noise_B)
+        if len(drawn) != len(logits_BV):
+            raise ValueError(f"{len(drawn)} rows were drawn for {len(logits_BV)} targets")
+        # One copy to the CPU for all, not one for each sequence.
+        return list(drawn.cpu() if drawn.ndim == 1 else drawn)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if len(logits_BV) == 1:
+            return [error]
+        alone = zip(logits_BV.split(1), noise_B.split(1), strict=True)
+        return [outcome for logits_1V, noise_1 in alone for outcome in _rows(draw, logits_1V, sampling, noise_1)]
