@@ -368,7 +368,9 @@ def test_a_question_about_one_picture_needs_no_list(pipeline):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there_is_refused(tiny_checkpoint):
-    with pytest.raises(ValueError, match="device='cuda', but this PyTorch sees no such GPU"):
+    with pytest.raises(
+        ValueError, match="device='cuda', but (this PyTorch sees no such GPU|PyTorch .* is for CPUs only)"
+    ):
         Emu3Pipeline.from_pretrained(tiny_checkpoint, device="cuda")
 
 
@@ -411,3 +413,16 @@ def test_what_a_checkpoint_is_not_trained_for_is_refused(tiny_checkpoint, tmp_pa
                 call()
         else:
             call()
+
+
+def test_the_documented_classes_do_not_look_for_nano_on_the_hub() -> None:
+    for kind in (Emu3ForConditionalGeneration, Emu3Processor):
+        with pytest.raises(ValueError, match=r'emu3\.checkpoints\.resolve\("nano"\)'):
+            kind.from_pretrained("nano")
+
+
+def test_a_conversation_ends_with_a_question(pipeline) -> None:
+    with pytest.raises(ValueError, match="its last message must be a question"):
+        pipeline.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "cat"}])
+    with pytest.raises(ValueError, match="one of the pictures is None"):
+        pipeline.chat("What is it?", [None])

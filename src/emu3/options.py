@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -127,6 +128,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
+def check_folder_or_id(name: object = None) -> None:
+    """ValueError for "nano", which transformers would look for on the hub; unless there is a folder of that name."""
+    if name == "nano" and not os.path.isdir("nano"):
+        raise ValueError('"nano" is a name for Emu3Pipeline; here give its folder, emu3.checkpoints.resolve("nano")')
+
+
 def check_ability(ability: str, abilities: Sequence[str] | None) -> None:
     """ValueError where a checkpoint's config.json lists its abilities, and "draw" or "read" is not among them."""
     if abilities is not None and ability not in abilities:
@@ -167,6 +174,11 @@ def check_device(name: str, value: object) -> str:
     return text
 
 
+def only_for_cpus(device: str, version: str) -> str:
+    """What to tell who asks for a GPU of a PyTorch that knows none."""
+    return f"device={device!r}, but PyTorch {version} is for CPUs only; install its build for your GPU"
+
+
 def check_device_map(name: str, value: object) -> Any:
     """How transformers spreads a model over devices: a strategy, or a dict of module -> device."""
     strategies = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -177,7 +189,12 @@ def check_device_map(name: str, value: object) -> Any:
 
 def check_dtype(name: str, value: object) -> str:
     """The name of a dtype, or a `torch.dtype`."""
-    return check_choice(name, str(value).removeprefix("torch."), DTYPES)
+    dtype = str(value).removeprefix("torch.")
+    if dtype == "int8":
+        raise ValueError(
+            f"{name} is that of the weights outside the layers; for layers in 8 bits give int8=True, or --int8"
+        )
+    return check_choice(name, dtype, DTYPES)
 
 
 def _option(

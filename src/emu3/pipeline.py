@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -327,6 +327,8 @@ def _conversation(messages: Any) -> list[Message]:
         text, pictures = messages
         if not isinstance(pictures, list | tuple):
             pictures = () if pictures is None else (pictures,)
+        if None in [picture if picture is None else 0 for picture in pictures]:
+            raise ValueError("one of the pictures is None; give pictures, or an empty list for a question without any")
         content = [
             *({"type": "image", "image": picture} for picture in pictures),
             {"type": "text", "text": check_words("question", text)},
@@ -337,6 +339,8 @@ def _conversation(messages: Any) -> list[Message]:
             f"{messages!r:.80} is no conversation; give a question with its pictures, as in "
             'chat("What is it?", [picture]), or a list of messages'
         )
+    if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+        raise ValueError("the conversation ends with an answer; its last message must be a question")
     return list(messages)
 
 

@@ -41,6 +41,7 @@ from emu3.image_processing import (
     smart_resize,
 )
 from emu3.layout import Emu3Layout
+from emu3.options import check_folder_or_id
 from emu3.segments import Shape
 from emu3.tokenization import CONTROL_TOKENS, Pieces, PlainText, encode_pieces, take_apart, write_pieces
 from emu3.vocabulary import Vocabulary
@@ -115,6 +116,12 @@ class Emu3Processor(ProcessorMixin):
         self.bos_token: str = tokenizer.bos_token
         template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `ProcessorMixin`."""
+        check_folder_or_id(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     # transformers saves and loads only what `__init__` names. So these two add `image_area`.
     def to_dict(self) -> dict[str, Any]:
@@ -241,7 +248,7 @@ class Emu3Processor(ProcessorMixin):
         options = self._sort_options(kwargs)
         if text is None and images is not None:
             return self.image_processor(list(flat_pictures(images)), **options.images)
-        texts = [text] if isinstance(text, str) else list(text or ())
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
         if not texts or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text={text!r:.80} is no prompt; give a string or a non-empty list of strings")
         plain = options.text.get("split_special_tokens")

@@ -61,7 +61,7 @@ def test_tokens_of_a_picture_decode_to_what_the_tokenizer_makes_of_it(model, vqm
 @pytest.mark.parametrize("extra", [-1, 1, 4])
 def test_wrong_number_of_tokens_to_decode(model, extra):
     ids = torch.full((1, 4 * 4 + 3 + extra), 60)
-    with pytest.raises(ValueError, match=rf"4x3 tokens is 19 ids, got {19 + extra}: .*without the prompt"):
+    with pytest.raises(ValueError, match=rf"4x3 tokens is 19 ids, got {19 + extra}: .*and no prompt"):
         model.decode_image_tokens(ids, height=4, width=3)
 
 

@@ -37,6 +37,7 @@ from emu3.configuration import Emu3Config
 from emu3.modeling.legacy import documented_name
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.text import Emu3DecoderLayer
+from emu3.options import only_for_cpus
 from emu3.processing import Emu3Processor
 from emu3.quantization import check_int8, quantize_layer
 from emu3.tokenization import CONTROL_TOKENS, encode_plain
@@ -68,6 +69,8 @@ def pick_device(name: str, int8: bool = False) -> str:
     kind, _, number = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(number or 0) >= there:
+        if torch.__version__.endswith("+cpu"):
+            raise ValueError(only_for_cpus(name, torch.__version__))
         raise ValueError(f"device={name!r}, but this PyTorch sees no such GPU; leave it out to run on the CPU")
     return name
 

@@ -169,6 +169,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} holds an adapter; merge it into its model first, as docs/fine-tune.md shows")
         raise ValueError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
     config = read_json(file)
     if part_of(config):

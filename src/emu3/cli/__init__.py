@@ -22,7 +22,7 @@ import typer
 
 from emu3 import __version__
 from emu3.cli.files import check_folder, output_paths, read_picture, write_picture
-from emu3.options import Answer, Draw, Load, check_ability, check_choice, check_words, parse_decoding
+from emu3.options import Answer, Draw, Load, check_ability, check_choice, check_words, only_for_cpus, parse_decoding
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,7 +100,9 @@ def _version_option(version: Annotated[bool, typer.Option("--version", help="Pri
 def image(
     draw: Draw,
     load: Load,
-    prompts: Annotated[list[str], typer.Argument(help="What to draw, one picture for each.", show_default=False)],
+    prompts: Annotated[
+        list[str], typer.Argument(help="What to draw, one picture for each; in quotes.", show_default=False)
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -113,6 +115,8 @@ def image(
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
     for prompt in prompts:
         check_words("prompt", prompt)
+    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
+        typer.echo(f"{len(prompts)} prompts of one word each; quote the words of one picture", err=True)
     paths = output_paths(output, len(prompts))
     seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
     settings = asdict(replace(draw, seed=seed))
@@ -243,7 +247,9 @@ def info(
         "context": found.context and f"{found.context:,} tokens",
         "vocabulary": found.vocabulary_size and f"{found.vocabulary_size:,} tokens",
         "visual tokens": found.codebook_size and f"{found.codebook_size:,}, each {side}x{side} pixels",
-        "pictures": found.min_pixels and found.max_pixels and f"{found.min_pixels:,} to {found.max_pixels:,} pixels",
+        "reads pictures of": found.min_pixels
+        and found.max_pixels
+        and f"{found.min_pixels:,} to {found.max_pixels:,} pixels",
         "tokenizer": ", ".join(found.tokenizer_files) or "none",
         "abilities": " and ".join(verbs[ability] for ability in found.abilities or ()) or "unknown",
         "to load it": found.layout == "baai" and f"convert it{other} with `emu3 convert`",
@@ -309,7 +315,9 @@ def train(
 ) -> None:
     """Train by a recipe. A run that was cut off goes on from its last checkpoint."""
     if not recipe.is_file():
-        raise ValueError(f"{recipe} is no file; give a recipe in TOML, such as recipes/nano/vision.toml")
+        raise ValueError(
+            f"{recipe} is no file of the folder {Path.cwd()}; give a recipe in TOML, such as recipes/nano/vision.toml"
+        )
     try:
         tomllib.loads(recipe.read_text())
     except ValueError as error:
@@ -332,9 +340,7 @@ def _check_checkpoint(model: str, load: Load, *abilities: str) -> None:
     for ability in abilities:
         check_ability(ability, known)
     if load.device.startswith("cuda") and (build := version("torch")).endswith("+cpu"):
-        raise ValueError(
-            f"device={load.device!r}, but PyTorch {build} is for CPUs only; install its build for your GPU"
-        )
+        raise ValueError(only_for_cpus(load.device, build))
     if (load.device.startswith("cpu") or load.int8 or not _may_have_gpu()) and load.device_map is None:
         check_fits(folder, load.dtype, load.int8)
 

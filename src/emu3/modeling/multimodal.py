@@ -182,7 +182,7 @@ class Emu3Model(Emu3PreTrainedModel):
         if image_tokens.shape[1] != grammar.length:
             raise ValueError(
                 f"a picture of {height}x{width} tokens is {grammar.length} ids, got {image_tokens.shape[1]}: "
-                "pass the generated ids only, without the prompt"
+                "pass all generated ids, max_new_tokens=grammar.length of them, and no prompt"
             )
         return self.vqmodel.decode(self.vocabulary_mapping.convert_bpe2img(grammar.rows_of(image_tokens)[:, 0]))
 

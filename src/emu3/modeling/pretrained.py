@@ -9,6 +9,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import TransformersKwargs
 
+from emu3.options import check_folder_or_id
+
 # transformers' own tests read a forward's further arguments from its signature. For type checkers they are Any.
 if TYPE_CHECKING:
     Kwargs = Any
@@ -53,6 +55,7 @@ class AnyLayoutModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`. A `key_mapping` replaces `renamed_weights`."""
+        check_folder_or_id(*args[:1])
         return super().from_pretrained(*args, **{"key_mapping": cls.renamed_weights, **kwargs})
 
     @classmethod

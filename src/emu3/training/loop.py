@@ -54,7 +54,8 @@ def run_loop(
         compute: (batch, step) -> result.
     """
     step = load_state(folder, model, optimizers)
-    print(f"{folder}: steps {step} to {settings.steps}, a report every {settings.report_every}", flush=True)
+    every = f"a report every {settings.report_every}, saved every {settings.save_every}"
+    print(f"{os.path.relpath(folder)}: steps {step} to {settings.steps}, {every}", flush=True)
     began, size = time.monotonic(), 0
     recent: list[dict[str, float]] = []
     model.train()
