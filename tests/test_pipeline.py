@@ -368,9 +368,7 @@ def test_a_question_about_one_picture_needs_no_list(pipeline):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there_is_refused(tiny_checkpoint):
-    with pytest.raises(
-        ValueError, match="device='cuda', but (this PyTorch sees no such GPU|PyTorch .* is for CPUs only)"
-    ):
+    with pytest.raises(ValueError, match="device='cuda', but"):
         Emu3Pipeline.from_pretrained(tiny_checkpoint, device="cuda")
 
 
