@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test common versions docs lint bench nano clean
+.PHONY: demo serve test common versions docs lint bench nano clean
 
 demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
+
+serve: .venv/.serve  ## nano over HTTP, on this machine only
+	$(BIN)/emu3 serve nano
 
 test: .venv/.installed  ## every test
 	$(BIN)/python -m pytest
@@ -37,6 +40,10 @@ nano: .venv/.installed  ## train the shipped checkpoint again; hours on two core
 .venv/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.serve: .venv/.runtime
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 .venv/.installed: .venv/.runtime

@@ -121,6 +121,16 @@ def check_words(name: str, value: object) -> str:
     return text
 
 
+def check_key(name: str, value: object) -> str:
+    """A secret that a header can hold."""
+    key = check_text(name, value)
+    if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"{name} must have at least 8 letters, digits or signs, and no spaces; make one with `openssl rand -hex 16`"
+        )
+    return key
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """One of a few names."""
     if value not in choices:
@@ -302,6 +312,42 @@ class Answer(_Options):
     seed: int | Sequence[int] | None = _option(
         None, "Above temperature 0: same seed, same answer. Default: a new one.", check_seed, type_=int
     )
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Serve(_Options):
+    """How a server listens, and who may use it."""
+
+    host: str = _option("127.0.0.1", "Address to listen on; others than this machine's own need a key.", check_words)
+    port: int = _option(8000, "0: a free one.", check_whole, 0, 65535)
+    api_key: str | None = _option(None, "Which clients must send, and browsers as the password.", check_key, type_=str)
+    allow_host: str | None = _option(
+        None, "Names under which it is reached, by commas; * for any.", check_words, type_=str
+    )
+    allow_origin: str | None = _option(
+        None, "Sites whose pages may use it, by commas, as https://example.com.", check_words, type_=str
+    )
+    picture_host: str | None = _option(
+        None, "Hosts from which pictures are fetched, by commas; .example.com for all below.", check_words, type_=str
+    )
+    queue_tokens: int | None = _option(
+        None, "The most tokens that wait; more is refused. Default: 64 contexts.", check_whole, type_=int
+    )
+    drain_seconds: int = _option(30, "The longest that it finishes work when it is stopped.", check_whole, 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.host not in LOOPBACK and self.api_key is None:
+            raise ValueError(
+                f"host={self.host!r} lets other machines in, so it needs a key: --api-key KEY; 127.0.0.1 needs none"
+            )
+
+    def names(self, option: str) -> list[str]:
+        """An option that holds names by commas, as a list in lower case."""
+        return [name.strip().lower() for name in (getattr(self, option) or "").split(",") if name.strip()]
 
 
 OptionsType = TypeVar("OptionsType", bound=_Options)

@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from emu3.chat import Message
 from emu3.checkpoints import resolve
 from emu3.checkpoints.memory import check_fits, free_memory
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
-from emu3.generation.events import Event, Failed, Finished
+from emu3.generation.events import Event, Failed, Finished, Reason
+from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
-from emu3.generation.sampling import Sampling
+from emu3.generation.sampling import Sampling, guide, probabilities
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
 from emu3.options import MOST_SEED, Answer, Draw, Load, check_ability, check_whole, check_words, make, takes
@@ -33,24 +36,38 @@ from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
 # Of the module, because a lock in a pipeline could not be copied or pickled.
 _MAKING_ENGINE = threading.Lock()
+# What is not drawn yet, in a preview.
+_GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """The last event of each request in `Emu3Pipeline.stream`: an RGB picture or an answer.
 
-    `request` is the place of its prompt or conversation in what was asked for.
+    `request` is the place of its prompt or conversation in what was asked for; `ids` are those of the output, and
+    `reason` says why it ends.
     """
 
     request: int
     output: Image.Image | str
+    ids: tuple[int, ...]
+    reason: Reason
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request whose pictures may not be encoded yet; placeholders stand for their visual tokens.
+
+    `pictures` has the pixels (1, C, H, W) and the size (1, 2) of each.
+    """
+
+    request: Request
+    pictures: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +143,19 @@ class Emu3Pipeline:
 
     @takes(Draw)
     def image(
-        self, prompts: str | Sequence[str], *, on_event: Callable[[Event], object] | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        *,
+        pinned: Any = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt, all in one batch. Returns a list, also for a single prompt.
 
         Args:
             prompts: what to draw; a string is one prompt.
+            pinned: codes (H, W) of the vision tokenizer to keep, and -1 where one is to be drawn. The picture has their
+                size; see `emu3.generation.grammar.PinnedGrid`.
             on_event: called with the engine's events, whose requests are numbered like the prompts.
             **options: those of `emu3.options.Draw`. In Python `guidance_scale` may also be a function of progress,
                 which goes from 0 to 1, and `decoding` a decoder. For `seed`, picture i has seed + i, or its own of a
@@ -141,7 +165,7 @@ class Emu3Pipeline:
         Raises:
             ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.
         """
-        return cast("list[Image.Image]", self._results(self.draw_requests(prompts, **options), on_event))
+        return cast("list[Image.Image]", self._results(self.draw_requests(prompts, pinned=pinned, **options), on_event))
 
     @takes(Answer)
     def chat(
@@ -160,8 +184,8 @@ class Emu3Pipeline:
         Raises:
             ValueError: the checkpoint only draws, a conversation does not fit the context, or an argument is wrong.
         """
-        conversations = _conversations(messages, pictures)
-        answers = self._results(self._answer_requests(conversations, make(Answer, options)), on_event)
+        requests = [self.encode(asked) for asked in self.answer_requests(messages, pictures, **options)]
+        answers = self._results(requests, on_event)
         return answers if _are_several(messages) else answers[0]
 
     def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Generator[Event | Result]:
@@ -186,7 +210,7 @@ class Emu3Pipeline:
         if is_words and pictures is None:
             requests = self.draw_requests(asked, **options)
         else:
-            requests = self._answer_requests(_conversations(asked, pictures), make(Answer, options))
+            requests = [self.encode(each) for each in self.answer_requests(asked, pictures, **options)]
         return self._run(requests)
 
     def require(self, ability: str) -> None:
@@ -200,7 +224,7 @@ class Emu3Pipeline:
                 if isinstance(event, Failed):
                     raise ValueError(event.error)
                 if isinstance(event, Finished):
-                    yield Result(event.request, self._decode(requests[event.request], event.ids))
+                    yield self.result(event, requests[event.request])
 
     def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
         """The picture or answer of each request."""
@@ -216,14 +240,20 @@ class Emu3Pipeline:
         return [outputs[number] for number in range(len(requests))]
 
     @takes(Draw)
-    def draw_requests(self, prompts: str | Sequence[str], **options: Any) -> list[Request]:
-        """What `image` asks the engine for: one request for each prompt. Arguments and errors as there."""
+    def draw_requests(self, prompts: str | Sequence[str], *, pinned: Any = None, **options: Any) -> list[Request]:
+        """What `image` asks the engine for: one request for each prompt. Arguments and errors as there.
+
+        `pinned` are codes (H, W) that are given, and -1 where one is to be drawn; see `PinnedGrid`. Their size is then
+        that of the picture.
+        """
         draw = make(Draw, options)
         self.require("draw")
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
-        shape, guidance = self._shape(draw), None
+        grid = None if pinned is None else PinnedGrid.of(pinned, self.layout.vocabulary)
+        shape = self._shape(draw) if grid is None else Shape(grid.height, grid.width)
+        grammar, guidance = self.layout.grammar(shape) if grid is None else grid, None
         if draw.guidance_scale != 1:
             negative_ids = self.layout.prompt(draw.negative_prompt or "", shape)
             guidance = Guidance(tuple(negative_ids), draw.guidance_scale)
@@ -232,7 +262,7 @@ class Emu3Pipeline:
         requests = []
         for text, seed in zip(texts, _seeds(draw.seed, len(texts)), strict=True):
             ids = tuple(self.layout.prompt(check_words("prompt", text), shape))
-            requests.append(Request(ids, self.layout.grammar(shape), sampling, guidance, seed, decoder=decoder))
+            requests.append(Request(ids, grammar, sampling, guidance, seed, decoder=decoder))
             requests[-1].budget(self.engine.context)  # refuses what does not fit
         return requests
 
@@ -251,20 +281,20 @@ class Emu3Pipeline:
             )
         return shape
 
-    def _answer_requests(self, conversations: list[list[Message]], answer: Answer) -> list[Request]:
+    @takes(Answer)
+    def answer_requests(self, messages: Any, pictures: Any = None, **options: Any) -> list[Asked]:
+        """What `chat` asks the engine for, one for each conversation; see `encode`. Arguments and errors as there."""
+        answer = make(Answer, options)
+        conversations = _conversations(messages, pictures)
         self.require("read")
         sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
         seeds = _seeds(answer.seed, len(conversations))
         return [
-            self._answer_request(conversation, sampling, seed, answer.max_new_tokens)
+            self._asked(conversation, sampling, seed, answer.max_new_tokens)
             for conversation, seed in zip(conversations, seeds, strict=True)
         ]
 
-    @torch.inference_mode()
-    def _answer_request(
-        self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int
-    ) -> Request:
-        """The conversation's ids, with visual tokens in place of the placeholders, as a request."""
+    def _asked(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Asked:
         inputs = self.processor.apply_chat_template(
             conversation,
             tokenize=True,
@@ -273,28 +303,74 @@ class Emu3Pipeline:
             split_special_tokens=True,
             add_generation_prompt=True,
         )
-        ids_S = inputs["input_ids"][0]
+        ids = tuple(inputs["input_ids"][0].tolist())
         grammar = self.layout.answer(len(self.model.lm_head.weight))
-        request = Request(tuple(ids_S.tolist()), grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
+        request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
         request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
         if "pixel_values" not in inputs:
-            return request
-        device = self.model.lm_head.weight.device
+            return Asked(request)
         # One by one and without padding, which would change the codes near it.
-        visual = [
-            self.model.model.get_image_tokens(pixels_CHW[None, :, : size[0], : size[1]].to(device), size[None])
+        pixels = (
+            (pixels_CHW[None, :, : size[0], : size[1]], size[None])
             for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
-        ]
-        ids_S[ids_S == self.model.model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
-        return replace(request, prompt_ids=tuple(ids_S.tolist()))
+        )
+        return Asked(request, tuple(pixels))
 
-    def _decode(self, request: Request, ids: tuple[int, ...]) -> Image.Image | str:
-        """The picture or the text that the ids of an answer mean."""
+    @torch.inference_mode()
+    def encode(self, asked: Asked) -> Request:
+        """The request, with the visual tokens of its pictures in place of the placeholders."""
+        if not asked.pictures:
+            return asked.request
+        device, model = self.model.lm_head.weight.device, self.model.model
+        visual = [model.get_image_tokens(pixels_BCHW.to(device), sizes) for pixels_BCHW, sizes in asked.pictures]
+        ids_S = torch.tensor(asked.request.prompt_ids)
+        ids_S[ids_S == model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
+        return replace(asked.request, prompt_ids=tuple(ids_S.tolist()))
+
+    def result(self, event: Finished, request: Request) -> Result:
+        """What a request that is finished came to."""
+        return Result(event.request, self.read(request, event.ids), event.ids, event.reason)
+
+    def read(self, request: Request, ids: Sequence[int]) -> Image.Image | str:
+        """The picture or the text that all ids of an answer mean."""
         if request.grammar.kind == "text":
             return "".join(each.text for each in self.layout.read(ids) if isinstance(each, Text)).strip()
         opening = len(request.prompt_ids) - 1 - request.prompt_ids[::-1].index(self.layout.vocabulary.boi)
         (visual,) = self.layout.read([*request.prompt_ids[opening:], *ids])
         return self.decode(cast(Visual, visual))
+
+    @torch.inference_mode()
+    def probabilities(self, request: Request, ids: Sequence[int]) -> NDArray[np.float32]:
+        """The probability of each id of a picture, given all before it and as the request samples; 1 where forced.
+
+        In raster order they are those with which the ids were drawn.
+        """
+        grammar, head = request.grammar, self.model.lm_head.weight
+        lo, hi = (np.broadcast_to(bound, len(ids)) for bound in grammar.span(np.arange(len(ids))))
+        free = (hi > lo + 1).nonzero()[0]
+        states = []
+        for prompt in request.prompts:
+            ids_BS = torch.tensor([[*prompt, *ids[:-1]]], device=head.device)
+            hidden_BSE = self.model.model.text_model(input_ids=ids_BS, use_cache=False).last_hidden_state
+            states.append(hidden_BSE[0, len(prompt) - 1 :])
+        found = np.ones(len(ids), dtype=np.float32)
+        sampling = request.sampling_of(grammar.kind)
+        for k in free.tolist():  # one by one, because the logits of all would take much memory
+            logits_BV = torch.stack([state[k] for state in states]) @ head[lo[k] : hi[k]].mT
+            scale = request.guidance_at(grammar, k)
+            guided_BV = logits_BV[:1].float()
+            if scale is not None:
+                guided_BV = guide(guided_BV, logits_BV[1:].float(), scale)
+            found[k] = probabilities(guided_BV, sampling)[0, ids[k] - int(lo[k])]
+        return found
+
+    def preview(self, grid: GridGrammar, ids: Sequence[int]) -> Image.Image:
+        """A picture of which only the first rows are there: `ids`, with their ends. The rest is grey."""
+        ids_HW = np.array(ids).reshape(-1, grid.width + 1)[:, :-1]
+        top = self.decode(Visual(grid.vocabulary.codes_of(ids_HW)[None]))
+        picture = Image.new("RGB", (top.width, top.width // grid.width * grid.height), _GREY)
+        picture.paste(top)
+        return picture
 
     @torch.inference_mode()
     def decode(self, visual: Visual) -> Image.Image:

@@ -22,7 +22,17 @@ import typer
 
 from emu3 import __version__
 from emu3.cli.files import check_folder, output_paths, read_picture, write_picture
-from emu3.options import Answer, Draw, Load, check_ability, check_choice, check_words, only_for_cpus, parse_decoding
+from emu3.options import (
+    Answer,
+    Draw,
+    Load,
+    Serve,
+    check_ability,
+    check_choice,
+    check_words,
+    only_for_cpus,
+    parse_decoding,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -199,9 +209,20 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
+    url: Annotated[str, typer.Option(help="Of `bench serve`: a server on this machine.")] = "http://127.0.0.1:8000",
+    clients: Annotated[int, typer.Option(min=1, max=256, help="Of `bench serve`: how many ask at once.")] = 16,
+    seconds: Annotated[int, typer.Option(min=1, max=3600, help="Of `bench serve`: how long.")] = 30,
+    api_key: Annotated[str | None, typer.Option(help="Of `bench serve`: the server's key.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Of `bench serve`: an .svg file to write.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how fast a checkpoint draws here, beside what this machine can do."""
+    """Measure how fast a checkpoint draws here, beside what this machine can do.
+
+    `emu3 bench serve` measures how a server on this machine holds up, in place of a checkpoint.
+    """
+    if model == "serve":
+        _bench_server(url, clients, seconds, api_key, plot, as_json)
+        return
     counts = pictures.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
@@ -212,6 +233,34 @@ def bench(
 
     speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
     _print(speed.to_dict() if as_json else speed.to_table())
+
+
+def _bench_server(url: str, clients: int, seconds: int, key: str | None, plot: Path | None, as_json: bool) -> None:
+    if plot is not None:
+        check_folder(plot.parent)
+    from emu3.evaluation.load import measure_load
+
+    with _progress("asking") as report:
+        load = measure_load(url, clients, seconds, key, report)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.write_text(load.to_svg())
+    _print(load.to_dict() if as_json else load.to_table())
+
+
+@app.command()
+@_with(serve=Serve, load=Load)
+def serve(serve: Serve, load: Load, model: ModelArgument = "nano") -> None:
+    """Serve a checkpoint over HTTP, in the forms that clients of OpenAI's API send, with a page at /."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"serving needs more packages: pip install 'emu3[serve]' ({error})") from error
+    pipeline = _load_pipeline(model, load)
+    from emu3.serving.server import run
+
+    run(pipeline, Path(model).name or model, serve)
 
 
 @app.command()
@@ -350,8 +399,8 @@ def _may_have_gpu() -> bool:
     return sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
 
 
-def _load_pipeline(model: str, load: Load, ability: str) -> "Emu3Pipeline":
-    _check_checkpoint(model, load, ability)
+def _load_pipeline(model: str, load: Load, *abilities: str) -> "Emu3Pipeline":
+    _check_checkpoint(model, load, *abilities)
     # Of the million objects that the imports make, none is garbage. Looking for it takes a fifth of a short command.
     gc.disable()
     from emu3.pipeline import Emu3Pipeline

@@ -198,6 +198,51 @@ class GridGrammar(Grid):
         return self.vocabulary.codes_of(self.rows_of(ids)[..., :-1])
 
 
+@dataclass(frozen=True)
+class PinnedGrid(GridGrammar):
+    """A picture some of whose codes are given; the others are drawn around them.
+
+    In raster order a position sees only what stands before it: pinned codes do not act on what is above them.
+
+    Args:
+        pinned: (position, id) of each, the positions ascending and visual.
+
+    Raises:
+        ValueError: an id that is no visual token.
+    """
+
+    pinned: tuple[tuple[int, int], ...] = field(kw_only=True)
+
+    @classmethod
+    def of(cls, codes_HW: Any, vocabulary: Vocabulary) -> PinnedGrid:
+        """The grammar of a picture with these codes; -1 where one is to be drawn. ValueError for any other code."""
+        codes_HW = np.asarray(codes_HW)
+        if codes_HW.ndim != 2 or codes_HW.size == 0 or codes_HW.dtype.kind not in "iu":
+            raise ValueError(f"pinned codes must be whole numbers in rows of one length, got {codes_HW!r:.80}")
+        count = vocabulary.codebook_size
+        if codes_HW.min() < -1 or codes_HW.max() >= count:
+            raise ValueError(f"pinned codes must be -1, or 0 to {count - 1}, got {codes_HW.min()} to {codes_HW.max()}")
+        height, width = codes_HW.shape
+        rows, columns = (codes_HW >= 0).nonzero()
+        ids = vocabulary.ids_of(codes_HW[rows, columns])
+        pinned = tuple(zip((rows * (width + 1) + columns).tolist(), ids.tolist(), strict=True))
+        return cls(height, width, vocabulary=vocabulary, pinned=pinned)
+
+    @functools.cached_property
+    def _ids(self) -> NDArray[np.int64]:
+        """The pinned id of each position, or -1; and -1 for all positions behind the end."""
+        ids = np.full(self.length + 1, -1)
+        for position, id_ in self.pinned:
+            ids[position] = id_
+        return ids
+
+    def span(self, k: Integers) -> tuple[Integers, Integers]:
+        lo, hi = super().span(k)
+        id_: Any = self._ids[np.minimum(np.asarray(k), self.length)]
+        applies = id_ >= 0
+        return lo + (id_ - lo) * applies, hi + (id_ + 1 - hi) * applies
+
+
 def close_rows(ids: Any, eol: int) -> Any:
     """Ids (..., H, W + 1) of rows (..., H, W), each closed by its end-of-line token; an array or a tensor."""
     if isinstance(ids, np.ndarray):

@@ -25,12 +25,14 @@ class AssembleRecipe:
         vision: folder of the trained vision tokenizer.
         language: output folder of the language model's recipe.
         image_area: size of drawn pictures in pixels, unless a request names another.
+        words: a text file of words that the checkpoint knows, which a page offers to complete.
         image_processor: `min_pixels` and `max_pixels` of `Emu3ImageProcessor`.
     """
 
     vision: Path
     language: Path
     image_area: int
+    words: Path | None = None
     image_processor: Annotated[dict[str, Any], {"min_pixels": int, "max_pixels": int}] = field(default_factory=dict)
 
 
@@ -59,3 +61,5 @@ def assemble(recipe: AssembleRecipe, folder: Path) -> None:
         spatial_factor=vision.spatial_scale_factor, image_mean=[0.5] * 3, image_std=[0.5] * 3, **recipe.image_processor
     )
     Emu3Processor(image_processor, tokenizer, image_area=recipe.image_area).save_pretrained(folder)
+    if recipe.words is not None:
+        (folder / "words.txt").write_text(recipe.words.read_text())

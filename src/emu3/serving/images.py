@@ -1,0 +1,119 @@
+"""Routes that draw: OpenAI's, those of clips in its form, and two of AUTOMATIC1111."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Any, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+
+from emu3.generation.events import Failed
+from emu3.pipeline import Result
+from emu3.serving.errors import Refused, error_body, sse
+from emu3.serving.schema import DRAWN, MOST_PICTURES, ImagesRequest, Txt2ImgRequest, given
+from emu3.serving.service import service_of
+from emu3.serving.worker import Job, Preview
+
+router = APIRouter()
+
+
+@router.post("/v1/images/generations", tags=["pictures"])
+async def generate(request: Request, body: ImagesRequest) -> Response:  # type: ignore[valid-type]
+    """Draw pictures from words. They come as base64, whatever `response_format` says."""
+    service, fields = service_of(request), cast(Any, body)
+    pictures = await service.draw(fields.prompt, fields.n or 1, fields.size, given(fields, *DRAWN))
+    about = {
+        "size": f"{pictures.width}x{pictures.height}",
+        "output_format": fields.output_format,
+        "quality": "auto",
+        "background": "opaque",
+    }
+    encode = partial(pictures.encode, format_=fields.output_format, compression=fields.output_compression)
+    if not fields.stream:
+        results = await service.results(request, pictures.asked)
+        data = [
+            {"b64_json": await encode(each.request, cast(Image.Image, each.output)), "seed": pictures.seed(place)}
+            for place, each in enumerate(results)
+        ]
+        created = int(time.time())
+        return JSONResponse({"created": created, "data": data, **about, "usage": pictures.usage})
+
+    async def write(job: Job) -> AsyncGenerator[bytes]:
+        count = 0
+        async for heard in service.worker.listen(job):
+            if isinstance(heard, Failed):
+                yield sse({"type": "error", **error_body(500, heard.error)}, "error")
+                return
+            if isinstance(heard, Preview | Result):
+                done = isinstance(heard, Result)
+                picture = cast(Image.Image, heard.output if isinstance(heard, Result) else heard.picture)
+                kind = f"image_generation.{'completed' if done else 'partial_image'}"
+                event: dict[str, Any] = {"type": kind, "b64_json": await encode(heard.request, picture)}
+                event |= {"created_at": int(time.time()), **about, "seed": pictures.seed(heard.request)}
+                event |= {"usage": pictures.usage} if done else {"partial_image_index": count}
+                count += not done
+                yield sse(event, kind)
+
+    return service.stream(pictures.asked, fields.partial_images or 0, write)
+
+
+@router.post("/v1/images/edits", tags=["pictures"])
+async def edit(request: Request) -> Response:
+    """Change a picture by words. No checkpoint can do that yet."""
+    raise Refused(
+        400, "this checkpoint does not edit pictures; /v1/images/generations draws new ones", code="unsupported"
+    )
+
+
+@router.get("/v1/videos", tags=["clips"])
+async def videos() -> dict[str, Any]:
+    """The clips that are made: none, as no checkpoint makes any yet."""
+    return {"object": "list", "data": [], "has_more": False}
+
+
+@router.post("/v1/videos", tags=["clips"])
+async def make_video(request: Request) -> Response:
+    """Make a clip. No checkpoint can do that yet."""
+    raise Refused(400, "this checkpoint makes no clips; /v1/images/generations draws pictures", code="unsupported")
+
+
+@router.get("/v1/videos/{number}", tags=["clips"])
+@router.get("/v1/videos/{number}/content", tags=["clips"])
+@router.delete("/v1/videos/{number}", tags=["clips"])
+async def video(number: str) -> Response:
+    """A clip that was asked for: how far it is, its content, or its end."""
+    raise Refused(404, "there is no such clip", code="not_found")
+
+
+@router.get("/sdapi/v1/options", tags=["AUTOMATIC1111"])
+async def a1111_options(request: Request) -> dict[str, Any]:
+    """The model that is loaded."""
+    return {"sd_model_checkpoint": service_of(request).name}
+
+
+@router.post("/sdapi/v1/txt2img", tags=["AUTOMATIC1111"])
+async def a1111_draw(request: Request, body: Txt2ImgRequest) -> dict[str, Any]:
+    """Draw pictures from words."""
+    service = service_of(request)
+    options = given(body, "negative_prompt")
+    options |= {} if body.cfg_scale is None else {"guidance_scale": body.cfg_scale}
+    options |= {} if body.seed is None or body.seed < 0 else {"seed": body.seed}
+    size = f"{body.width or body.height}x{body.height or body.width}" if body.width or body.height else None
+    count = min((body.batch_size or 1) * (body.n_iter or 1), MOST_PICTURES)
+    pictures = await service.draw(body.prompt, count, size, options)
+    results = await service.results(request, pictures.asked)
+    files = [await pictures.encode(each.request, cast(Image.Image, each.output), "png", None) for each in results]
+    seeds = [pictures.seed(place) for place in range(count)]
+    info = {
+        "prompt": body.prompt,
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "width": pictures.width,
+        "height": pictures.height,
+    }
+    return {"images": files, "parameters": body.model_dump(), "info": json.dumps(info)}

@@ -1,0 +1,81 @@
+import { byId, el } from "./dom.js";
+
+const RATIOS = ["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"];
+const NUMBERS = ["guidance_scale", "temperature", "top_k", "top_p"];
+
+const divisor = (a, b) => (b ? divisor(b, a % b) : a);
+
+function shape(width, height) {
+  const common = divisor(width, height);
+  return `${width / common}:${height / common}`;
+}
+
+/** The settings of the Draw form. */
+export class Form {
+  constructor(model) {
+    const { options } = model;
+    this.element = byId("draw-form");
+    this.decodings = model.decodings;
+    this.field("ratio").append(...RATIOS.map((ratio) => el("option", { value: ratio, text: ratio })));
+    this.field("decoding").append(...this.decodings.map((name) => el("option", { value: name, text: name })));
+    for (const [name, option] of Object.entries(options ?? {})) {
+      const field = this.field(name);
+      if (!field) continue;
+      if (name === "ratio") this.ratio(option.default ?? "1:1");
+      else if (option.default !== null && option.default !== undefined) field.value = option.default;
+      const help = byId(`${field.id}-help`);
+      if (help && option.help) help.textContent = option.help;
+    }
+    this.field("decoding").addEventListener("change", () => this.window());
+    this.window();
+  }
+
+  field(name) {
+    return this.element.elements.namedItem(name);
+  }
+
+  ratio(value) {
+    const field = this.field("ratio");
+    if (![...field.options].some((option) => option.value === value)) field.append(el("option", { value, text: value }));
+    field.value = value;
+  }
+
+  window() {
+    this.field("window").disabled = this.field("decoding").value !== "zipar";
+  }
+
+  /** What to ask the server for. Throws an Error that names what is wrong. */
+  read() {
+    const text = (name) => this.field(name).value.trim();
+    const body = { prompt: text("prompt"), ratio: text("ratio"), decoding: text("decoding"), n: Number(text("n") || 1) };
+    if (!body.prompt) throw new Error("Write what to draw first.");
+    if (!this.element.reportValidity()) throw new Error("Some settings are not possible; see the marked field.");
+    if (text("negative_prompt")) body.negative_prompt = text("negative_prompt");
+    for (const name of NUMBERS) if (text(name)) body[name] = Number(text(name));
+    if (body.decoding === "zipar" && text("window")) body.decoding += `:${text("window")}`;
+    if (text("seed")) {
+      body.seed = Number(text("seed"));
+      if (!/^\d+$/.test(text("seed")) || !Number.isSafeInteger(body.seed)) {
+        throw new Error("The seed must be a whole number from 0 to 9007199254740991, or empty.");
+      }
+    }
+    return body;
+  }
+
+  /** Put the settings of a picture in. */
+  write(record) {
+    this.field("prompt").value = record.prompt ?? "";
+    this.field("negative_prompt").value = record.negative_prompt ?? "";
+    for (const name of NUMBERS) if (typeof record[name] === "number") this.field(name).value = record[name];
+    if (record.seed !== undefined) this.field("seed").value = record.seed;
+    if (record.width > 0 && record.height > 0) this.ratio(shape(record.width, record.height));
+    else if (record.ratio) this.ratio(record.ratio);
+    const [name, window] = String(record.decoding ?? "").split(":");
+    if (this.decodings.includes(name)) {
+      this.field("decoding").value = name;
+      this.field("window").value = window ?? "";
+    }
+    this.field("n").value = 1;
+    this.window();
+  }
+}

@@ -1,0 +1,36 @@
+/** A conversation that branches where a turn is edited. */
+export class Talk {
+  constructor() {
+    this.root = { children: [], pick: -1 };
+  }
+
+  /** Add a turn as the newest child of another one. */
+  add(parent, turn) {
+    const node = { text: "", images: [], ...turn, parent, children: [], pick: -1 };
+    parent.pick = parent.children.push(node) - 1;
+    return node;
+  }
+
+  /** The turns of the branches that are picked, from the first to the last. */
+  get path() {
+    const path = [];
+    for (let node = this.root; node.pick >= 0; path.push(node)) node = node.children[node.pick];
+    return path;
+  }
+
+  get end() {
+    return this.path.at(-1) ?? this.root;
+  }
+}
+
+/** Turns as messages for the server, from the one with the newest pictures: models read one question's pictures best. */
+export function toMessages(turns) {
+  const first = turns.findLastIndex(({ role, images }) => role === "user" && images.length);
+  return turns.slice(Math.max(first, 0)).map(({ role, text, images }) => ({
+    role,
+    content:
+      role === "assistant"
+        ? text
+        : [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }],
+  }));
+}

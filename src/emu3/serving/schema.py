@@ -1,0 +1,99 @@
+"""What clients send. Unknown fields are ignored, null means that a field is absent, and options are `emu3.options`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from emu3.options import MOST_SEED, Answer, Draw
+
+MOST_PICTURES = 10
+MOST_CHARACTERS = 32_000
+MOST_MESSAGES = 256
+
+Format = Literal["png", "jpeg", "webp"]
+
+
+class Body(BaseModel):
+    """A JSON object."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def option_fields(name: str, base: type[Body], kind: type[Draw | Answer], names: Sequence[str]) -> type[Body]:
+    """A body with further fields: some options of a kind. Their values are checked when the options are made."""
+    wanted = {each.name: each for each in fields(kind)}
+    types: dict[str, Any] = {"seed": Annotated[int, Field(ge=0, le=MOST_SEED)]}
+    more: dict[str, Any] = {
+        each: (
+            types.get(each, wanted[each].metadata["type"]) | None,
+            Field(default=None, description=wanted[each].metadata["help"]),
+        )
+        for each in names
+    }
+    return create_model(name, __base__=base, **more)
+
+
+def _png_if_empty(value: object) -> object:
+    return "png" if value in (None, "") else "jpeg" if value == "jpg" else value
+
+
+class _Images(Body):
+    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS, description="What to draw.")
+    model: str | None = Field(default=None, description="Any name is accepted.")
+    n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
+    size: str | None = Field(
+        default=None,
+        pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})?$",
+        description='Pixels as WIDTHxHEIGHT, or "auto". The nearest size that the checkpoint can draw is taken.',
+    )
+    output_format: Annotated[Format, BeforeValidator(_png_if_empty)] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+
+
+DRAWN = ("negative_prompt", "guidance_scale", "seed", "top_k", "top_p", "temperature", "decoding")
+"""Options of drawing that the routes of OpenAI take, beyond OpenAI's own."""
+
+ImagesRequest = option_fields("ImagesRequest", _Images, Draw, DRAWN)
+"""Body of /v1/images/generations."""
+
+
+class _Chat(Body):
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    model: str | None = Field(default=None, description="Any name is accepted.")
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    modalities: list[str] | None = Field(default=None, description='With "image", the answer is a picture.')
+    size: str | None = _Images.model_fields["size"]  # type: ignore[assignment]
+
+
+_Answering = option_fields("ChatRequest", _Chat, Answer, ("temperature", "top_k", "top_p", "seed"))
+ChatRequest = option_fields("ChatRequest", _Answering, Draw, ("negative_prompt", "guidance_scale", "decoding"))
+"""Body of /v1/chat/completions."""
+
+
+class _Txt2Img(Body):
+    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS)
+    negative_prompt: str | None = None
+    width: Annotated[int, Field(ge=1, le=99_999)] | None = None
+    height: Annotated[int, Field(ge=1, le=99_999)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
+    n_iter: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
+    cfg_scale: float | None = None
+    seed: int | None = Field(default=None, description="-1: a new one.")
+
+
+Txt2ImgRequest = _Txt2Img
+"""Body of /sdapi/v1/txt2img."""
+
+
+def given(body: BaseModel, *names: str) -> dict[str, Any]:
+    """The fields of a body that are there, of those named."""
+    return {name: value for name in names if (value := getattr(body, name)) is not None}

@@ -1,0 +1,191 @@
+"""What the routes share: how requests are prepared, run and told of."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from PIL import Image
+
+from emu3 import __version__
+from emu3.generation.events import Failed
+from emu3.generation.grammar import GridGrammar
+from emu3.options import MOST_SEED, Serve
+from emu3.pipeline import Asked, Result
+from emu3.serving.errors import Refused
+from emu3.serving.pictures import to_base64
+from emu3.serving.remote import Fetcher
+from emu3.serving.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from emu3.pipeline import Emu3Pipeline
+
+Value = TypeVar("Value")
+
+# Longer pictures are asked for as this long ones.
+_MOST_RATIO = 100
+# Pictures of more pixels are written in another thread, so that nobody waits for it.
+_MANY_PIXELS = 2**16
+
+
+class Service:
+    """What the routes share: a worker, and one thread that reads what clients send."""
+
+    def __init__(self, pipeline: Emu3Pipeline, name: str, serve: Serve) -> None:
+        self.pipeline, self.name, self.serve = pipeline, name, serve
+        self.worker = Worker(pipeline, serve.queue_tokens)
+        self.fetcher = Fetcher(serve.names("picture_host")) if serve.picture_host else None
+        self.began = int(time.time())
+        words = Path(pipeline.model.name_or_path) / "words.txt"
+        self.words = words.read_text().split() if words.is_file() else []
+        # One thread, because tokenizers may not be used by several.
+        self._preparing = ThreadPoolExecutor(1, "emu3-prepare")
+
+    async def prepare(self, function: Callable[..., Value], *arguments: Any, **keywords: Any) -> Value:
+        """Run something that tokenizes or reads pictures."""
+        run = partial(function, *arguments, **keywords)
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, run)
+
+    async def draw(
+        self, prompt: str, count: int, size: str | None, options: dict[str, Any], pinned: Any = None
+    ) -> Pictures:
+        """What to ask for a number of pictures of a prompt. Refused, or ValueError, where that cannot be drawn.
+
+        Args:
+            prompt: what to draw.
+            count: how many; picture i has seed + i.
+            size: "WIDTHxHEIGHT" in pixels, "auto", or nothing.
+            options: of `emu3.options.Draw`.
+            pinned: codes to keep; see `Emu3Pipeline.draw_requests`.
+        """
+        seed = options.pop("seed", None)
+        seed = secrets.randbelow(2**31) if seed is None else min(seed, MOST_SEED - count)
+        options |= {"seed": seed, **self._size(size)}
+        requests = await self.prepare(self.pipeline.draw_requests, [prompt] * count, pinned=pinned, **options)
+        return Pictures(self, prompt, [Asked(request) for request in requests], options)
+
+    def _size(self, size: str | None) -> dict[str, Any]:
+        """Options for a size: its ratio, and its area up to the one that the checkpoint was trained on."""
+        if size in (None, "", "auto"):
+            return {}
+        width, height = map(int, size.split("x"))
+        width, height = min(width, _MOST_RATIO * height), min(height, _MOST_RATIO * width)
+        area = min(max(width * height, self.factor**2), self.pipeline.processor.image_area)
+        return {"ratio": f"{width}:{height}", "image_area": area}
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side of a visual token."""
+        return int(self.pipeline.processor.image_processor.spatial_factor)
+
+    def can(self, ability: str) -> bool:
+        """Whether the checkpoint can "draw" or "read", as far as it says."""
+        try:
+            self.pipeline.require(ability)
+        except ValueError:
+            return False
+        return True
+
+    async def results(self, request: Request, asked: Sequence[Asked]) -> list[Result]:
+        """Run requests to their end, unless the client leaves."""
+        job = self.worker.open(asked, live=False)
+        collecting, leaving = asyncio.ensure_future(self._collect(job)), asyncio.ensure_future(_until_gone(request))
+        try:
+            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise Refused(499, "the client left")
+            return collecting.result()
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+            self.worker.close(job)
+
+    async def _collect(self, job: Job) -> list[Result]:
+        found: dict[int, Result] = {}
+        async for heard in self.worker.listen(job):
+            if isinstance(heard, Failed):
+                raise Refused(500, heard.error, code="generation_failed")
+            if isinstance(heard, Result):
+                found[heard.request] = heard
+        return [found[place] for place in range(len(job.asked))]
+
+    def stream(self, asked: Sequence[Asked], previews: int, write: Callable[[Job], AsyncIterator[bytes]]) -> Response:
+        """Server-sent events of requests. Where the client leaves, they are given up."""
+        return _Stream(self.worker, self.worker.open(asked, live=True, previews=previews), write)
+
+
+class Pictures:
+    """Pictures of one prompt that are to be drawn, and how a client is told of them."""
+
+    def __init__(self, service: Service, prompt: str, asked: list[Asked], options: dict[str, Any]) -> None:
+        self.service, self.prompt, self.asked, self.options = service, prompt, asked, options
+        self.grid = cast(GridGrammar, asked[0].request.grammar)
+        self.width, self.height = self.grid.width * service.factor, self.grid.height * service.factor
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens that went in and came out. The negative prompt counts."""
+        text = sum(len(prompt) for asked in self.asked for prompt in asked.request.prompts)
+        image = self.grid.length * len(self.asked)
+        return {
+            "input_tokens": text,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+            "output_tokens": image,
+            "output_tokens_details": {"text_tokens": 0, "image_tokens": image},
+            "total_tokens": text + image,
+        }
+
+    def seed(self, place: int) -> int:
+        """The seed of a picture."""
+        return cast(int, self.options["seed"]) + place
+
+    def record(self, place: int) -> dict[str, Any]:
+        """What draws a picture again, for its file."""
+        draw = {name: value for name, value in self.options.items() if name not in ("ratio", "image_area", "seed")}
+        own = {"seed": self.seed(place), "height": self.height, "width": self.width}
+        return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **draw, **own}
+
+    async def url(self, place: int, picture: Image.Image) -> str:
+        """A picture as a data URL, a PNG."""
+        return f"data:image/png;base64,{await self.encode(place, picture)}"
+
+    async def encode(
+        self, place: int, picture: Image.Image, format_: str = "png", compression: int | None = None
+    ) -> str:
+        """The file of a picture in base64, with its settings where the format keeps them."""
+        write = partial(to_base64, picture, format_, compression, self.record(place))
+        if picture.width * picture.height <= _MANY_PIXELS:
+            return write()
+        return await asyncio.to_thread(write)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that a request came to."""
+    return cast(Service, request.app.state.service)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of a job, which is closed with the response, however that ends."""
+
+    def __init__(self, worker: Worker, job: Job, write: Callable[[Job], AsyncIterator[bytes]]) -> None:
+        super().__init__(write(job), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.worker, self.job = worker, job
+
+    async def __call__(self, *arguments: Any) -> None:
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self.worker.close(self.job)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,379 @@
+"""One thread that owns the engine, and what the HTTP side asks of it.
+
+    HTTP (asyncio, one thread)              worker (one thread, all of torch)
+
+    open     counts tokens, or refuses ──►  encode pictures, `Engine.submit`
+    listen   ◄── one call for each step ──  `Engine.step`, decode what is finished, previews
+    close    ────────────────────────────►  `Engine.cancel`, before the next step
+
+So requests of all callers run together, and nothing waits for a picture of somebody else to be finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from emu3.generation.events import Event, Failed, Finished, FrameDone, RowDone, Started, Stepped, Tokens
+from emu3.generation.grammar import GridGrammar
+from emu3.pipeline import Asked, Result
+from emu3.serving.metrics import Metrics, Rate
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from emu3.pipeline import Emu3Pipeline
+
+logger = logging.getLogger("emu3")
+
+Value = TypeVar("Value")
+
+# A client that is told to wait longer than two minutes gives up.
+_MOST_RETRY_SECONDS = 60
+# Seconds after which a client is told again how many are before it.
+_TICK = 0.25
+# Previews take at most this part of the time in which the engine works ...
+_PREVIEW_SHARE = 0.1
+# ... counted over all of it, with so many seconds in advance, so that short pictures have previews too.
+_PREVIEW_CREDIT = 0.05
+
+
+class QueueFull(Exception):
+    """More tokens wait than the server allows. `retry_after`: whole seconds after which there may be room."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the server is busy; try again later")
+        self.retry_after = retry_after
+
+
+class Draining(Exception):
+    """The server is about to stop and takes nothing new."""
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """The rows of a picture that are finished, on a grey picture of its full size."""
+
+    request: int
+    picture: Image.Image
+    rows: int
+
+
+Named = Started | Tokens | RowDone | FrameDone | Finished | Failed
+"""Events of a request."""
+
+Heard = Named | Stepped | Result | Preview
+
+
+@dataclass(eq=False)
+class Job:
+    """What one caller asked for. Changes while it runs.
+
+    Attributes:
+        asked: requests; events name them by their place.
+        live: whether the caller wants every event, or only results and failures.
+        previews: the most previews of each picture.
+        heard: events for the caller.
+        numbers: number of each request in the engine -> its place; the worker's.
+        closed: nobody listens any more.
+    """
+
+    asked: Sequence[Asked]
+    live: bool
+    previews: int
+    loop: asyncio.AbstractEventLoop
+    began: float
+    heard: asyncio.Queue[Heard] = field(default_factory=asyncio.Queue)
+    numbers: dict[int, int] = field(default_factory=dict)
+    closed: bool = False
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request in the engine, as the worker follows it."""
+
+    job: Job
+    place: int
+    ids: dict[int, int] = field(default_factory=dict)  # position -> id, where previews are asked for
+    rows: int = 0
+    previews: int = 0
+
+
+class Worker:
+    """Runs a pipeline's engine in a thread of its own until it is stopped.
+
+    Args:
+        pipeline: whose engine runs. Nothing else may step it.
+        queue_tokens: the most tokens, prompts and answers and both lanes of guidance, that may wait to be admitted.
+            A request that is alone may be larger.
+    """
+
+    def __init__(self, pipeline: Emu3Pipeline, queue_tokens: int | None = None) -> None:
+        self.pipeline, self.engine = pipeline, pipeline.engine
+        self.queue_tokens = queue_tokens if queue_tokens is not None else 64 * self.engine.context
+        self.draining = False
+        self.metrics = Metrics(self)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
+        self._running: dict[int, _Running] = {}
+        self._lock = threading.Lock()
+        self._waiting: dict[
+            tuple[Job, int], int
+        ] = {}  # not admitted yet -> its tokens; in the order in which they came
+        self._jobs: set[Job] = set()
+        self._seconds = 0.0
+        self._preview_seconds = 0.0
+        self._rate, self._steps = Rate(), Rate()
+        self._thread = threading.Thread(target=self._run, name="emu3-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what runs is given up."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for anything."""
+        return not self._jobs
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens decided a second of work, lately."""
+        return self._rate.value
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens decided a forward, lately."""
+        return self._rate.value / self._steps.value if self._steps.value else 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the requests that are not admitted yet."""
+        with self._lock:
+            return sum(self._waiting.values())
+
+    def position(self, job: Job) -> int | None:
+        """How many requests are before the first one of a job that waits; None where all of it runs."""
+        with self._lock:
+            return next((n for n, (each, _) in enumerate(self._waiting) if each is job), None)
+
+    def open(self, asked: Sequence[Asked], live: bool = False, previews: int = 0) -> Job:
+        """Take requests on. Called from the event loop; `listen` and then `close` must follow.
+
+        Raises:
+            QueueFull, Draining: not now.
+            ValueError: a request that this engine can never run.
+        """
+        if self.draining or not self.alive:
+            raise Draining
+        sizes = [len(each.request.prompts) * each.request.reserved(self.engine.context) for each in asked]
+        limit = self.engine.tokens
+        if limit is not None and (largest := max(sizes)) > limit:
+            raise ValueError(f"a request takes {largest} tokens of the cache, this server has {limit}; ask for less")
+        with self._lock:
+            waiting = sum(self._waiting.values())
+            if waiting and waiting + sum(sizes) > self.queue_tokens:
+                self.metrics.rejected.inc()
+                seconds = math.ceil(waiting / self._rate.value) if self._rate.value else 1
+                raise QueueFull(min(max(seconds, 1), _MOST_RETRY_SECONDS))
+            job = Job(asked, live, previews, asyncio.get_running_loop(), time.monotonic())
+            self._waiting |= {(job, place): size for place, size in enumerate(sizes)}
+            self._jobs.add(job)
+        self._inbox.put(partial(self._begin, job))
+        return job
+
+    async def listen(self, job: Job) -> AsyncGenerator[Heard]:
+        """The events of a job, up to the last result or failure. Live jobs also hear of each step that they were in."""
+        unfinished = len(job.asked)
+        while unfinished:
+            heard = await job.heard.get()
+            unfinished -= isinstance(heard, Result | Failed)
+            yield heard
+
+    async def position_of(self, job: Job) -> AsyncGenerator[int]:
+        """How many requests are before a job's first one, now and then, until it runs."""
+        while (position := self.position(job)) is not None and job.heard.empty():
+            yield position
+            await asyncio.sleep(_TICK)
+
+    def close(self, job: Job) -> None:
+        """Nobody listens any more: give up what still runs of it. Its lanes are free after the step under way."""
+        job.closed = True
+        self._inbox.put(partial(self._end, job))
+
+    async def call(self, function: Callable[[], Value]) -> Value:
+        """What a function gives that runs in the worker's thread, between two steps."""
+        future: concurrent.futures.Future[Value] = concurrent.futures.Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
+
+        self._inbox.put(run)
+        return await asyncio.wrap_future(future)
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        while True:
+            block = self.engine.idle
+            try:
+                while True:
+                    command = self._inbox.get(block=block)
+                    block = False
+                    if command is None:
+                        return
+                    command()
+            except queue.Empty:
+                pass
+            if self.engine.idle:
+                continue
+            start = time.perf_counter()
+            events: list[Event]
+            try:
+                events = self.engine.step()
+            except Exception:  # memory that ran out, or a bug: end what runs, and live on
+                logger.exception("a step failed")
+                events = [Failed(number, "the server could not go on") for number in self._running]
+                for number in self._running:
+                    self.engine.cancel(number)
+            self._hear(events, start)
+
+    def _begin(self, job: Job) -> None:
+        if job.closed:
+            return
+        for place, asked in enumerate(job.asked):
+            try:
+                number = self.engine.submit(self.pipeline.encode(asked))
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    logger.exception("a request could not be submitted")
+                why = str(error) if isinstance(error, ValueError) else "the server could not begin"
+                self._tell({job: [Failed(place, why)]})
+            else:
+                job.numbers[number] = place
+                self._running[number] = _Running(job, place)
+
+    def _end(self, job: Job) -> None:
+        for number in job.numbers:
+            if self.engine.cancel(number):
+                self.metrics.cancelled.inc()
+            self._running.pop(number, None)
+        with self._lock:
+            for place in range(len(job.asked)):
+                self._waiting.pop((job, place), None)
+            self._jobs.discard(job)
+
+    def _hear(self, events: Sequence[Event], start: float) -> None:
+        """Follow what runs, decode what is finished, and tell the jobs."""
+        told: dict[Job, list[Heard]] = {}
+        decided = steps = 0
+        forward: Stepped | None = None
+        for event in events:
+            if isinstance(event, Stepped):
+                self.metrics.count(event)
+                if not event.prefill:
+                    decided, steps, forward = decided + event.decided, steps + 1, event
+            elif (running := self._running.get(event.request)) is not None:
+                told.setdefault(running.job, []).extend(self._follow(running, event))
+        for running in self._running.values():
+            if (preview := self._preview(running)) is not None:
+                told.setdefault(running.job, []).append(preview)
+        if forward is not None:
+            for job, heard in told.items():
+                if job.live:
+                    heard.append(forward)
+        self._tell(told)
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        self._rate.add(decided, seconds)
+        self._steps.add(steps, seconds)
+
+    def _follow(self, running: _Running, event: Named) -> list[Heard]:
+        """Take note of an event of a request: what its caller hears of it."""
+        job, place = running.job, running.place
+        heard: list[Heard] = []
+        if job.live or isinstance(event, Failed):
+            heard.append(replace(event, request=place))
+        if isinstance(event, Started):
+            self._leave_queue(running)
+        elif isinstance(event, Tokens):
+            if event.position == 0:
+                self.metrics.first_tokens.observe(time.monotonic() - job.began)
+            if job.previews:
+                running.ids |= dict(enumerate(event.ids, event.position))
+        elif isinstance(event, RowDone):
+            running.rows = event.row + 1
+            if event.row == 0:
+                self.metrics.first_row.observe(time.monotonic() - job.began)
+        elif isinstance(event, Finished | Failed):
+            del self._running[event.request]
+            self._leave_queue(running)
+            self.metrics.finished.labels("failed" if isinstance(event, Failed) else event.reason).inc()
+            self.metrics.seconds.observe(time.monotonic() - job.began)
+            if isinstance(event, Finished):
+                heard.append(self._result(running, event))
+        return heard
+
+    def _leave_queue(self, running: _Running) -> None:
+        with self._lock:
+            self._waiting.pop((running.job, running.place), None)
+
+    def _result(self, running: _Running, event: Finished) -> Result | Failed:
+        try:
+            asked = running.job.asked[running.place]
+            return self.pipeline.result(replace(event, request=running.place), asked.request)
+        except Exception:
+            logger.exception("a result could not be decoded")
+            return Failed(running.place, "the server could not decode it")
+
+    def _preview(self, running: _Running) -> Preview | None:
+        """The next preview of a picture, if it is due and there is time for it."""
+        job, grid = running.job, running.job.asked[running.place].request.grammar
+        if running.previews >= job.previews or not isinstance(grid, GridGrammar) or running.rows == grid.height:
+            return None
+        due = math.ceil((running.previews + 1) * grid.height / (job.previews + 1))
+        if running.rows < due or self._preview_seconds > _PREVIEW_SHARE * self._seconds + _PREVIEW_CREDIT:
+            return None
+        start = time.perf_counter()
+        ids = [running.ids[k] for k in range(running.rows * (grid.width + 1))]
+        picture = self.pipeline.preview(grid, ids)
+        self._preview_seconds += time.perf_counter() - start
+        running.previews += 1
+        self.metrics.previews.inc()
+        return Preview(running.place, picture, running.rows)
+
+    def _tell(self, told: dict[Job, list[Heard]]) -> None:
+        for job, heard in told.items():
+            if heard and not job.closed:
+                job.loop.call_soon_threadsafe(_put, job, heard)
+
+
+def _put(job: Job, heard: Sequence[Heard]) -> None:
+    for each in heard:
+        job.heard.put_nowait(each)

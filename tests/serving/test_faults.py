@@ -1,0 +1,186 @@
+"""Clients that leave, a full queue, decoding that fails, a server that is stopped: nothing is left behind."""
+
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import httpx2 as httpx
+import pytest
+
+from emu3.generation.decoders.raster import RasterDecoder
+
+CAR = "a photo of a red car"
+DRAW = "/v1/images/generations"
+
+
+def post_and_leave(server, body, seconds, path=DRAW):
+    """Send a request, and hang up after a while without reading all of the answer."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        cut = len(content) if seconds else random.Random(len(content)).randrange(len(content))
+        connection.sendall(f"{head}\r\n\r\n".encode() + content[:cut])
+        time.sleep(seconds)
+
+
+def test_clients_that_leave(server, nano):
+    """200 that leave at random moments, while others stay; whose pictures are what they are alone."""
+    expected = nano.image(CAR, seed=5)[0]
+    wanted = server.post(DRAW, {"prompt": CAR, "seed": 5}).json()["data"]
+    chance = random.Random(0)
+
+    def leave(number):
+        stream = {"stream": True, "partial_images": number % 4} if number % 2 else {}
+        seconds = 0 if number % 10 == 0 else chance.random() * 0.3
+        if number % 3:
+            post_and_leave(server, {"prompt": CAR, "n": 1 + number % 4, "decoding": "raster", **stream}, seconds)
+        else:
+            body = {"messages": [{"role": "user", "content": "Describe the picture."}], "stream": bool(number % 2)}
+            post_and_leave(server, body, seconds, "/v1/chat/completions")
+
+    with ThreadPoolExecutor(12) as pool:
+        leaving = [pool.submit(leave, number) for number in range(200)]
+        for _ in range(5):
+            assert server.post(DRAW, {"prompt": CAR, "seed": 5}).json()["data"] == wanted
+        for each in leaving:
+            each.result()
+    assert server.is_idle()
+    assert expected.size == (48, 48)
+
+
+def test_a_request_that_is_left_stops_within_a_step(server):
+    steps = []
+    step = server.worker.engine.step
+    server.worker.engine.step = lambda: steps.append(1) or step()
+    try:
+        post_and_leave(server, {"prompt": CAR, "n": 10, "decoding": "raster"}, 0.15)
+        assert server.is_idle()
+        assert 0 < len(steps) < 140  # of 144 and a few for the prompts
+    finally:
+        del server.worker.engine.step
+
+
+def test_a_full_queue(serve):
+    """What is refused says when to come again; what was taken is drawn."""
+    server = serve(queue_tokens=2000)
+    lanes = server.worker.engine.lanes
+    server.worker.engine.lanes = 4
+    try:
+        with ThreadPoolExecutor(30) as pool:
+            body = {"prompt": CAR, "n": 2, "decoding": "raster"}
+            answers = list(pool.map(lambda seed: server.post(DRAW, {**body, "seed": seed}), range(30)))
+    finally:
+        server.worker.engine.lanes = lanes
+    refused = [each for each in answers if each.status_code == 429]
+    assert {each.status_code for each in answers} == {200, 429}
+    for each in refused:
+        assert 1 <= int(each.headers["retry-after"]) <= 60
+        assert each.json()["error"]["type"] == "rate_limit_error"
+        assert "x-should-retry" not in each.headers
+    text = server.client.get("/metrics").text
+    assert f"emu3_rejected_total {float(len(refused))}" in text
+    assert server.is_idle()
+    server.stop()
+
+
+def test_a_decoding_that_fails_is_told_and_ends_alone(server, monkeypatch):
+    """A draw that raises, for one of two requests at a time."""
+
+    def draw(logits_BV, sampling, noise_B):
+        raise ZeroDivisionError
+
+    good = server.post(DRAW, {"prompt": CAR, "seed": 5}).json()["data"]
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(RasterDecoder, "draw", staticmethod(draw))
+        bad = pool.submit(server.post, DRAW, {"prompt": CAR, "decoding": "raster"})
+        other = pool.submit(server.post, DRAW, {"prompt": CAR, "seed": 5})
+        assert other.result().json()["data"] == good
+        answer = bad.result()
+        events = server.events(DRAW, {"prompt": CAR, "decoding": "raster"})
+    assert answer.status_code == 500
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.json()["error"]["code"] == "generation_failed"
+    assert json.loads(events[-1])["type"] == "error"
+    assert server.is_idle()
+
+
+def test_a_step_that_fails_ends_what_runs_and_no_more(server, monkeypatch):
+    def step():
+        monkeypatch.undo()
+        raise MemoryError("at 0x7f0000000000 in /home/somebody")
+
+    monkeypatch.setattr(server.worker.engine, "step", step)
+    answer = server.post(DRAW, {"prompt": CAR})
+    assert answer.status_code == 500
+    assert "somebody" not in answer.text
+    assert server.post(DRAW, {"prompt": CAR}).status_code == 200
+    assert server.is_idle()
+
+
+def test_previews_take_little_time(server):
+    """A tenth of the time at most, apart from the seconds that they have in advance."""
+    worker = server.worker
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{"prompt": CAR, "partial_images": 3, "seed": seed} for seed in range(40)]
+        list(pool.map(lambda body: server.events(DRAW, body), bodies))
+    assert worker._preview_seconds <= 0.1 * worker._seconds + 0.2
+    assert server.is_idle()
+
+
+@contextmanager
+def started(*options):
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, "-m", "emu3", "serve", "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().strip()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url), process.communicate()
+            yield process, url
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_stopped_finishes_its_work():
+    statuses, refused = [], []
+    with started() as (process, url), httpx.Client(base_url=url, timeout=60) as kept:
+
+        def draw(seed):
+            body = {"prompt": CAR, "n": 4, "decoding": "raster", "seed": seed}
+            statuses.append(httpx.post(url + DRAW, json=body, timeout=60).status_code)
+
+        threads = [threading.Thread(target=draw, args=[seed]) for seed in range(8)]
+        for each in threads:
+            each.start()
+        time.sleep(1.0)
+        assert kept.get("/ready").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        with suppress(httpx.TransportError):  # where it was quick, and has stopped
+            refused = [kept.get("/ready"), kept.post(DRAW, json={"prompt": CAR})]
+        for each in threads:
+            each.join()
+        assert statuses == [200] * 8
+        assert [each.status_code for each in refused] in ([503, 503], [])
+        assert all(each.headers["retry-after"] for each in refused[1:])
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken():
+    with started() as (_, url):
+        command = [sys.executable, "-m", "emu3", "serve", "--port", url.rsplit(":", 1)[1]]
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 2
+        assert "cannot listen on 127.0.0.1 port" in second.stderr

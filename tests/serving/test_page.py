@@ -1,0 +1,184 @@
+"""The page in a real browser. Skipped where there is no Chromium; pictures of what was seen go to out/page/."""
+
+import base64
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not tested")
+
+SHOTS = Path(__file__).parents[2] / "out" / "page"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+CAR = "a photo of a red car"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
+def page(request, browser, server):
+    """The page, with what it complains of."""
+    context = browser.new_context(viewport=request.param, color_scheme="light")
+    page = context.new_page()
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(server.url)
+    expect(page.get_by_test_id("draw")).to_be_enabled()
+    yield page
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{request.node.name}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it scrolls sideways"
+    context.close()
+    assert complaints == []
+
+
+def draw(page, seed=7, decoding="raster"):
+    page.get_by_test_id("prompt").fill(CAR)
+    page.get_by_test_id("seed").fill(str(seed))
+    page.get_by_test_id("decoding").select_option(decoding)
+    page.get_by_test_id("prompt").press("Escape")
+    page.get_by_test_id("draw").click()
+    expect(page.get_by_test_id("seed-used")).to_contain_text(str(seed), timeout=20_000)
+    expect(page.get_by_test_id("tokens-toggle")).to_be_enabled(timeout=20_000)
+
+
+def shown(page):
+    """The picture that is shown, as its file."""
+    url = page.get_by_test_id("picture").locator("img").last.get_attribute("src")
+    return base64.b64decode(url.removeprefix("data:image/png;base64,"))
+
+
+def test_a_picture_is_drawn_before_ones_eyes(page, nano):
+    draw(page)
+    assert int(page.get_by_test_id("picture").get_attribute("data-previews")) >= 3
+    opened = Image.open(io.BytesIO(shown(page)))
+    assert opened.tobytes() == nano.image(CAR, seed=7, decoding="raster")[0].tobytes()
+    # What it drew is read.
+    page.get_by_test_id("sees").click()
+    expect(page.get_by_test_id("sees-answer")).to_contain_text("red car", timeout=20_000)
+    # It is kept, and found again after a reload; its settings come back.
+    page.reload()
+    expect(page.get_by_test_id("draw")).to_be_enabled()
+    page.get_by_test_id("tab-gallery").click()
+    expect(page.get_by_test_id("gallery-item")).to_have_count(1)
+    page.get_by_test_id("gallery-item").first.click()
+    page.get_by_test_id("use-settings").first.click()
+    expect(page.get_by_test_id("prompt")).to_have_value(CAR)
+    expect(page.get_by_test_id("seed")).to_have_value("7")
+
+
+def test_drawing_can_be_cancelled(page, server):
+    steps = []
+    step = server.worker.engine.step
+
+    def slow():
+        time.sleep(0.1)
+        steps.append(1)
+        return step()
+
+    server.worker.engine.step = slow
+    try:
+        page.get_by_test_id("prompt").fill(CAR)
+        page.get_by_test_id("prompt").press("Escape")
+        page.get_by_test_id("decoding").select_option("raster")
+        page.get_by_test_id("prompt").press("Control+Enter")
+        expect(page.get_by_test_id("cancel")).to_be_visible()
+        page.wait_for_timeout(300)
+        page.get_by_test_id("cancel").click()
+        expect(page.get_by_test_id("draw")).to_be_enabled()
+        assert server.is_idle()
+    finally:
+        del server.worker.engine.step
+    assert len(steps) < 140
+
+
+def test_tokens_are_pinned_and_the_rest_is_drawn_again(page):
+    draw(page)
+    before = shown(page)
+    page.get_by_test_id("tokens-toggle").click()
+    cells = page.get_by_test_id("cell")
+    expect(cells).to_have_count(144)
+    codes = [cells.nth(number).get_attribute("data-code") for number in range(144)]
+    for number in (0, 1, 2):
+        cells.nth(number).click()
+    cells.nth(2).press("ArrowRight")
+    page.keyboard.press("Space")
+    expect(page.get_by_test_id("token-info")).to_contain_text("probability")
+    pinned = [number for number in range(144) if cells.nth(number).get_attribute("aria-selected") == "true"]
+    assert pinned == [0, 1, 2, 3]
+    page.get_by_test_id("redraw").click()
+    expect(page.get_by_test_id("seed-used")).not_to_contain_text("Seed 7", timeout=20_000)
+    expect(page.get_by_test_id("tokens-toggle")).to_be_enabled(timeout=20_000)
+    assert shown(page) != before
+    expect(cells).to_have_count(144)
+    assert [cells.nth(number).get_attribute("data-code") for number in pinned] == codes[:4]
+
+
+def test_four_decoders_race(page):
+    page.get_by_test_id("prompt").fill(CAR)
+    page.get_by_test_id("prompt").press("Escape")
+    page.locator("#race-start").click()
+    lanes = page.get_by_test_id("race-lane")
+    expect(lanes).to_have_count(4)
+    expect(page.locator("[data-testid=race-lane][data-place]")).to_have_count(4, timeout=30_000)
+    steps = {
+        lanes.nth(number).get_attribute("data-decoding"): int(lanes.nth(number).locator("dd").nth(1).inner_text())
+        for number in range(4)
+    }
+    assert steps["raster"] == 144
+    assert steps["zipar"] < steps["predictive"] < 60
+    expect(page.get_by_test_id("race-verdict")).to_contain_text("first")
+
+
+def test_a_picture_that_is_dropped_gives_its_settings_back(page, nano):
+    record = {"prompt": "a photo of two dogs", "seed": 11, "height": 48, "width": 48, "guidance_scale": 2.0}
+    out, text = io.BytesIO(), PngInfo()
+    text.add_text("emu3", json.dumps(record))
+    nano.image("a photo of two dogs", seed=11)[0].save(out, "PNG", pnginfo=text)
+    content = base64.b64encode(out.getvalue()).decode()
+    page.evaluate(
+        """async (content) => {
+            const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "dogs.png", { type: "image/png" }));
+            for (const kind of ["dragenter", "dragover", "drop"])
+                document.body.dispatchEvent(
+                    new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        content,
+    )
+    expect(page.get_by_test_id("prompt")).to_have_value("a photo of two dogs")
+    expect(page.get_by_test_id("seed")).to_have_value("11")
+
+
+def test_a_chat_about_a_picture(page, nano, tmp_path):
+    nano.image("a photo of a purple cat", seed=1)[0].save(tmp_path / "cat.png")
+    page.get_by_test_id("tab-chat").click()
+    page.get_by_test_id("chat-file").set_input_files(tmp_path / "cat.png")
+    page.get_by_test_id("chat-input").fill("What color is the cat?")
+    page.get_by_test_id("chat-send").click()
+    expect(page.get_by_test_id("chat-answer")).to_contain_text("purple", timeout=20_000)
+    # A changed question is another branch; the first one is kept.
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_test_id("chat-edit").fill("What is in the picture?")
+    page.get_by_test_id("chat-edit").press("Enter")
+    expect(page.get_by_test_id("chat-answer").last).to_contain_text("cat", timeout=20_000)
+    expect(page.get_by_test_id("branches").first).to_contain_text("2 of 2")
