@@ -291,7 +291,7 @@ class Draw(_Options):
     )
     decoding: Any = _option(
         "predictive",
-        "predictive, raster: same pictures; jacobi: lossless; zipar: fast; see docs/draw.md.",
+        "predictive, raster: same pictures; jacobi: others, as good; zipar: faster, a little worse.",
         check_decoding,
     )
 

@@ -41,6 +41,7 @@ def test_every_token_is_told(server, nano):
     for number, data in done.items():
         assert (data["codes"] == expected[number]).all()
         assert data["steps"] == 144
+        assert data["seconds"] > 0.02
         opened = Image.open(io.BytesIO(base64.b64decode(data["url"].removeprefix("data:image/png;base64,"))))
         record = json.loads(opened.text["emu3"])
         assert record == data["record"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import fields, replace
 from functools import cache
@@ -15,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from PIL import Image
 from pydantic import Field
 
-from emu3.generation.events import Failed, Finished, Started, Stepped, Tokens
+from emu3.generation.events import Failed, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
 from emu3.options import Draw
 from emu3.pipeline import Result
@@ -101,7 +100,7 @@ async def draw(request: Request, body: DrawRequest) -> Response:  # type: ignore
         async for heard in service.worker.listen(job):
             if isinstance(heard, Stepped):
                 for each in progress:
-                    each.steps += each.runs
+                    each.step()
                 continue
             told = progress[heard.request]
             match heard:
@@ -112,11 +111,9 @@ async def draw(request: Request, body: DrawRequest) -> Response:  # type: ignore
                 case Preview():
                     url = await pictures.url(heard.request, heard.picture)
                     yield sse({"picture": heard.request, "rows": heard.rows, "url": url}, "preview")
-                case Finished():
-                    told.runs = False
                 case Result():
                     url = await pictures.url(heard.request, cast(Image.Image, heard.output))
-                    yield sse(told.end(heard) | {"url": url}, "done")
+                    yield sse(told.end(heard, job.seconds[heard.request]) | {"url": url}, "done")
                 case Failed():
                     yield sse(error_body(500, heard.error), "error")
                     return
@@ -129,33 +126,36 @@ class _Progress:
 
     def __init__(self, pictures: Pictures, place: int) -> None:
         self.pictures, self.place = pictures, place
-        self.decided, self.steps, self.runs, self.began = 0, 0, False, time.monotonic()
+        self.decided, self.steps, self.is_new = 0, 0, False
 
     def start(self, length: int) -> dict[str, Any]:
-        self.runs, self.began = True, time.monotonic()
         grid = self.pictures.grid
         size = {"width": grid.width, "height": grid.height}
         return {"picture": self.place, **size, "seed": self.pictures.seed(self.place), "length": length}
 
     def add(self, tokens: Tokens) -> dict[str, Any]:
         self.decided += len(tokens.ids)
+        self.is_new = True
         grid, codes = self.pictures.grid, []
         for position, id_ in enumerate(tokens.ids, tokens.position):
             row, column = divmod(position, grid.width + 1)
             if row < grid.height and column < grid.width:
                 codes.append([row, column, int(grid.vocabulary.codes_of(np.array(id_)))])
-        # The step that they are of is told behind them.
-        steps = self.steps + (self.decided > 0)
-        return {"picture": self.place, "decided": self.decided, "steps": steps, "codes": codes}
+        return {"picture": self.place, "decided": self.decided, "steps": self.steps + 1, "codes": codes}
 
-    def end(self, result: Result) -> dict[str, Any]:
+    def step(self) -> None:
+        """A step is over, which is told behind its tokens."""
+        self.steps += self.is_new
+        self.is_new = False
+
+    def end(self, result: Result, seconds: float) -> dict[str, Any]:
         codes_HW = self.pictures.grid.codes_of(np.array(result.ids))[0]
         return {
             "picture": self.place,
             "seed": self.pictures.seed(self.place),
             "codes": codes_HW.tolist(),
-            "steps": self.steps + 1,
-            "seconds": round(time.monotonic() - self.began, 4),
+            "steps": self.steps + self.is_new,
+            "seconds": round(seconds, 4),
             "record": self.pictures.record(self.place),
         }
 

@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -83,6 +84,8 @@ class Job:
         live: whether the caller wants every event, or only results and failures.
         previews: the most previews of each picture.
         heard: events for the caller.
+        begun: set with the first of them.
+        seconds: place of each request that is finished -> how long it ran, without waiting.
         numbers: number of each request in the engine -> its place; the worker's.
         closed: nobody listens any more.
     """
@@ -93,6 +96,8 @@ class Job:
     loop: asyncio.AbstractEventLoop
     began: float
     heard: asyncio.Queue[Heard] = field(default_factory=asyncio.Queue)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    seconds: dict[int, float] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
     closed: bool = False
 
@@ -106,6 +111,7 @@ class _Running:
     ids: dict[int, int] = field(default_factory=dict)  # position -> id, where previews are asked for
     rows: int = 0
     previews: int = 0
+    began: float = 0.0
 
 
 class Worker:
@@ -214,9 +220,10 @@ class Worker:
 
     async def position_of(self, job: Job) -> AsyncGenerator[int]:
         """How many requests are before a job's first one, now and then, until it runs."""
-        while (position := self.position(job)) is not None and job.heard.empty():
+        while not job.begun.is_set() and (position := self.position(job)) is not None:
             yield position
-            await asyncio.sleep(_TICK)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(job.begun.wait(), _TICK)
 
     def close(self, job: Job) -> None:
         """Nobody listens any more: give up what still runs of it. Its lanes are free after the step under way."""
@@ -322,6 +329,7 @@ class Worker:
             heard.append(replace(event, request=place))
         if isinstance(event, Started):
             self._leave_queue(running)
+            running.began = time.monotonic()
         elif isinstance(event, Tokens):
             if event.position == 0:
                 self.metrics.first_tokens.observe(time.monotonic() - job.began)
@@ -334,6 +342,7 @@ class Worker:
         elif isinstance(event, Finished | Failed):
             del self._running[event.request]
             self._leave_queue(running)
+            job.seconds[place] = time.monotonic() - running.began
             self.metrics.finished.labels("failed" if isinstance(event, Failed) else event.reason).inc()
             self.metrics.seconds.observe(time.monotonic() - job.began)
             if isinstance(event, Finished):
@@ -377,3 +386,4 @@ class Worker:
 def _put(job: Job, heard: Sequence[Heard]) -> None:
     for each in heard:
         job.heard.put_nowait(each)
+    job.begun.set()
