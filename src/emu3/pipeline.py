@@ -403,7 +403,7 @@ def _conversation(messages: Any) -> list[Message]:
         text, pictures = messages
         if not isinstance(pictures, list | tuple):
             pictures = () if pictures is None else (pictures,)
-        if None in [picture if picture is None else 0 for picture in pictures]:
+        if any(picture is None for picture in pictures):
             raise ValueError("one of the pictures is None; give pictures, or an empty list for a question without any")
         content = [
             *({"type": "image", "image": picture} for picture in pictures),

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from emu3.generation.events import Failed, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
-from emu3.options import Draw
+from emu3.options import DECODINGS, Draw
 from emu3.pipeline import Result
 from emu3.serving.errors import Refused, error_body, sse
 from emu3.serving.schema import MOST_CHARACTERS, MOST_PICTURES, Body, given, option_fields
@@ -79,7 +79,7 @@ async def model(request: Request) -> dict[str, Any]:
         "factor": service.factor,
         "width": grid and grid.width,
         "height": grid and grid.height,
-        "decodings": ["predictive", "raster", "jacobi", "zipar"],
+        "decodings": list(DECODINGS),
         "options": {name: options[name] for name in _SHOWN},
         "words": service.words,
     }

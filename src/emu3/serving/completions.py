@@ -28,7 +28,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore
     service, fields = service_of(request), cast(Any, body)
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     prompt = asked_to_draw(fields.messages, fields.modalities)
-    if prompt is not None and (fields.modalities or service.can("draw")):
+    if prompt is not None and ("image" in (fields.modalities or ()) or service.can("draw")):
         return await _draw_in_chat(request, service, fields, prompt, about)
     talk = await service.prepare(read_messages, fields.messages, service.fetcher)
     options = given(fields, "temperature", "top_k", "top_p", "seed")
@@ -83,7 +83,7 @@ async def _draw_in_chat(
     }
 
     async def image(result: Result) -> list[dict[str, Any]]:
-        return [data_url(await pictures.encode(0, cast(Image.Image, result.output), "png", None))]
+        return [data_url(await pictures.encode(0, cast(Image.Image, result.output)))]
 
     if not fields.stream:
         (result,) = await service.results(request, pictures.asked)

@@ -114,6 +114,6 @@ class GrowingText:
         return new
 
 
-def data_url(content: str, format_: str = "png") -> dict[str, Any]:
-    """A picture in base64, as a part of an answer."""
-    return {"type": "image_url", "image_url": {"url": f"data:image/{format_};base64,{content}"}}
+def data_url(content: str) -> dict[str, Any]:
+    """A PNG in base64, as a part of an answer."""
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}

@@ -107,7 +107,7 @@ async def a1111_draw(request: Request, body: Txt2ImgRequest) -> dict[str, Any]:
     count = min((body.batch_size or 1) * (body.n_iter or 1), MOST_PICTURES)
     pictures = await service.draw(body.prompt, count, size, options)
     results = await service.results(request, pictures.asked)
-    files = [await pictures.encode(each.request, cast(Image.Image, each.output), "png", None) for each in results]
+    files = [await pictures.encode(each.request, cast(Image.Image, each.output)) for each in results]
     seeds = [pictures.seed(place) for place in range(count)]
     info = {
         "prompt": body.prompt,

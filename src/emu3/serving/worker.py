@@ -6,7 +6,7 @@
     listen   ◄── one call for each step ──  `Engine.step`, decode what is finished, previews
     close    ────────────────────────────►  `Engine.cancel`, before the next step
 
-So requests of all callers run together, and nothing waits for a picture of somebody else to be finished.
+So requests of all callers run together. One waits for another only where the lanes or tokens of the engine are taken.
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ class Worker:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
         self._running: dict[int, _Running] = {}
         self._lock = threading.Lock()
-        self._waiting: dict[
-            tuple[Job, int], int
-        ] = {}  # not admitted yet -> its tokens; in the order in which they came
+        # Not admitted yet -> its tokens; in the order in which they came.
+        self._waiting: dict[tuple[Job, int], int] = {}
         self._jobs: set[Job] = set()
         self._seconds = 0.0
         self._preview_seconds = 0.0
