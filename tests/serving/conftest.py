@@ -61,6 +61,12 @@ def no_signals():
     yield
 
 
+@pytest.fixture(autouse=True)
+def time_for_previews(monkeypatch):
+    """As many as are asked for, however busy the machine is. What they may take is tested in test_faults.py."""
+    monkeypatch.setattr("emu3.serving.worker._PREVIEW_CREDIT", 1e6)
+
+
 @pytest.fixture(scope="session")
 def nano():
     return Emu3Pipeline.from_pretrained("nano")

@@ -127,9 +127,11 @@ def test_a_step_that_fails_ends_what_runs_and_no_more(server, monkeypatch):
     assert server.is_idle()
 
 
-def test_previews_take_little_time(server):
+def test_previews_take_little_time(server, monkeypatch):
     """A tenth of the time at most, apart from the seconds that they have in advance."""
+    monkeypatch.setattr("emu3.serving.worker._PREVIEW_CREDIT", 0.05)
     worker = server.worker
+    worker._preview_seconds = worker._seconds = 0.0
     with ThreadPoolExecutor(8) as pool:
         bodies = [{"prompt": CAR, "partial_images": 3, "seed": seed} for seed in range(40)]
         list(pool.map(lambda body: server.events(DRAW, body), bodies))
