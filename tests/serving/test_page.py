@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 expect = sync_api.expect
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not tested")
@@ -34,7 +35,7 @@ def browser():
 
 @pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
 def page(request, browser, server):
-    """The page, with what it complains of."""
+    """The page. What it complains of fails the test, and so does what axe finds where the test ends."""
     context = browser.new_context(viewport=request.param, color_scheme="light")
     page = context.new_page()
     complaints = []
@@ -46,6 +47,10 @@ def page(request, browser, server):
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / f"{request.node.name}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it scrolls sideways"
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # no colour is half-way
+        found = axe.Axe().run(page).response["violations"]
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
     context.close()
     assert complaints == []
 

@@ -23,8 +23,8 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-def option_fields(name: str, base: type[Body], kind: type[Draw | Answer], names: Sequence[str]) -> type[Body]:
-    """A body with further fields: some options of a kind. Their values are checked when the options are made."""
+def option_fields(name: str, base: type[BaseModel], kind: type[Any], names: Sequence[str]) -> type[Any]:
+    """A class with further fields: some options of a kind. Their values are checked when the options are made."""
     wanted = {each.name: each for each in fields(kind)}
     types: dict[str, Any] = {"seed": Annotated[int, Field(ge=0, le=MOST_SEED)]}
     more: dict[str, Any] = {

@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=_Protocol,
+            loop="asyncio",  # whether uvloop is there or not
             log_level="warning",
             access_log=False,
             server_header=False,
