@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from emu3 import Emu3Pipeline
-from emu3.icons.sheet import contact_sheet
+from emu3.sheet import contact_sheet
 
 FOLDER = Path("out/demo")
 PROMPTS = (

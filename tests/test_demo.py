@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from emu3 import Emu3Pipeline
-from emu3.icons.sheet import CAPTION_HEIGHT
+from emu3.sheet import CAPTION_HEIGHT
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 

@@ -19,8 +19,9 @@ from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, RowDone, Started
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.pipeline import Emu3Pipeline, Result
+from emu3.pipeline import Emu3Pipeline
 from emu3.processing import Emu3Processor
+from emu3.results import Result
 from emu3.tokenization import train_tokenizer, vocabulary_map
 
 FACTOR = 2

@@ -5,9 +5,8 @@ What a user writes is plain text: "<image>" or "<|image start|>" in it are chara
 
 from __future__ import annotations
 
-import secrets
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,19 +18,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from emu3.asked import Asked, are_several, conversations_of, seeds_of, tokens_of
 from emu3.chat import Message
 from emu3.checkpoints import resolve
 from emu3.checkpoints.memory import check_fits, free_memory
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
-from emu3.generation.events import Event, Failed, Finished, Reason
+from emu3.generation.events import Event, Failed, Finished
 from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling, guide, probabilities
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
-from emu3.options import MOST_SEED, Answer, Draw, Load, check_ability, check_whole, check_words, make, takes
+from emu3.options import Answer, Draw, Load, check_ability, check_words, make, takes
 from emu3.quantization import Int8Linear
+from emu3.results import Pictures, Result, Stream
 from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText
 
@@ -43,31 +44,6 @@ if TYPE_CHECKING:
 _MAKING_ENGINE = threading.Lock()
 # What is not drawn yet, in a preview.
 _GREY = (128, 128, 128)
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The last event of each request in `Emu3Pipeline.stream`: an RGB picture or an answer.
-
-    `request` is the place of its prompt or conversation in what was asked for; `ids` are those of the output, and
-    `reason` says why it ends.
-    """
-
-    request: int
-    output: Image.Image | str
-    ids: tuple[int, ...]
-    reason: Reason
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """A request whose pictures may not be encoded yet; placeholders stand for their visual tokens.
-
-    `pictures` has the pixels (1, C, H, W) and the size (1, 2) of each.
-    """
-
-    request: Request
-    pictures: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +128,8 @@ class Emu3Pipeline:
     ) -> list[Image.Image]:
         """Draw one picture for each prompt, all in one batch. Returns a list, also for a single prompt.
 
+        A notebook shows the list as pictures.
+
         Args:
             prompts: what to draw; a string is one prompt.
             pinned: codes (H, W) of the vision tokenizer to keep, and -1 where one is to be drawn. The picture has their
@@ -165,7 +143,7 @@ class Emu3Pipeline:
         Raises:
             ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.
         """
-        return cast("list[Image.Image]", self._results(self.draw_requests(prompts, pinned=pinned, **options), on_event))
+        return Pictures(self._results(self.draw_requests(prompts, pinned=pinned, **options), on_event))
 
     @takes(Answer)
     def chat(
@@ -186,10 +164,10 @@ class Emu3Pipeline:
         """
         requests = [self.encode(asked) for asked in self.answer_requests(messages, pictures, **options)]
         answers = self._results(requests, on_event)
-        return answers if _are_several(messages) else answers[0]
+        return answers if are_several(messages) else answers[0]
 
-    def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Generator[Event | Result]:
-        """Draw or answer, and report as tokens come.
+    def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Stream:
+        """Draw or answer, and report as tokens come. A notebook shows what comes.
 
         Args:
             asked: as for `image` or as for `chat`. A string, or a list of strings, is drawn. With `pictures`, even an
@@ -211,7 +189,7 @@ class Emu3Pipeline:
             requests = self.draw_requests(asked, **options)
         else:
             requests = [self.encode(each) for each in self.answer_requests(asked, pictures, **options)]
-        return self._run(requests)
+        return Stream(self._run(requests), requests, self)
 
     def require(self, ability: str) -> None:
         """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
@@ -260,7 +238,7 @@ class Emu3Pipeline:
         decoder = decoder_named(draw.decoding) if isinstance(draw.decoding, str) else draw.decoding
         sampling = Sampling(draw.temperature, draw.top_k, draw.top_p)
         requests = []
-        for text, seed in zip(texts, _seeds(draw.seed, len(texts)), strict=True):
+        for text, seed in zip(texts, seeds_of(draw.seed, len(texts)), strict=True):
             ids = tuple(self.layout.prompt(check_words("prompt", text), shape))
             requests.append(Request(ids, grammar, sampling, guidance, seed, decoder=decoder))
             requests[-1].budget(self.engine.context)  # refuses what does not fit
@@ -273,7 +251,7 @@ class Emu3Pipeline:
             area = self.processor.image_area if draw.image_area is None else draw.image_area
             shape = Shape(*self.processor.calculate_generate_size(draw.ratio, area, factor))
         else:
-            shape = Shape(_tokens("height", draw.height, factor), _tokens("width", draw.width, factor))
+            shape = Shape(tokens_of("height", draw.height, factor), tokens_of("width", draw.width, factor))
         if max(shape.height, shape.width) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
             raise ValueError(
                 f"a picture of {shape.width * factor}x{shape.height * factor} pixels is more than {MAX_ASPECT_RATIO} "
@@ -285,10 +263,10 @@ class Emu3Pipeline:
     def answer_requests(self, messages: Any, pictures: Any = None, **options: Any) -> list[Asked]:
         """What `chat` asks the engine for, one for each conversation; see `encode`. Arguments and errors as there."""
         answer = make(Answer, options)
-        conversations = _conversations(messages, pictures)
+        conversations = conversations_of(messages, pictures)
         self.require("read")
         sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
-        seeds = _seeds(answer.seed, len(conversations))
+        seeds = seeds_of(answer.seed, len(conversations))
         return [
             self._asked(conversation, sampling, seed, answer.max_new_tokens)
             for conversation, seed in zip(conversations, seeds, strict=True)
@@ -329,15 +307,19 @@ class Emu3Pipeline:
 
     def result(self, event: Finished, request: Request) -> Result:
         """What a request that is finished came to."""
-        return Result(event.request, self.read(request, event.ids), event.ids, event.reason)
+        codes = None if request.grammar.kind == "text" else np.asarray(self._visual(request, event.ids).codes_THW)[0]
+        return Result(event.request, self.read(request, event.ids), event.ids, event.reason, codes)
 
     def read(self, request: Request, ids: Sequence[int]) -> Image.Image | str:
         """The picture or the text that all ids of an answer mean."""
         if request.grammar.kind == "text":
             return "".join(each.text for each in self.layout.read(ids) if isinstance(each, Text)).strip()
+        return self.decode(self._visual(request, ids))
+
+    def _visual(self, request: Request, ids: Sequence[int]) -> Visual:
         opening = len(request.prompt_ids) - 1 - request.prompt_ids[::-1].index(self.layout.vocabulary.boi)
         (visual,) = self.layout.read([*request.prompt_ids[opening:], *ids])
-        return self.decode(cast(Visual, visual))
+        return cast(Visual, visual)
 
     @torch.inference_mode()
     def probabilities(self, request: Request, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -365,11 +347,12 @@ class Emu3Pipeline:
         return found
 
     def preview(self, grid: GridGrammar, ids: Sequence[int]) -> Image.Image:
-        """A picture of which only the first rows are there: `ids`, with their ends. The rest is grey."""
-        ids_HW = np.array(ids).reshape(-1, grid.width + 1)[:, :-1]
-        top = self.decode(Visual(grid.vocabulary.codes_of(ids_HW)[None]))
-        picture = Image.new("RGB", (top.width, top.width // grid.width * grid.height), _GREY)
-        picture.paste(top)
+        """A picture of which only the first `ids` are there. The whole rows of them are shown; the rest is grey."""
+        factor: int = self.processor.image_processor.spatial_factor
+        picture = Image.new("RGB", (grid.width * factor, grid.height * factor), _GREY)
+        if rows := min(len(ids) // (grid.width + 1), grid.height):
+            ids_HW = np.array(ids[: rows * (grid.width + 1)]).reshape(rows, -1)[:, :-1]
+            picture.paste(self.decode(Visual(grid.vocabulary.codes_of(ids_HW)[None])))
         return picture
 
     @torch.inference_mode()
@@ -379,59 +362,3 @@ class Emu3Pipeline:
         pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
         picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
         return picture
-
-
-def _are_several(messages: Any) -> bool:
-    """Whether these are several conversations, and not one."""
-    return isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
-
-
-def _conversations(messages: Any, pictures: Any) -> list[list[Message]]:
-    if isinstance(messages, str):
-        messages = (messages, pictures)
-    elif pictures is not None:
-        raise ValueError(
-            "pictures go with one question, a string; put those of a conversation into its messages, or give several "
-            "questions as [(question, [picture]), ...]"
-        )
-    return [_conversation(each) for each in (messages if _are_several(messages) else [messages])]
-
-
-def _conversation(messages: Any) -> list[Message]:
-    """One conversation, perhaps given as a pair (question, pictures), as a list of messages."""
-    if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
-        text, pictures = messages
-        if not isinstance(pictures, list | tuple):
-            pictures = () if pictures is None else (pictures,)
-        if any(picture is None for picture in pictures):
-            raise ValueError("one of the pictures is None; give pictures, or an empty list for a question without any")
-        content = [
-            *({"type": "image", "image": picture} for picture in pictures),
-            {"type": "text", "text": check_words("question", text)},
-        ]
-        return [{"role": "user", "content": content}]
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(
-            f"{messages!r:.80} is no conversation; give a question with its pictures, as in "
-            'chat("What is it?", [picture]), or a list of messages'
-        )
-    if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
-        raise ValueError("the conversation ends with an answer; its last message must be a question")
-    return list(messages)
-
-
-def _tokens(name: str, pixels: int, factor: int) -> int:
-    if pixels % factor:
-        lower = pixels // factor * factor
-        nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
-        raise ValueError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}; nearest: {nearest}")
-    return pixels // factor
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if isinstance(seed, Sequence):
-        if len(seed) != count:
-            raise ValueError(f"{len(seed)} seeds for {count} prompts; give one each, or a single one to count from")
-        return list(seed)
-    first = secrets.randbelow(2**31) if seed is None else seed
-    return [check_whole("seed", first + number, 0, MOST_SEED) for number in range(count)]

@@ -5,7 +5,7 @@ from PIL import Image
 from emu3.icons.prompts import evaluation_prompts
 from emu3.icons.report import QUESTION_KINDS, Report, Score, evaluate, judge_pictures, psnr
 from emu3.icons.scenes import TASKS, render
-from emu3.icons.sheet import MARGIN, SCALE, contact_sheet
+from emu3.sheet import MARGIN, SIDE, contact_sheet
 
 
 def test_score_counts_known_and_held_out_apart() -> None:
@@ -50,14 +50,14 @@ def test_contact_sheet_shows_every_picture_enlarged() -> None:
     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime", "black")]
     sheet = contact_sheet(pictures, ["a", "b", "c", "d"], columns=3, right=[True, False, True, False])
     assert sheet.getpixel((MARGIN + 1, MARGIN + 1)) == (255, 0, 0)
-    assert sheet.getpixel((MARGIN + 8 * SCALE + MARGIN + 1, MARGIN + 1)) == (0, 0, 255)
+    assert sheet.getpixel((2 * MARGIN + SIDE + 1, MARGIN + 1)) == (0, 0, 255)
 
 
 def test_a_long_caption_stays_under_its_picture() -> None:
     pictures = [Image.new("RGB", (48, 48), "red")] * 2
     sheet = np.asarray(contact_sheet(pictures, ["a photo of a purple backpack and an orange umbrella", ""]))
-    below = sheet[MARGIN + 48 * SCALE :]
-    first, second = np.split(below, [MARGIN + 48 * SCALE + MARGIN // 2], axis=1)
+    below = sheet[MARGIN + SIDE :]
+    first, second = np.split(below, [MARGIN + SIDE + MARGIN // 2], axis=1)
     inked = (first < 128).any((1, 2)).astype(int)
     assert (np.diff(inked, prepend=0) == 1).sum() == 2  # lines
     assert second.min() == 255

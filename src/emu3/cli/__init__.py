@@ -132,7 +132,7 @@ def image(
     settings = asdict(replace(draw, seed=seed))
     pipeline = _load_pipeline(model, load, "draw")
     from emu3.generation.events import Started, Tokens
-    from emu3.pipeline import Result
+    from emu3.results import Result
 
     weight = pipeline.model.lm_head.weight
     loaded: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "device": str(weight.device)}

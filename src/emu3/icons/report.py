@@ -20,9 +20,9 @@ from emu3.icons.captions import DESCRIBE, full_caption, questions
 from emu3.icons.judge import read_picture, satisfies
 from emu3.icons.prompts import EvaluationPrompt, evaluation_prompts
 from emu3.icons.scenes import TASKS, render
-from emu3.icons.sheet import contact_sheet
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
+from emu3.sheet import contact_sheet
 
 QUESTION_KINDS = ("what", "color", "count", "where")
 ANSWER_TOKENS = 32

@@ -17,7 +17,7 @@ from pydantic import Field
 from emu3.generation.events import Failed, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
 from emu3.options import DECODINGS, Draw
-from emu3.pipeline import Result
+from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
 from emu3.serving.schema import MOST_CHARACTERS, MOST_PICTURES, Body, given, option_fields
 from emu3.serving.service import Pictures, service_of

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 from emu3.generation.events import Failed, Finished, Tokens
-from emu3.pipeline import Result
+from emu3.results import Result
 from emu3.serving.conversation import GrowingText, asked_to_draw, data_url, read_messages
 from emu3.serving.errors import error_body, sse
 from emu3.serving.schema import ChatRequest, given

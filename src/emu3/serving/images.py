@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 from emu3.generation.events import Failed
-from emu3.pipeline import Result
+from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
 from emu3.serving.schema import DRAWN, MOST_PICTURES, ImagesRequest, Txt2ImgRequest, given
 from emu3.serving.service import service_of

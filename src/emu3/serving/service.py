@@ -16,10 +16,11 @@ from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 
 from emu3 import __version__
+from emu3.asked import Asked
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar
 from emu3.options import MOST_SEED, Serve
-from emu3.pipeline import Asked, Result
+from emu3.results import Result
 from emu3.serving.errors import Refused
 from emu3.serving.pictures import to_base64
 from emu3.serving.remote import Fetcher

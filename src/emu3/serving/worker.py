@@ -24,9 +24,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from emu3.asked import Asked
 from emu3.generation.events import Event, Failed, Finished, FrameDone, RowDone, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
-from emu3.pipeline import Asked, Result
+from emu3.results import Result
 from emu3.serving.metrics import Metrics, Rate
 
 if TYPE_CHECKING:

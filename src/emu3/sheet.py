@@ -1,34 +1,47 @@
-"""Contact sheets: many small pictures side by side, enlarged, each above its caption."""
+"""Contact sheets: pictures side by side, small ones enlarged, each above its caption."""
 
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE = 4
+# Pixels of a side: smaller pictures are enlarged by whole numbers up to it, larger ones are shown in twice as many.
+SIDE = 192
 MARGIN = 8
 CAPTION_SIZE = 12
 CAPTION_HEIGHT = 36
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, right: Sequence[bool] | None = None
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    columns: int = 3,
+    right: Sequence[bool] | None = None,
 ) -> Image.Image:
     """Pictures in rows, `columns` in each. Where `right` is given, captions are green for right, red for wrong."""
-    width = max(picture.width for picture in pictures) * SCALE
-    height = max(picture.height for picture in pictures) * SCALE
-    cell_width, cell_height = width + MARGIN, height + CAPTION_HEIGHT + MARGIN
+    shown = [_resized(picture) for picture in pictures]
+    width, height = max(picture.width for picture in shown), max(picture.height for picture in shown)
+    cell_width, cell_height = width + MARGIN, height + MARGIN + (CAPTION_HEIGHT if captions else 0)
+    columns = min(columns, len(shown))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(CAPTION_SIZE)
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (picture, caption) in enumerate(zip(shown, captions or [""] * len(shown), strict=True)):
         left = MARGIN + index % columns * cell_width
         top = MARGIN + index // columns * cell_height
-        enlarged = picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (left, top))
+        sheet.paste(picture, (left, top))
         color = "black" if right is None else "green" if right[index] else "red"
         pen.text((left, top + height + 4), _wrap(caption, font, width), fill=color, font=font, spacing=2)
     return sheet
+
+
+def _resized(picture: Image.Image) -> Image.Image:
+    longest = max(picture.size)
+    if longest <= SIDE:
+        return picture.resize([side * (SIDE // longest) for side in picture.size], Image.Resampling.NEAREST)
+    smaller = picture.copy()
+    smaller.thumbnail((2 * SIDE, 2 * SIDE))
+    return smaller
 
 
 def _wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -1,0 +1,85 @@
+"""What callers ask for, checked: conversations in every form that is taken, sizes in pixels, seeds."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emu3.chat import Message
+from emu3.generation.request import Request
+from emu3.options import MOST_SEED, check_whole, check_words
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request whose pictures may not be encoded yet; placeholders stand for their visual tokens.
+
+    `pictures` has the pixels (1, C, H, W) and the size (1, 2) of each.
+    """
+
+    request: Request
+    pictures: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+
+def are_several(messages: Any) -> bool:
+    """Whether these are several conversations, and not one."""
+    return isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
+
+
+def conversations_of(messages: Any, pictures: Any) -> list[list[Message]]:
+    """Conversations as `Emu3Pipeline.chat` takes them."""
+    if isinstance(messages, str):
+        messages = (messages, pictures)
+    elif pictures is not None:
+        raise ValueError(
+            "pictures go with one question, a string; put those of a conversation into its messages, or give several "
+            "questions as [(question, [picture]), ...]"
+        )
+    return [_conversation(each) for each in (messages if are_several(messages) else [messages])]
+
+
+def _conversation(messages: Any) -> list[Message]:
+    """One conversation, perhaps given as a pair (question, pictures), as a list of messages."""
+    if isinstance(messages, tuple) and len(messages) == 2 and isinstance(messages[0], str):
+        text, pictures = messages
+        if not isinstance(pictures, list | tuple):
+            pictures = () if pictures is None else (pictures,)
+        if any(picture is None for picture in pictures):
+            raise ValueError("one of the pictures is None; give pictures, or an empty list for a question without any")
+        content = [
+            *({"type": "image", "image": picture} for picture in pictures),
+            {"type": "text", "text": check_words("question", text)},
+        ]
+        return [{"role": "user", "content": content}]
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(
+            f"{messages!r:.80} is no conversation; give a question with its pictures, as in "
+            'chat("What is it?", [picture]), or a list of messages'
+        )
+    if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+        raise ValueError("the conversation ends with an answer; its last message must be a question")
+    return list(messages)
+
+
+def tokens_of(name: str, pixels: int, factor: int) -> int:
+    """Visual tokens of a side of so many pixels."""
+    if pixels % factor:
+        lower = pixels // factor * factor
+        nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
+        raise ValueError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}; nearest: {nearest}")
+    return pixels // factor
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of several: those given, or from one on, or from a random one on."""
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} prompts; give one each, or a single one to count from")
+        return list(seed)
+    first = secrets.randbelow(2**31) if seed is None else seed
+    return [check_whole("seed", first + number, 0, MOST_SEED) for number in range(count)]
