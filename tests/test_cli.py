@@ -13,6 +13,7 @@ import typer.main
 from PIL import Image
 
 from emu3 import Emu3Pipeline, __version__, cli
+from emu3.cli import files, generate
 from emu3.icons import recipes
 from emu3.icons.captions import DESCRIBE
 
@@ -192,12 +193,12 @@ def test_other_formats_than_png_are_refused(capsys: pytest.CaptureFixture[str], 
 
 
 def test_output_paths(tmp_path: Path) -> None:
-    assert cli.output_paths(Path("a/out.png"), 1) == [Path("a/out.png")]
-    assert cli.output_paths(Path("a/out.PNG"), 2) == [Path("a/out-1.PNG"), Path("a/out-2.PNG")]
-    assert cli.output_paths(Path("new"), 2) == [Path("new/1.png"), Path("new/2.png")]
+    assert files.output_paths(Path("a/out.png"), 1) == [Path("a/out.png")]
+    assert files.output_paths(Path("a/out.PNG"), 2) == [Path("a/out-1.PNG"), Path("a/out-2.PNG")]
+    assert files.output_paths(Path("new"), 2) == [Path("new/1.png"), Path("new/2.png")]
     folder = tmp_path / "v1.0"
     folder.mkdir()
-    assert cli.output_paths(folder, 1) == [folder / "1.png"]
+    assert files.output_paths(folder, 1) == [folder / "1.png"]
 
 
 def test_an_unreadable_picture_is_one_line(capsys: pytest.CaptureFixture[str], picture: Path) -> None:
@@ -211,7 +212,7 @@ def test_an_unreadable_picture_is_one_line(capsys: pytest.CaptureFixture[str], p
 
 def test_a_picture_is_written_wholly_with_its_settings(tmp_path: Path) -> None:
     path, record = tmp_path / "new" / "out.png", {"prompt": "ein Käfer 🐞", "seed": 7}
-    cli.write_picture(Image.new("RGB", (4, 2), (10, 20, 30)), path, record)
+    files.write_picture(Image.new("RGB", (4, 2), (10, 20, 30)), path, record)
     with Image.open(path) as written:
         assert json.loads(written.text["emu3"]) == record
         assert (written.size, written.getpixel((3, 1))) == ((4, 2), (10, 20, 30))
@@ -230,7 +231,7 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(
 
     monkeypatch.setattr(Image.Image, "save", break_off)
     with pytest.raises(ValueError, match=r"cannot write '.*out.png': disk full"):
-        cli.write_picture(Image.new("RGB", (4, 2)), path, {})
+        files.write_picture(Image.new("RGB", (4, 2)), path, {})
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
@@ -361,8 +362,8 @@ def test_eval_says_the_same_to_people_and_to_programs(
 @pytest.mark.parametrize(
     ("command", "method", "renamed"),
     [
-        (cli.image, Emu3Pipeline.image, {"guidance": "guidance_scale", "negative": "negative_prompt"}),
-        (cli.chat, Emu3Pipeline.chat, {}),
+        (generate.image, Emu3Pipeline.image, {"guidance": "guidance_scale", "negative": "negative_prompt"}),
+        (generate.chat, Emu3Pipeline.chat, {}),
     ],
 )
 def test_defaults_are_those_of_the_pipeline(command: Any, method: Any, renamed: dict[str, str]) -> None:

@@ -1,0 +1,102 @@
+"""Commands about the files of a checkpoint: `emu3 info`, `emu3 convert`, `emu3 pull`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emu3.cli.common import JsonOption, print_out, progress
+from emu3.cli.files import check_folder
+from emu3.options import check_choice
+
+
+def info(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint: nano (shipped), a folder, or a hub id.")],
+    download: Annotated[
+        bool, typer.Option("--download", help="Ask the hub about a hub id; fetches settings and headers, no weights.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint holds, from its headers, without loading it."""
+    from emu3.checkpoints import resolve
+    from emu3.checkpoints.info import inspect, inspect_hub
+    from emu3.checkpoints.names import is_hub_id
+
+    found = inspect_hub(checkpoint) if download and is_hub_id(checkpoint) else inspect(resolve(checkpoint))
+    if as_json:
+        print_out(found.to_dict())
+        return
+
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:,.1f} MB"
+
+    side, other = found.pixels_per_token_side, f" together with the {found.missing[0]}" if found.missing else ""
+    dtypes, verbs = ("float32", "bfloat16", "int8"), {"draw": "draws pictures", "read": "reads pictures"}
+    rows = {
+        "layout": found.layout,
+        "parameters": f"{found.parameters:,} in {found.tensors} tensors",
+        **{f"  {part}": f"{count:,}" for part, count in found.parameters_by_part.items()},
+        "stored as": ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()),
+        "on disk": megabytes(found.bytes_on_disk),
+        "in memory": ", ".join(f"{megabytes(getattr(found, f'memory_{dtype}'))} {dtype}" for dtype in dtypes),
+        "context": found.context and f"{found.context:,} tokens",
+        "vocabulary": found.vocabulary_size and f"{found.vocabulary_size:,} tokens",
+        "visual tokens": found.codebook_size and f"{found.codebook_size:,}, each {side}x{side} pixels",
+        "reads pictures of": found.min_pixels
+        and found.max_pixels
+        and f"{found.min_pixels:,} to {found.max_pixels:,} pixels",
+        "tokenizer": ", ".join(found.tokenizer_files) or "none",
+        "abilities": " and ".join(verbs[ability] for ability in found.abilities or ()) or "unknown",
+        "to load it": found.layout == "baai" and f"convert it{other} with `emu3 convert`",
+    }
+    print_out("\n".join([found.path, *(f"{name:<20}{text}" for name, text in rows.items() if text)]))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint to read: a folder, or a hub id in the local cache.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    vision: Annotated[
+        str | None, typer.Option(help="BAAI's vision tokenizer, if SOURCE is its language model.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="Layout to write: documented, legacy or baai.")] = "documented",
+    abilities: Annotated[
+        str | None, typer.Option(help="What it was trained for, draw or read or draw,read; other uses are refused.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint in another layout. Every tensor keeps its dtype and its bits."""
+    from emu3.checkpoints import resolve
+    from emu3.checkpoints.info import LAYOUTS, folders_of
+    from emu3.checkpoints.settings import ABILITIES
+
+    able = None if abilities is None else abilities.split(",")
+    check_choice("--to", to, LAYOUTS)
+    for ability in able or ():
+        check_choice("--abilities", ability, ABILITIES)
+    folders = resolve(source), None if vision is None else resolve(vision)
+    folders_of(*folders)  # refuses what is no checkpoint
+    check_folder(target, is_new=True)
+    from emu3.checkpoints.config import RefusedTensorsError
+    from emu3.checkpoints.convert import convert
+
+    try:
+        with progress("converting", in_bytes=True) as advance:
+            report = convert(folders[0], target, vision=folders[1], to=to, abilities=able, on_progress=advance)
+    except RefusedTensorsError as error:
+        if as_json:
+            print_out({"refused": error.refused})
+        raise
+    summary = (
+        f"{report.target}  {report.source_layout} to {report.target_layout}: {len(report.moves)} tensors, "
+        f"{report.renamed} renamed, {report.reshaped} reshaped, none refused, {report.bytes / 1e6:,.1f} MB"
+    )
+    print_out(report.to_dict() if as_json else summary)
+
+
+def pull(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id owner/name.", show_default=False)],
+) -> None:
+    """Download a checkpoint of the Hugging Face hub: weights and settings, no code. Goes on where it was cut off."""
+    from emu3.checkpoints import resolve
+
+    typer.echo(str(resolve(checkpoint, download=True)))

@@ -1,0 +1,88 @@
+"""Commands that measure a checkpoint or a server: `emu3 eval`, `emu3 bench`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emu3.cli.common import (
+    JsonOption,
+    ModelArgument,
+    check_checkpoint,
+    load_pipeline,
+    print_out,
+    progress,
+    takes_options,
+)
+from emu3.cli.files import check_folder
+from emu3.options import Draw, Load, parse_decoding
+
+
+@takes_options(load=Load)
+def evaluate(
+    load: Load,
+    model: ModelArgument = "nano",
+    count: Annotated[int, typer.Option(min=1, help="Held-out prompts for each task.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and pictures.")] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for pictures and report.")] = None,
+    decoding: Annotated[str, typer.Option(help="How to draw; see `emu3 image`.")] = "predictive",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
+    parse_decoding(decoding)
+    if output is not None:
+        check_folder(output)
+    check_checkpoint(model, load, "draw", "read")
+    from emu3.icons.report import evaluate
+
+    report = evaluate(model, count, seed, output, decoding, **asdict(load))
+    print_out(report.to_dict() if as_json else report.to_table())
+
+
+@takes_options(load=Load)
+def bench(
+    load: Load,
+    model: ModelArgument = "nano",
+    pictures: Annotated[str, typer.Option(help="How many at once, by commas.")] = "1,2,4,8,16",
+    decoding: Annotated[str, typer.Option(help="Which orders, by commas; see `emu3 image`.")] = "predictive,raster",
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
+    url: Annotated[str, typer.Option(help="Of `bench serve`: a server on this machine.")] = "http://127.0.0.1:8000",
+    clients: Annotated[int, typer.Option(min=1, max=256, help="Of `bench serve`: how many ask at once.")] = 16,
+    seconds: Annotated[int, typer.Option(min=1, max=3600, help="Of `bench serve`: how long.")] = 30,
+    api_key: Annotated[str | None, typer.Option(help="Of `bench serve`: the server's key.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Of `bench serve`: an .svg file to write.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast a checkpoint draws here, beside what this machine can do.
+
+    `emu3 bench serve` measures how a server on this machine holds up, in place of a checkpoint.
+    """
+    if model == "serve":
+        _bench_server(url, clients, seconds, api_key, plot, as_json)
+        return
+    counts = pictures.split(",")
+    if not all(count.strip().isdecimal() and int(count) for count in counts):
+        raise ValueError(f"--pictures {pictures!r} is no list of counts; give whole numbers above 0, as in 1,4,16")
+    for name in decoding.split(","):
+        Draw(decoding=name, height=height, width=width)  # refuses wrong ones
+    pipeline = load_pipeline(model, load, "draw")
+    from emu3.evaluation.speed import measure
+
+    speed = measure(pipeline, decoding.split(","), [int(count) for count in counts], rounds, height, width)
+    print_out(speed.to_dict() if as_json else speed.to_table())
+
+
+def _bench_server(url: str, clients: int, seconds: int, key: str | None, plot: Path | None, as_json: bool) -> None:
+    if plot is not None:
+        check_folder(plot.parent)
+    from emu3.evaluation.load import measure_load
+
+    with progress("asking") as report:
+        load = measure_load(url, clients, seconds, key, report)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.write_text(load.to_svg())
+    print_out(load.to_dict() if as_json else load.to_table())
