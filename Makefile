@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test common versions docs lint bench nano clean
+.PHONY: demo serve test common versions docs screenshots lint bench nano clean
 
 demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,9 @@ versions: .venv/.installed  ## the tests that transformers could break, under it
 
 docs: .venv/.installed  ## the reference, from the docstrings, into out/reference/
 	$(BIN)/python docs/reference.py
+
+screenshots: .venv/.installed  ## the pictures of the page in the docs; needs Chromium
+	$(BIN)/python docs/screenshots.py
 
 lint: .venv/.installed  ## style, types, import directions
 	$(BIN)/ruff check .

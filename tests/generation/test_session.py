@@ -134,6 +134,42 @@ def test_a_prompt_whose_source_is_cancelled_is_computed(model, vocabulary):
     assert run(engine) == {second: alone(model, requests[1])}
 
 
+def test_answers_do_not_wait_for_pictures(model, vocabulary, text):
+    """Some lanes are theirs. Pictures are admitted in their order, however many answers come."""
+    engine = Engine(model, lanes=8, for_answers=2)
+    pictures = [engine.submit(picture(vocabulary, (n,), 3, 3, seed=n)) for n in range(5)]  # of two lanes each
+    answers = [
+        engine.submit(Request((vocabulary.bos, 3, n), text, WARM, None, n, 40, decoder=DECODERS[0])) for n in range(4)
+    ]
+    started = [event.request for event in engine.step() if isinstance(event, Started)]
+    assert started == [*pictures[:3], *answers[:2]]
+    ends, begins, step = {}, {}, 0
+    while not engine.idle:
+        step += 1
+        if step % 3 == 0 and len(answers) < 60:
+            answers.append(engine.submit(Request((vocabulary.bos, step), text, WARM, None, step, 2)))
+        for event in engine.step():
+            if isinstance(event, Started):
+                begins[event.request] = step
+            elif isinstance(event, Finished):
+                ends[event.request] = step
+    assert begins[pictures[3]] <= min(ends[number] for number in pictures[:3]) + 1
+    assert sorted(ends) == sorted([*pictures, *answers])
+    order = [number for number in begins if number in answers]
+    assert order == sorted(order)
+
+
+def test_one_lane_is_kept_where_tokens_are_scarce(model, vocabulary, text):
+    large, answer = picture(vocabulary, (1,), 4, 4), Request((vocabulary.bos, 3), text, WARM, None, 0, 4)
+    slots = large.reserved(256)
+    for kept, expected in ((0, [0, 1]), (1, [0, 2])):
+        engine = Engine(model, lanes=64, tokens=4 * slots, for_answers=kept)
+        for request in (large, large, answer):
+            engine.submit(request)
+        assert [event.request for event in engine.step() if isinstance(event, Started)] == expected
+        assert len(run(engine)) == 3
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_cancelling_frees_the_lanes_at_once_and_disturbs_nobody(model, vocabulary, decoder):
     requests = [picture(vocabulary, (n,), 3, 3, seed=n, decoder=decoder) for n in range(4)]
@@ -493,6 +529,8 @@ def test_what_never_fits_is_refused(model, vocabulary, text):
         )
     with pytest.raises(ValueError, match="lanes must be a whole number, at least 1, got 0"):
         Engine(model, lanes=0)
+    with pytest.raises(ValueError, match="for_answers must be a whole number, from 0 to 3, got 4"):
+        Engine(model, lanes=4, for_answers=4)
 
 
 def test_the_model_can_be_trained_and_saved_after_it_was_run(model, vocabulary, tmp_path):

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 from emu3.options import LOOPBACK
 
-_PROMPTS = ("a photo of a red car", "a photo of two dogs", "a photo of a cat right of a tree", "a photo of a blue cup")
-_QUESTION = "What is in the picture?"
+PROMPTS = ("a photo of a red car", "a photo of two dogs", "a photo of a cat right of a tree", "a photo of a blue cup")
+QUESTION = "What is in the picture?"
 # Seed 2 is left out: of the third prompt, nano draws a token that is a tie of rounding, which depends on the batch.
-_SEEDS = (0, 1, 3, 4)
+SEEDS = (0, 1, 3, 4)
 _TIMEOUT = 300
 _MOST_SECONDS_BEFORE_RETRY = 5.0
 
@@ -186,15 +186,15 @@ class _Client:
 def _requests(client: _Client) -> list[tuple[str, str, Body]]:
     """Kind, route and body of what is asked for: pictures, and a question about each."""
     bodies: list[tuple[str, str, Body]] = []
-    for prompt in _PROMPTS:
-        for seed in _SEEDS:
+    for prompt in PROMPTS:
+        for seed in SEEDS:
             bodies.append(("pictures", "/v1/images/generations", {"prompt": prompt, "seed": seed}))
         status, answer, _ = client.ask(bodies[-1][1], bodies[-1][2])
         if status != http.client.OK:
             raise ValueError(f"the server refused to draw: {answer['error']['message']}")
         base64.b64decode(answer[0], validate=True)
         url = {"url": f"data:image/png;base64,{answer[0]}"}
-        parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": _QUESTION}]
+        parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": QUESTION}]
         bodies.append(("chats", "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}))
     return bodies
 

@@ -28,7 +28,7 @@ import torch
 
 from emu3.generation.broken import cause_of_broken_logits
 from emu3.generation.events import Event, Failed, Finished, Reason, Started, Stepped, Tokens
-from emu3.generation.grammar import Grid
+from emu3.generation.grammar import Grid, Kind
 from emu3.generation.prefixes import Prefixes
 from emu3.generation.request import Request, ScheduleError
 from emu3.generation.runtime.runner import Drawn, ModelRunner
@@ -60,6 +60,8 @@ class Engine:
         chunk: most tokens of a prompt that one step feeds.
         compiled: whether to compile the layers for the steps, and on a GPU to record them (CUDA graphs); takes a
             while at first, and needs a C++ compiler on a CPU.
+        for_answers: so many lanes are not for pictures, which take long. Answers may use them while pictures wait that
+            came earlier. 0: all wait in one queue.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Engine:
         tokens: int | None = None,
         chunk: int = 512,
         compiled: bool = False,
+        for_answers: int = 0,
     ) -> None:
         for name, value in (("lanes", lanes), ("tokens", 1 if tokens is None else tokens), ("chunk", chunk)):
             check_whole(name, value)
+        self.for_answers = check_whole("for_answers", for_answers, 0, lanes - 1)
         self.model, self.lanes, self.tokens, self.chunk, self.compiled = model, lanes, tokens, chunk, compiled
         self._runner = ModelRunner(model, compiled)
         self._waiting: deque[Sequence] = deque()
@@ -96,7 +100,8 @@ class Engine:
     @property
     def tokens_in_use(self) -> int:
         """Slots that are reserved: every lane in use has as many as the longest of them needs."""
-        return self.lanes_in_use * max(map(self._slots, self._admitted), default=0)
+        lanes, slots = self._size_of(self._admitted)
+        return lanes * slots
 
     @property
     def context(self) -> int:
@@ -218,23 +223,25 @@ class Engine:
         return sequence.request.reserved(self.context)
 
     def _admit(self) -> Iterator[Event]:
-        """1. Admit what fits, first come, first served."""
-        lanes, slots = self.lanes_in_use, max(map(self._slots, self._admitted), default=0)
+        """1. Admit what fits: pictures in the order in which they came, and answers in theirs."""
+        under_way = self._admitted
         admitted: list[Sequence] = []
-        while self._waiting:
-            sequence = self._waiting[0]
-            more_lanes, more_slots = lanes + len(sequence.lanes), max(slots, self._slots(sequence))
-            if more_lanes > self.lanes or (self.tokens is not None and more_lanes * more_slots > self.tokens):
+        waits: set[Kind] = set()
+        for sequence in self._waiting:
+            kind = sequence.request.grammar.kind
+            if kind not in waits and self._fits(sequence, [*under_way, *admitted], waits):
+                admitted.append(sequence)
+                continue
+            waits.add(kind)
+            if len(waits) == 2 or not self.for_answers:
                 break
-            lanes, slots = more_lanes, more_slots
-            admitted.append(self._waiting.popleft())
         if not admitted:
             return
-        try:
-            self._runner.make_room(lanes, slots, kept=self.lanes_in_use, most_lanes=self.lanes, most_tokens=self.tokens)
-        except (RuntimeError, MemoryError):  # no memory; whoever asked may wait or cancel
-            self._waiting.extendleft(reversed(admitted))
-            raise
+        lanes, slots = self._size_of([*under_way, *admitted])
+        # Where there is no memory, all go on waiting; whoever asked may wait or cancel.
+        self._runner.make_room(lanes, slots, kept=self.lanes_in_use, most_lanes=self.lanes, most_tokens=self.tokens)
+        taken = {sequence.number for sequence in admitted}
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.number not in taken)
         for sequence in admitted:
             yield Started(sequence.number, len(sequence.request.prompt_ids), sequence.budget)
             events = self._open(sequence)
@@ -245,6 +252,23 @@ class Engine:
                 lane.index = index
                 self._prefixes.add(lane)
             self._prefilling.append(sequence)
+
+    def _fits(self, sequence: Sequence, others: list[Sequence], waits: Set[Kind]) -> bool:
+        """Whether a sequence can run beside others, while requests of some kinds wait that came earlier."""
+        kind = sequence.request.grammar.kind
+        lanes, slots = self._size_of([*others, sequence])
+        alike, _ = self._size_of([each for each in [*others, sequence] if each.request.grammar.kind == kind])
+        if kind == "text" and "visual" in waits and alike > self.for_answers:
+            return False
+        if kind == "visual" and self.for_answers and others:
+            if alike > self.lanes - self.for_answers:
+                return False
+            lanes += 1  # where tokens are scarce, one lane is for answers
+        return lanes <= self.lanes and (self.tokens is None or lanes * slots <= self.tokens)
+
+    def _size_of(self, sequences: list[Sequence]) -> tuple[int, int]:
+        """Lanes, and slots of each."""
+        return sum(len(each.lanes) for each in sequences), max(map(self._slots, sequences), default=0)
 
     def _open(self, sequence: Sequence) -> list[Event]:
         """Report what the grammar forces at the beginning. If that is all of it, the last event says so."""

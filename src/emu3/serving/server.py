@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from emu3.pipeline import Emu3Pipeline
 
 
+_BACKLOG = 2048
+
+
 class _Connection(h11.Connection):
     """Takes the reason of the status line from a header, as some clients show nothing else of an error."""
 
@@ -90,6 +93,7 @@ def run(pipeline: Emu3Pipeline, name: str, serve: Serve) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((serve.host, serve.port))
+        listening.listen(_BACKLOG)  # who connects from now on waits a moment for the app
     except OSError as error:
         raise ValueError(
             f"cannot listen on {serve.host} port {serve.port}: {error.strerror}; give --port another"

@@ -6,7 +6,8 @@
     listen   ◄── one call for each step ──  `Engine.step`, decode what is finished, previews
     close    ────────────────────────────►  `Engine.cancel`, before the next step
 
-So requests of all callers run together. One waits for another only where the lanes or tokens of the engine are taken.
+So requests of all callers run together. One waits for another only where the lanes or tokens of the engine are taken;
+some lanes are for answers, which do not wait for pictures.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ logger = logging.getLogger("emu3")
 
 Value = TypeVar("Value")
 
+# So many lanes of the engine are for answers, of which each takes one for a short while.
+_LANES_FOR_ANSWERS = 8
 # A client that is told to wait longer than two minutes gives up.
 _MOST_RETRY_SECONDS = 60
 # Seconds after which a client is told again how many are before it.
@@ -126,6 +129,7 @@ class Worker:
 
     def __init__(self, pipeline: Emu3Pipeline, queue_tokens: int | None = None) -> None:
         self.pipeline, self.engine = pipeline, pipeline.engine
+        self.engine.for_answers = min(_LANES_FOR_ANSWERS, self.engine.lanes // 8)
         self.queue_tokens = queue_tokens if queue_tokens is not None else 64 * self.engine.context
         self.draining = False
         self.metrics = Metrics(self)
