@@ -11,13 +11,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
-from emu3.generation.events import Failed, Finished, Tokens
+from emu3.asked import Asked
+from emu3.generation.events import Failed, Tokens
 from emu3.results import Result
 from emu3.serving.conversation import GrowingText, asked_to_draw, data_url, read_messages
 from emu3.serving.errors import error_body, sse
 from emu3.serving.schema import ChatRequest, given
-from emu3.serving.service import Service, service_of
-from emu3.serving.worker import Job
+from emu3.serving.service import Pictures, Service, service_of
+from emu3.serving.worker import Heard, Job
 
 router = APIRouter()
 
@@ -26,87 +27,91 @@ router = APIRouter()
 async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore[valid-type]
     """Answer about pictures; or draw, where the last message begins with "draw" or "/image"."""
     service, fields = service_of(request), cast(Any, body)
-    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     prompt = asked_to_draw(fields.messages, fields.modalities)
     if prompt is not None and ("image" in (fields.modalities or ()) or service.can("draw")):
-        return await _draw_in_chat(request, service, fields, prompt, about)
-    talk = await service.prepare(read_messages, fields.messages, service.fetcher)
-    options = given(fields, "temperature", "top_k", "top_p", "seed")
-    if (longest := fields.max_completion_tokens or fields.max_tokens) is not None:
-        options["max_new_tokens"] = longest
-    asked = await service.prepare(service.pipeline.answer_requests, talk, **options)
-    prompt_tokens = len(asked[0].request.prompt_ids)
+        options = given(fields, "negative_prompt", "guidance_scale", "seed", "decoding")
+        reply: _Reply = _Drawn(await service.draw(prompt, 1, fields.size, options))
+    else:
+        talk = await service.prepare(read_messages, fields.messages, service.fetcher)
+        options = given(fields, "temperature", "top_k", "top_p", "seed")
+        if (longest := fields.max_completion_tokens or fields.max_tokens) is not None:
+            options["max_new_tokens"] = longest
+        reply = _Said(service, await service.prepare(service.pipeline.answer_requests, talk, **options))
+    about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
 
-    def usage(count: int) -> dict[str, int]:
-        return {"prompt_tokens": prompt_tokens, "completion_tokens": count, "total_tokens": prompt_tokens + count}
+    def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return sse({**about, "object": "chat.completion.chunk", "choices": [choice]})
 
     if not fields.stream:
-        (result,) = await service.results(request, asked)
-        message = {"role": "assistant", "content": result.output}
+        (result,) = await service.results(request, reply.asked)
+        message = {"role": "assistant", "content": "", **await reply.content(result)}
         choice = {"index": 0, "message": message, "finish_reason": result.reason, "logprobs": None}
-        return JSONResponse(
-            {**about, "object": "chat.completion", "choices": [choice], "usage": usage(len(result.ids))}
-        )
+        return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": reply.usage(result)})
 
     async def write(job: Job) -> AsyncGenerator[bytes]:
-        text = GrowingText(lambda ids: cast(str, service.pipeline.read(asked[0].request, ids)))
-        yield _chunk(about, {"role": "assistant", "content": ""})
+        yield chunk({"role": "assistant", "content": ""})
         async for heard in service.worker.listen(job):
             if isinstance(heard, Failed):
                 yield sse(error_body(500, heard.error))
                 return
-            if isinstance(heard, Tokens) and (more := text.push(heard.ids)):
-                yield _chunk(about, {"content": more})
-            elif isinstance(heard, Finished):
-                if more := text.finish():
-                    yield _chunk(about, {"content": more})
-                yield _chunk(about, {}, heard.reason)
-                if (fields.stream_options or {}).get("include_usage"):
-                    yield sse(
-                        {**about, "object": "chat.completion.chunk", "choices": [], "usage": usage(len(heard.ids))}
-                    )
-        yield sse("[DONE]")
-
-    return service.stream(asked, 0, write)
-
-
-async def _draw_in_chat(
-    request: Request, service: Service, fields: Any, prompt: str, about: dict[str, Any]
-) -> Response:
-    """A picture as the answer."""
-    options = given(fields, "negative_prompt", "guidance_scale", "seed", "decoding")
-    pictures = await service.draw(prompt, 1, fields.size, options)
-    usage = {
-        "prompt_tokens": pictures.usage["input_tokens"],
-        "completion_tokens": pictures.grid.length,
-        "total_tokens": pictures.usage["total_tokens"],
-    }
-
-    async def image(result: Result) -> list[dict[str, Any]]:
-        return [data_url(await pictures.encode(0, cast(Image.Image, result.output)))]
-
-    if not fields.stream:
-        (result,) = await service.results(request, pictures.asked)
-        message = {"role": "assistant", "content": "", "images": await image(result)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-        return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": usage})
-
-    async def write(job: Job) -> AsyncGenerator[bytes]:
-        yield _chunk(about, {"role": "assistant", "content": ""})
-        async for heard in service.worker.listen(job):
-            if isinstance(heard, Failed):
-                yield sse(error_body(500, heard.error))
-                return
+            if delta := await reply.delta(heard):
+                yield chunk(delta)
             if isinstance(heard, Result):
-                yield _chunk(about, {"images": await image(heard)})
-                yield _chunk(about, {}, "stop")
+                yield chunk({}, heard.reason)
                 if (fields.stream_options or {}).get("include_usage"):
-                    yield sse({**about, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+                    yield sse({**about, "object": "chat.completion.chunk", "choices": [], "usage": reply.usage(heard)})
         yield sse("[DONE]")
 
-    return service.stream(pictures.asked, 0, write)
+    return service.stream(reply.asked, 0, write)
 
 
-def _chunk(about: dict[str, Any], delta: dict[str, Any], reason: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-    return sse({**about, "object": "chat.completion.chunk", "choices": [choice]})
+class _Said:
+    """A text as the answer."""
+
+    def __init__(self, service: Service, asked: list[Asked]) -> None:
+        self.asked = asked
+        self._text = GrowingText(lambda ids: cast(str, service.pipeline.read(asked[0].request, ids)))
+
+    async def content(self, result: Result) -> dict[str, Any]:
+        """Of the whole message."""
+        return {"content": result.output}
+
+    async def delta(self, heard: Heard) -> dict[str, Any]:
+        """What an event adds to the message."""
+        more = ""
+        if isinstance(heard, Tokens):
+            more = self._text.push(heard.ids)
+        elif isinstance(heard, Result):
+            more = self._text.finish()
+        return {"content": more} if more else {}
+
+    def usage(self, result: Result) -> dict[str, int]:
+        """Tokens that went in and came out."""
+        return _usage(len(self.asked[0].request.prompt_ids), len(result.ids))
+
+
+class _Drawn:
+    """A picture as the answer."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.asked, self._pictures = pictures.asked, pictures
+
+    async def content(self, result: Result) -> dict[str, Any]:
+        """Of the whole message."""
+        return {"images": [data_url(await self._pictures.encode(0, cast(Image.Image, result.output)))]}
+
+    async def delta(self, heard: Heard) -> dict[str, Any]:
+        """What an event adds to the message."""
+        return await self.content(heard) if isinstance(heard, Result) else {}
+
+    def usage(self, result: Result) -> dict[str, int]:
+        """Tokens that went in and came out."""
+        return _usage(self._pictures.usage["input_tokens"], self._pictures.grid.length)
+
+
+_Reply = _Said | _Drawn
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
