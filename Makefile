@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test common versions docs screenshots lint bench nano clean
+.PHONY: demo serve test common clients versions docs screenshots lint bench nano clean
 
 demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,10 @@ test: .venv/.installed  ## every test
 
 common: .venv/.installed  ## transformers' common model tests, on these classes and on its own
 	$(BIN)/python tests/common/run.py
+
+clients: .venv/.installed  ## LiteLLM and Open WebUI for real, in environments of their own; about 4 GB
+	$(BIN)/python tests/clients/litellm_proxy.py
+	$(BIN)/python tests/clients/open_webui.py
 
 versions: .venv/.installed  ## the tests that transformers could break, under its oldest supported, 5.23 and newest release
 	$(BIN)/python tests/versions.py

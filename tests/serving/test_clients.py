@@ -107,6 +107,23 @@ def test_open_webui(server, nano):
     assert (edit.status_code, edit.reason_phrase[:37]) == (400, "this checkpoint does not edit picture")
 
 
+def test_open_webui_around_a_chat(server, nano):
+    """Tools that are offered, the tasks that it gives a model by itself, and what it says of a picture that it got."""
+    tools = [{"type": "function", "function": {"name": "generate_image", "parameters": {"type": "object"}}}]
+    # An answer that was a picture is left out of the next request.
+    messages = [{"role": "user", "content": "draw a photo of two dogs"}, *question(nano)]
+    body = {"model": "nano", "stream": False, "messages": messages, "tools": tools, "seed": 7}
+    answer = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert answer == {"role": "assistant", "content": "red"}
+    task = f"### Task:\nGenerate a concise title.\n### Chat History:\n<chat_history>\nUSER: draw {CAR}\n</chat_history>"
+    body = {"model": "nano", "messages": [{"role": "user", "content": task}], "stream": False, "max_tokens": 1000}
+    assert "images" not in server.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    context = "<context>The requested image has been created by the system successfully.</context>"
+    messages = [{"role": "system", "content": context}, {"role": "user", "content": CAR}]
+    events = server.events("/v1/chat/completions", {"model": "nano", "messages": messages})
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "stop" and events[-1] == "[DONE]"
+
+
 def test_librechat(server, nano):
     """openai-node without `response_format`; everything is "auto"."""
     body = {"model": "gpt-image-2.5-flare", "prompt": CAR, "n": 1, "background": "auto", "output_format": "png"}
