@@ -344,6 +344,10 @@ class Serve(_Options):
             raise ValueError(
                 f"host={self.host!r} lets other machines in, so it needs a key: --api-key KEY; 127.0.0.1 needs none"
             )
+        if "*" in self.names("allow_host") and self.api_key is None:
+            raise ValueError(
+                "allow_host='*' lets pages of other sites in, by names of their own, so it needs a key: --api-key KEY"
+            )
 
     def names(self, option: str) -> list[str]:
         """An option that holds names by commas, as a list in lower case."""

@@ -313,8 +313,12 @@ class Emu3Pipeline:
     def read(self, request: Request, ids: Sequence[int]) -> Image.Image | str:
         """The picture or the text that all ids of an answer mean."""
         if request.grammar.kind == "text":
-            return "".join(each.text for each in self.layout.read(ids) if isinstance(each, Text)).strip()
+            return self.text(ids).strip()
         return self.decode(self._visual(request, ids))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text in the ids of an answer, with the spaces at its ends."""
+        return "".join(each.text for each in self.layout.read(ids) if isinstance(each, Text))
 
     def _visual(self, request: Request, ids: Sequence[int]) -> Visual:
         opening = len(request.prompt_ids) - 1 - request.prompt_ids[::-1].index(self.layout.vocabulary.boi)

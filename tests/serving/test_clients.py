@@ -8,6 +8,8 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 
+from emu3.serving.conversation import read_messages
+
 CAR = "a photo of a red car"
 
 
@@ -156,3 +158,27 @@ def test_a_chat_of_responses_form(server, nano):
     body = {"messages": [{"role": "developer", "content": "You are a helpful assistant."}]}
     body["messages"].append({"role": "user", "content": parts})
     assert server.post("/v1/chat/completions", body).status_code == 200
+
+
+def test_messages_that_other_models_take():
+    """Several of the system, those of tools, answers that were refused: as the template can say it."""
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "system", "content": "Be short."},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+        {"role": "tool", "tool_call_id": "1", "content": "a car"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+        {"role": "user", "content": "Why?"},
+    ]
+    said = [
+        (message["role"], [part["text"] for part in message["content"]]) for message in read_messages(messages, None)
+    ]
+    assert said == [
+        ("system", ["Be short.\n\nBe kind."]),
+        ("user", ["What is it?"]),
+        ("assistant", []),
+        ("user", ["a car"]),
+        ("assistant", ["No."]),
+        ("user", ["Why?"]),
+    ]

@@ -186,3 +186,99 @@ def test_a_port_that_is_taken():
         second = subprocess.run(command, capture_output=True, text=True)
         assert second.returncode == 2
         assert "cannot listen on 127.0.0.1 port" in second.stderr
+
+
+PINNED = [[None] * 8, [None] + [1] * 7, [None] * 8, [None] * 8]
+
+
+def test_rows_that_are_finished_in_another_order(server):
+    """A row whose end is pinned is finished before the one above it; previews wait for that one."""
+    body = {"prompt": CAR, "decoding": "zipar:2", "previews": 8, "seed": 1, "pinned": PINNED}
+    events = server.events("/api/draw", body)
+    rows = [json.loads(each)["rows"] for each in events if '"rows"' in each]
+    assert rows and rows == sorted(rows)
+    assert server.worker.alive and server.is_idle()
+
+
+def test_a_preview_that_fails_costs_nothing_else(server, nano, monkeypatch, caplog):
+    body = {"prompt": CAR, "seed": 5, "decoding": "raster"}
+    expected = server.post(DRAW, body).json()["data"]
+    monkeypatch.setitem(nano.__dict__, "preview", lambda grid, ids: 1 / 0)
+    last = json.loads(server.events(DRAW, {**body, "partial_images": 3})[-1])
+    assert last["b64_json"] == expected[0]["b64_json"]
+    assert "a preview could not be drawn" in caplog.text
+
+
+def test_scores_take_turns_with_steps(server, nano, monkeypatch):
+    """At most one between two steps, and at most eight wait."""
+    order, step = [], server.worker.engine.step
+    codes = [[1] * 12] * 12
+
+    def slow(request, ids):
+        order.append("score")
+        time.sleep(0.05)
+        return nano.__class__.probabilities(nano, request, ids)
+
+    monkeypatch.setitem(nano.__dict__, "probabilities", slow)
+    server.worker.engine.step = lambda: order.append("step") or step()
+    try:
+        with ThreadPoolExecutor(30) as pool:
+            drawing = pool.submit(server.post, DRAW, {"prompt": CAR, "decoding": "raster"})
+            scores = [pool.submit(server.post, "/api/score", {"prompt": CAR, "codes": codes}) for _ in range(25)]
+            statuses = [each.result().status_code for each in scores]
+            assert drawing.result().status_code == 200
+    finally:
+        del server.worker.engine.step
+    assert set(statuses) == {200, 429}
+    text = "".join(each[1] for each in order)  # "t" of step, "c" of score
+    assert "tct" in text and "cc" not in text[text.index("t") : text.rindex("t")]
+    assert server.is_idle()
+
+
+def test_a_worker_that_ends_answers_everybody(serve, nano):
+    server = serve()
+    server.worker._hear = lambda events, start: 1 / 0
+    answer = server.post(DRAW, {"prompt": CAR})
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == "the server stopped"
+    assert server.client.get("/health").status_code == 503
+    assert server.post(DRAW, {"prompt": CAR}).status_code == 503
+    assert server.post("/api/score", {"prompt": CAR, "codes": [[1]]}).status_code == 503
+    assert server.worker.idle
+    nano.engine.cancel(nano.engine._submitted - 1)
+
+
+def test_an_error_of_the_server_is_in_its_log(server, monkeypatch, caplog):
+    monkeypatch.setattr("emu3.serving.completions.asked_to_draw", lambda *_: 1 / 0)
+    answer = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] in caplog.text and "ZeroDivisionError" in caplog.text
+    assert answer.headers["x-content-type-options"] == "nosniff" and "ZeroDivision" not in answer.text
+
+
+def test_work_for_clients_that_left_before_its_turn_is_not_done(server, nano, monkeypatch):
+    prepared = []
+    requests = nano.draw_requests
+
+    def slow(prompts, **options):
+        prepared.append(prompts)
+        time.sleep(0.2)
+        return requests(prompts, **options)
+
+    monkeypatch.setitem(nano.__dict__, "draw_requests", slow)
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda _: post_and_leave(server, {"prompt": CAR}, 0.05), range(10)))
+    assert server.post(DRAW, {"prompt": "a photo of a dog"}).status_code == 200
+    assert len(prepared) < 6
+    assert server.is_idle()
+
+
+def test_a_client_that_does_not_read_is_given_up(serve, monkeypatch):
+    monkeypatch.setattr("emu3.serving.service._SEND_SECONDS", 0.3)
+    server = serve()
+    content = json.dumps({"prompt": CAR, "n": 10, "previews": 8, "decoding": "raster"}).encode()
+    head = "POST /api/draw HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        assert server.is_idle(30)

@@ -15,7 +15,7 @@ from PIL import Image
 from emu3.options import Serve
 from emu3.serving.conversation import GrowingText
 from emu3.serving.errors import Refused
-from emu3.serving.remote import Fetcher
+from emu3.serving.remote import Fetcher, is_public
 
 CAR = "a photo of a red car"
 DRAW = "/v1/images/generations"
@@ -113,6 +113,10 @@ def test_a_picture_too_long_for_the_model_is_refused(server):
         ("127.0.0.1.evil.example", 403),
         ("", 403),
         ("localhost.evil.example:80", 403),
+        ("LOCALHOST:80", 200),
+        ("[::1].evil.example", 403),
+        ("[localhost].evil.example:99", 403),
+        ("localhost:80:90", 403),
     ],
 )
 def test_a_name_that_was_pointed_at_this_machine_is_refused(server, host, status):
@@ -361,13 +365,130 @@ def test_answers_of_sites_that_are_refused(site, answer, words):
         fetch("http://example.com/a", is_public=lambda address: True, most_bytes=1000, seconds=0.5)
 
 
+@pytest.mark.parametrize(
+    "ip",
+    ["::1", "::127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "fec0::1", "ff0e::1", "224.0.0.1"],
+)
+def test_addresses_that_hold_others_are_not_public(ip):
+    assert not is_public(ip)
+    assert is_public("93.184.215.14") and is_public("2606:2800:220:1:248:1893:25c8:1946")
+
+
+def test_a_site_that_trickles_is_given_up_in_time(site):
+    site([b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", *[b"a"] * 1000])
+    began = time.monotonic()
+    with pytest.raises(Refused):
+        fetch("http://example.com/a", is_public=lambda address: True, seconds=0.5)
+    assert time.monotonic() - began < 3
+
+
+def post_raw(server, path, body, **headers):
+    return server.client.post(path, content=body, headers={"content-type": "application/json", **headers})
+
+
+def test_only_looking_at_the_health_needs_no_key(serve):
+    server = serve(api_key="a-long-secret")
+    assert server.client.get("/health").status_code == server.client.head("/health").status_code == 200
+    assert post_raw(server, "/health", b"[" + b"{}," * 10**6 + b"{}]").status_code == 401
+    assert server.client.get("/healthy").status_code == server.client.get("/health/").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "http://["}, 403),
+        ({"authorization": "Basic \u00e9"}, 401),
+        ({"authorization": "Basic !"}, 401),
+        ({"authorization": "Bearer"}, 401),
+    ],
+)
+def test_malformed_headers(serve, headers, status):
+    server = serve(api_key="a-long-secret")
+    headers = {name: value.encode("latin-1") for name, value in headers.items()}
+    answer = server.client.get("/v1/models", headers=headers)
+    assert answer.status_code == status
+    assert answer.headers["x-request-id"].startswith("req_") and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [' + b'"a",' * 300_000 + b'"a"]}]}', 400),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user"}], "modalities": [' + b"1," * 90_000 + b"1]}", 400),
+        ("/v1/chat/completions", b'{"messages": [' + b"1," * 90_000 + b"1]}", 400),
+        ("/api/draw", b'{"prompt": "a", "pinned": [[' + b'"a",' * 90_000 + b'"a"]]}', 400),
+        ("/api/draw", b'{"prompt": "a", "pinned": [' + b"[1]," * 90_000 + b"[1]]}", 400),
+        ("/api/score", b'{"prompt": "a", "codes": [[' + b"1," * 90_000 + b"1]]}", 400),
+        (DRAW, b'{"prompt": "a", "x": "' + b"a" * 5_000_000 + b'"}', 413),
+        (DRAW, b'{"prompt": "a", "negative_prompt": "' + b"7" * 40_000 + b'"}', 400),
+        ("/api/draw", b'{"prompt": "a", "negative_prompt": "' + b"7" * 40_000 + b'"}', 400),
+        ("/sdapi/v1/txt2img", b'{"prompt": "a", "negative_prompt": "' + b"7" * 40_000 + b'"}', 400),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "draw ' + b"7" * 40_000 + b'"}]}', 400),
+        ("/api/draw", b'{"prompt": "a", "decoding": "' + b"z" * 100 + b'"}', 400),
+    ],
+)
+def test_bodies_that_would_take_long(server, path, body, status):
+    began = time.monotonic()
+    answer = post_raw(server, path, body)
+    assert answer.status_code == status
+    assert len(answer.content) < 1000
+    assert time.monotonic() - began < 5  # of tens of seconds
+
+
+def test_a_picture_in_many_scans_is_refused(server):
+    out = io.BytesIO()
+    Image.new("L", (64, 64), 7).save(out, "JPEG", progressive=True)
+    content = out.getvalue()
+    last = content.rindex(b"\xff\xda")
+    scans = content[:last] + content[last:-2] * 200 + content[-2:]
+    answer = server.post("/v1/chat/completions", chat(data(scans, "jpeg")))
+    assert answer.status_code == 400 and "100 scans" in answer.json()["error"]["message"]
+    assert server.post("/v1/chat/completions", chat(data(content, "jpeg"))).status_code == 200
+
+
+def test_pictures_share_the_limit_of_pixels(server):
+    part = {"type": "image_url", "image_url": {"url": data(saved(Image.new("L", (6000, 5000))))}}
+    content = [part, part, {"type": "text", "text": "What is it?"}]
+    answer = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 400 and "50,000,000 pixels" in answer.json()["error"]["message"]
+
+
+def test_a_name_for_everything_needs_a_key():
+    with pytest.raises(ValueError, match="needs a key"):
+        Serve(allow_host="*")
+    assert Serve(allow_host="*", api_key="a-long-secret").names("allow_host") == ["*"]
+
+
+def test_no_route_takes_websockets(server):
+    handshake = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAA\r\n"
+    answer = raw(server, f"GET / HTTP/1.1\r\nHost: evil.example\r\n{handshake}\r\n".encode(), 2)
+    assert answer.startswith("HTTP/1.1 403 this server does not answer to that host name")
+
+
+def test_connections_that_send_nothing_are_closed(serve, monkeypatch):
+    monkeypatch.setattr("emu3.serving.server._HEAD_SECONDS", 0.3)
+    server = serve()
+    for content in (b"", b"GET / HT"):
+        began = time.monotonic()
+        assert raw(server, content, 5) == ""
+        assert time.monotonic() - began < 3
+    with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        connection.sendall(b"GET /h")  # a second request that does not end
+        while connection.recv(65536):
+            pass
+        assert time.monotonic() - began < 3
+
+
 def test_a_text_that_grows_is_the_text(nano):
     """Whatever the steps in which it comes, characters of several tokens and spaces at the ends among them."""
     text = "  a caf\u00e9 \U0001f41e and more  \n"
     ids = nano.layout.words.encode(text)
     assert len(ids) > 10
     for size in (1, 2, 3, 100):
-        growing = GrowingText(lambda ids: nano.layout.words.decode(ids).strip())
+        growing = GrowingText(lambda ids: nano.layout.words.decode(ids))
         parts = [growing.push(ids[start : start + size]) for start in range(0, len(ids), size)]
         assert not any("\ufffd" in part for part in parts)
         assert "".join([*parts, growing.finish()]) == text.strip()

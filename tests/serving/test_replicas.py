@@ -23,7 +23,7 @@ http_options: {{host: 127.0.0.1, port: {port}}}
 applications:
   - name: emu3
     import_path: emu3.serving.replicas:build
-    args: {{model: nano, min_replicas: 1, max_replicas: 2, requests: 2, cpus: 0.5}}
+    args: {{model: nano, min_replicas: 1, max_replicas: 2, requests: 2, cpus: 0.5, local: true}}
 """
 
 
@@ -134,8 +134,9 @@ def busy(url):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"allow_host": "example.com"}, "needs a key"),
-        ({"min_replicas": 5}, "min_replicas=5 is above max_replicas=4"),
+        ({}, "a key is needed: api_key=KEY; or local=true"),
+        ({"allow_host": "*", "local": True}, "needs a key: --api-key KEY"),
+        ({"local": True, "min_replicas": 5}, "min_replicas=5 is above max_replicas=4"),
         ({"api_key": "short"}, "at least 8"),
         ({"dtype": "float8"}, "float8"),
         ({"replicas": 2}, "replicas"),

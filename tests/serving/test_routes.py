@@ -169,7 +169,8 @@ def test_unknown_fields_are_ignored_and_null_is_absent(server, nano):
         ("images/edits", {}, None, "does not edit"),
         ("videos", {"prompt": CAR}, None, "makes no clips"),
         ("chat/completions", {"messages": []}, "messages", "at least 1"),
-        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "one of"),
+        ("chat/completions", {"messages": [{"role": "function", "content": "x"}]}, "messages.0.role", "one of"),
+        ("chat/completions", {"messages": [{"role": [], "content": "x"}]}, "messages.0.role", "one of"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},

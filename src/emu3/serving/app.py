@@ -40,6 +40,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     return cast(dict[str, Any], (await models(request))["data"][0])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["server"])
 async def health(request: Request) -> Response:
     """Whether the server lives."""
@@ -82,7 +83,7 @@ def create_app(pipeline: Emu3Pipeline, name: str, serve: Serve | None = None) ->
     app.state.service = service
     for each in (router, images.router, completions.router, browser.router):
         app.include_router(each)
-    for kind in (Refused, QueueFull, Draining, ValueError, RequestValidationError, HTTPException, Exception):
+    for kind in (Refused, QueueFull, Draining, ValueError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, on_error)
     app.add_middleware(
         Guard,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -19,8 +20,8 @@ from emu3.generation.grammar import GridGrammar
 from emu3.options import DECODINGS, Draw
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
-from emu3.serving.schema import MOST_CHARACTERS, MOST_PICTURES, Body, given, option_fields
-from emu3.serving.service import Pictures, service_of
+from emu3.serving.schema import MOST_CHARACTERS, MOST_PICTURES, MOST_SIDE, Body, given, option_fields
+from emu3.serving.service import Pictures, service_of, unless_gone
 from emu3.serving.worker import Job, Preview
 
 router = APIRouter(include_in_schema=False)
@@ -30,6 +31,11 @@ _MOST_PREVIEWS = 8
 _SHOWN = ("negative_prompt", "ratio", "guidance_scale", "temperature", "top_k", "top_p", "decoding", "seed")
 
 
+Value = TypeVar("Value")
+_Side = Field(max_length=MOST_SIDE, fail_fast=True)
+Rows = Annotated[list[Annotated[list[Value], _Side]], _Side]
+
+
 class _Words(Body):
     prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS)
 
@@ -37,11 +43,11 @@ class _Words(Body):
 class _Draw(_Words):
     n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
     previews: Annotated[int, Field(ge=0, le=_MOST_PREVIEWS)] | None = None
-    pinned: list[list[int | None]] | None = None
+    pinned: Rows[int | None] | None = None
 
 
 class _Score(_Words):
-    codes: list[list[int]]
+    codes: Rows[int]
 
 
 DrawRequest = option_fields("DrawRequest", _Draw, Draw, _SHOWN)
@@ -53,6 +59,7 @@ def _files() -> dict[str, Path]:
     return {path.name: path for path in _PAGE.iterdir() if path.is_file()}
 
 
+@router.head("/")
 @router.get("/")
 async def page() -> Response:
     """The page."""
@@ -71,7 +78,7 @@ async def file(name: str) -> Response:
 async def model(request: Request) -> dict[str, Any]:
     """What is loaded, and with which options it draws."""
     service = service_of(request)
-    grid = (await service.draw("a", 1, None, {})).grid if service.can("draw") else None
+    grid = (await service.draw(request, "a", 1, None, {})).grid if service.can("draw") else None
     options = {each.name: {"default": each.default, "help": each.metadata["help"]} for each in fields(Draw)}
     return {
         "name": service.name,
@@ -91,7 +98,7 @@ async def draw(request: Request, body: DrawRequest) -> Response:  # type: ignore
     service, wanted = service_of(request), cast(Any, body)
     pinned = None if wanted.pinned is None else _codes([[-1 if c is None else c for c in row] for row in wanted.pinned])
     options = given(wanted, *_SHOWN)
-    pictures = await service.draw(wanted.prompt, wanted.n or 1, None, options, pinned)
+    pictures = await service.draw(request, wanted.prompt, wanted.n or 1, None, options, pinned)
 
     async def write(job: Job) -> AsyncGenerator[bytes]:
         async for position in service.worker.position_of(job):
@@ -166,17 +173,18 @@ async def score(request: Request, body: ScoreRequest) -> Response:  # type: igno
     service, wanted = service_of(request), cast(Any, body)
     codes_HW = _codes(wanted.codes)
     prepared = await service.prepare(
-        service.pipeline.draw_requests, wanted.prompt, pinned=codes_HW, **given(wanted, *_SHOWN)
+        request, service.pipeline.draw_requests, wanted.prompt, pinned=codes_HW, **given(wanted, *_SHOWN)
     )
     grid = GridGrammar(*codes_HW.shape, vocabulary=service.pipeline.layout.vocabulary)
     asked, ids = replace(prepared[0], grammar=grid), grid.ids_of(codes_HW[None]).tolist()
-    found = await service.worker.call(lambda: service.pipeline.probabilities(asked, ids))
+    scoring = service.worker.call(lambda: service.pipeline.probabilities(asked, ids))
+    found = await unless_gone(request, asyncio.ensure_future(scoring))
     rows = found[: grid.height * (grid.width + 1)].reshape(grid.height, grid.width + 1)[:, :-1]
     return JSONResponse({"probabilities": np.round(rows.astype(float), 6).tolist()})
 
 
 def _codes(rows: list[list[int]]) -> Any:
-    if not rows or not rows[0] or len({len(row) for row in rows}) != 1 or len(rows) * len(rows[0]) > 2**20:
+    if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
         raise Refused(400, "codes must be rows of one length, of whole numbers", "codes")
     if not all(-1 <= code < 2**31 for row in rows for code in row):
         raise Refused(400, "codes must be whole numbers from 0", "codes")

@@ -30,13 +30,13 @@ async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore
     prompt = asked_to_draw(fields.messages, fields.modalities)
     if prompt is not None and ("image" in (fields.modalities or ()) or service.can("draw")):
         options = given(fields, "negative_prompt", "guidance_scale", "seed", "decoding")
-        reply: _Reply = _Drawn(await service.draw(prompt, 1, fields.size, options))
+        reply: _Reply = _Drawn(await service.draw(request, prompt, 1, fields.size, options))
     else:
-        talk = await service.prepare(read_messages, fields.messages, service.fetcher)
+        talk = await service.prepare(request, read_messages, fields.messages, service.fetcher)
         options = given(fields, "temperature", "top_k", "top_p", "seed")
         if (longest := fields.max_completion_tokens or fields.max_tokens) is not None:
             options["max_new_tokens"] = longest
-        reply = _Said(service, await service.prepare(service.pipeline.answer_requests, talk, **options))
+        reply = _Said(service, await service.prepare(request, service.pipeline.answer_requests, talk, **options))
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
 
     def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
@@ -71,7 +71,7 @@ class _Said:
 
     def __init__(self, service: Service, asked: list[Asked]) -> None:
         self.asked = asked
-        self._text = GrowingText(lambda ids: cast(str, service.pipeline.read(asked[0].request, ids)))
+        self._text = GrowingText(service.pipeline.text)
 
     async def content(self, result: Result) -> dict[str, Any]:
         """Of the whole message."""

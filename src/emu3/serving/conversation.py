@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from emu3.serving.errors import Refused
-from emu3.serving.pictures import read_picture
+from emu3.serving.pictures import MOST_PIXELS, read_picture
 from emu3.serving.remote import Fetcher
 from emu3.serving.schema import MOST_CHARACTERS
 
 _MOST_PICTURES = 16
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# What tools gave is read as if the user had said it.
+_ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
 _DRAW = re.compile(r"\s*(?:/image\b|draw\b)\s*(?:me\b\s*)?", re.IGNORECASE)
 
 
@@ -23,11 +24,11 @@ def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict
         Refused: a message is not usable.
     """
     talk: list[dict[str, Any]] = []
-    characters = pictures = 0
+    characters = pictures = pixels = 0
     for number, message in enumerate(messages):
         where = f"messages.{number}"
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise Refused(400, f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
         parts: list[dict[str, Any]] = []
         for part in _parts(message.get("content"), f"{where}.content"):
@@ -35,8 +36,11 @@ def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict
                 parts.append(part)
                 characters += len(part["text"])
             elif role != "assistant":  # a picture that the model drew is no part of what it reads
-                parts.append({"type": "image", "image": read_picture(part["url"], fetcher, f"{where}.content")})
-                pictures += 1
+                picture = read_picture(part["url"], fetcher, f"{where}.content")
+                parts.append({"type": "image", "image": picture})
+                pictures, pixels = pictures + 1, pixels + picture.width * picture.height
+                if pixels > MOST_PIXELS:
+                    raise Refused(400, f"the pictures of a conversation may have {MOST_PIXELS:,} pixels", where)
         if characters > MOST_CHARACTERS or pictures > _MOST_PICTURES:
             raise Refused(
                 400, f"a conversation may have {MOST_CHARACTERS:,} characters and {_MOST_PICTURES} pictures", where
@@ -46,7 +50,16 @@ def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict
         if order == sorted(order, reverse=True):
             parts.sort(key=lambda part: str(part["type"]))
         talk.append({"role": _ROLES[role], "content": parts})
-    return talk
+    # The template takes one message of the system, in front.
+    system = [part for message in talk if message["role"] == "system" for part in message["content"]]
+    rest = [message for message in talk if message["role"] != "system"]
+    return [{"role": "system", "content": _joined(system)}, *rest] if system else rest
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Texts as one, a paragraph each."""
+    text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
+    return [{"type": "text", "text": text}, *(part for part in parts if part["type"] != "text")]
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:
@@ -62,6 +75,8 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("text", "input_text") and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
+        elif kind == "refusal" and isinstance(part.get("refusal"), str):
+            parts.append({"type": "text", "text": part["refusal"]})
         elif kind in ("image_url", "input_image"):
             address = part.get("image_url")
             parts.append({"type": "image", "url": address.get("url") if isinstance(address, dict) else address})
@@ -87,31 +102,36 @@ def asked_to_draw(messages: Sequence[Any], modalities: Sequence[str] | None) -> 
 
 
 class GrowingText:
-    """The text of an answer as its ids come. What `push` and `finish` give, joined, is the text of all ids.
+    """The text of an answer as its ids come, without spaces at its ends.
 
-    `read` gives the text of ids, without spaces at its ends.
+    `read` gives the text of ids, spaces included. The text of two runs of ids is that of one behind the other, unless
+    the bytes of a character are in both.
     """
 
     def __init__(self, read: Callable[[Sequence[int]], str]) -> None:
         self._read = read
-        self._ids: list[int] = []
-        self._shown = ""
+        self._ids: list[int] = []  # whose text is not told yet
+        self._spaces = ""  # which are told once something follows them
+        self._begun = False
 
     def push(self, ids: Sequence[int]) -> str:
         """More ids: the text that they add. What may still change stays back."""
         self._ids += ids
-        # Bytes of a character that is not complete yet decode as U+FFFD.
-        return self._more(self._read(self._ids).rstrip("\ufffd"))
+        text = self._read(self._ids)
+        if text.endswith("\ufffd"):  # as bytes of a character decode that is not complete yet
+            return ""
+        self._ids = []
+        return self._more(text)
 
     def finish(self) -> str:
         """The rest."""
         return self._more(self._read(self._ids))
 
     def _more(self, text: str) -> str:
-        if not text.startswith(self._shown):
-            return ""
-        new, self._shown = text[len(self._shown) :], text
-        return new
+        text = self._spaces + text if self._begun else text.lstrip()
+        shown = text.rstrip()
+        self._spaces, self._begun = text[len(shown) :], self._begun or bool(shown)
+        return shown
 
 
 def data_url(content: str) -> dict[str, Any]:

@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import json
+import logging
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emu3.options import LOOPBACK
-from emu3.serving.errors import Refused, error_response
+from emu3.serving.errors import Refused, error_response, refused
 
 MOST_HEADER_BYTES = 32_768
 """Of a request, for its headers, and for its address."""
 
+logger = logging.getLogger("emu3")
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::\d+)?")
 _OPEN = ("/health",)
 _MAX_DEPTH = 64
+# Lists, objects and their members in a body. Each costs time and memory, far more than its bytes.
+_MOST_VALUES = 200_000
+# Of a body, except where pictures come with it.
+_MOST_BYTES_OF_WORDS = 4_000_000
 _WITH_FORM = ("/v1/images/edits", "/v1/videos")
+_WITH_PICTURES = ("/v1/chat/completions", *_WITH_FORM)
 _SECURITY = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -60,9 +68,11 @@ class Guard:
     seconds: float = 30.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        if scope["type"] != "http":
+            raise ValueError(f"no route takes {scope['type']}")
         headers = Headers(scope=scope)
         number = scope.setdefault("state", {})["request_id"] = f"req_{secrets.token_hex(12)}"
         origin = headers.get("origin") if headers.get("origin") in self.origins else None
@@ -83,17 +93,11 @@ class Guard:
         try:
             self._check(scope, headers)
             if origin is not None and scope["method"] == "OPTIONS":
-                allowed = "authorization, content-type"
-                await answer(
-                    {
-                        "type": "http.response.start",
-                        "status": 204,
-                        "headers": [
-                            (b"access-control-allow-headers", allowed.encode()),
-                            (b"access-control-allow-methods", b"GET, POST, DELETE"),
-                        ],
-                    }
-                )
+                wanted = headers.get("access-control-request-headers", "authorization, content-type")
+                allowed = {"headers": wanted, "methods": "GET, POST, DELETE"}
+                sent = [(f"access-control-allow-{name}".encode(), value.encode()) for name, value in allowed.items()]
+                sent.append((b"access-control-max-age", b"600"))
+                await answer({"type": "http.response.start", "status": 204, "headers": sent})
                 await answer({"type": "http.response.body"})
                 return
             body = await self._read(scope, headers, receive)
@@ -111,23 +115,29 @@ class Guard:
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replay, answer)
+        try:
+            await self.app(scope, replay, answer)
+        except Exception as error:
+            logger.exception("%s %s %s failed", number, scope["method"], scope["path"])
+            if started:
+                raise
+            await error_response(refused(error))(scope, receive, answer)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Size of the headers, host, origin and key."""
         size = sum(len(name) + len(value) for name, value in headers.raw)
         if size > MOST_HEADER_BYTES or len(scope["raw_path"]) + len(scope["query_string"]) > MOST_HEADER_BYTES:
             raise Refused(431, f"headers and address may have {MOST_HEADER_BYTES:,} bytes")
-        host = headers.get("host", "")
+        host = headers.get("host", "").lower()
         if "*" not in self.hosts and _name_of(host) not in (*LOOPBACK, *self.hosts):
             raise Refused(403, "this server does not answer to that host name; allow it with --allow-host")
         origin = headers.get("origin")
-        if origin is not None and origin not in self.origins:
-            own = urlsplit(origin).netloc
-            if not own or own.lower() != host.lower():
-                raise Refused(403, "pages of other sites may not use this server; allow one with --allow-origin")
+        own = (f"http://{host}", f"https://{host}")
+        if origin is not None and origin not in self.origins and origin.lower() not in own:
+            raise Refused(403, "pages of other sites may not use this server; allow one with --allow-origin")
         preflight = scope["method"] == "OPTIONS" and origin is not None
-        if self.key is not None and scope["path"] not in _OPEN and not preflight:
+        is_open = scope["path"] in _OPEN and scope["method"] in ("GET", "HEAD")
+        if self.key is not None and not is_open and not preflight:
             given = _key_in(headers.get("authorization", ""))
             if not hmac.compare_digest(given.encode(), self.key.encode()):
                 how = {"www-authenticate": 'Basic realm="emu3: any name, and the key as the password"'}
@@ -137,9 +147,11 @@ class Guard:
         """The body, which must be JSON, or a form where one is expected."""
         if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             return b""
+        most = self.most_bytes if scope["path"] in _WITH_PICTURES else min(self.most_bytes, _MOST_BYTES_OF_WORDS)
+        too_large = Refused(413, f"a body may have {most // 1_000_000} MB")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.most_bytes:
-            raise self._too_large()
+        if length.isdecimal() and int(length) > most:
+            raise too_large
         body = bytearray()
         try:
             async with asyncio.timeout(self.seconds):
@@ -150,8 +162,8 @@ class Guard:
                         raise _Gone
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > self.most_bytes:
-                        raise self._too_large()
+                    if len(body) > most:
+                        raise too_large
         except TimeoutError:
             raise Refused(408, f"the body took more than {self.seconds:g} s to arrive") from None
         if scope["method"] == "POST":
@@ -163,12 +175,11 @@ class Guard:
             check_json(bytes(body))
         return bytes(body)
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"a body may have {self.most_bytes // 1_000_000} MB")
-
 
 def check_json(body: bytes) -> None:
-    """Refused unless it is JSON of moderate depth, whose numbers are numbers."""
+    """Refused unless it is JSON of moderate size and depth, whose numbers are numbers."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise Refused(400, f"the body may have {_MOST_VALUES:,} commas and brackets")
     try:
         depth = _depth(json.loads(body, parse_constant=_refuse_constant))
     except RecursionError:
@@ -194,8 +205,9 @@ def _depth(value: object) -> int:
 
 
 def _name_of(host: str) -> str:
-    """The host header without its port."""
-    return host[1 : host.find("]")] if host.startswith("[") else host.rsplit(":", 1)[0].lower()
+    """The host header in lower case without its port; nothing where it is malformed."""
+    match = _HOST.fullmatch(host)
+    return match[1] or match[2] if match else ""
 
 
 def _key_in(authorization: str) -> str:
@@ -204,6 +216,6 @@ def _key_in(authorization: str) -> str:
     if kind.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-        except binascii.Error:
+        except ValueError:
             return ""
     return value if kind.lower() == "bearer" else ""

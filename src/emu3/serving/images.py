@@ -26,7 +26,7 @@ router = APIRouter()
 async def generate(request: Request, body: ImagesRequest) -> Response:  # type: ignore[valid-type]
     """Draw pictures from words. They come as base64, whatever `response_format` says."""
     service, fields = service_of(request), cast(Any, body)
-    pictures = await service.draw(fields.prompt, fields.n or 1, fields.size, given(fields, *DRAWN))
+    pictures = await service.draw(request, fields.prompt, fields.n or 1, fields.size, given(fields, *DRAWN))
     about = {
         "size": f"{pictures.width}x{pictures.height}",
         "output_format": fields.output_format,
@@ -105,7 +105,7 @@ async def a1111_draw(request: Request, body: Txt2ImgRequest) -> dict[str, Any]:
     options |= {} if body.seed is None or body.seed < 0 else {"seed": body.seed}
     size = f"{body.width or body.height}x{body.height or body.width}" if body.width or body.height else None
     count = min((body.batch_size or 1) * (body.n_iter or 1), MOST_PICTURES)
-    pictures = await service.draw(body.prompt, count, size, options)
+    pictures = await service.draw(request, body.prompt, count, size, options)
     results = await service.results(request, pictures.asked)
     files = [await pictures.encode(each.request, cast(Image.Image, each.output)) for each in results]
     seeds = [pictures.seed(place) for place in range(count)]

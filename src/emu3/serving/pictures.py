@@ -19,7 +19,12 @@ from emu3.serving.remote import Fetcher
 MOST_BYTES = 20_000_000
 """Of the file of a picture."""
 
-_MOST_PIXELS = 50_000_000
+MOST_PIXELS = 50_000_000
+"""Of all pictures of a request."""
+
+# A progressive JPEG is decoded once for each scan; cameras write about ten.
+_MOST_SCANS = 100
+_SCAN = b"\xff\xda"
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _DATA_URL = re.compile(r"data:image/(png|jpe?g|webp|gif);base64,", re.IGNORECASE)
 
@@ -54,11 +59,13 @@ def open_picture(content: bytes, param: str) -> Image.Image:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Refused(400, f"a picture may have {_MOST_PIXELS:,} pixels", param) from None
+        raise Refused(400, f"a picture may have {MOST_PIXELS:,} pixels", param) from None
     except Exception:  # what a decoder raises depends on the format and on where the file breaks
         raise Refused(400, "this is no picture in PNG, JPEG, WebP or GIF, or it is damaged", param) from None
-    if picture.width * picture.height > _MOST_PIXELS:
-        raise Refused(400, f"a picture may have {_MOST_PIXELS:,} pixels, not {picture.width}x{picture.height}", param)
+    if picture.width * picture.height > MOST_PIXELS:
+        raise Refused(400, f"a picture may have {MOST_PIXELS:,} pixels, not {picture.width}x{picture.height}", param)
+    if picture.format == "JPEG" and content.count(_SCAN) > _MOST_SCANS:
+        raise Refused(400, f"a JPEG may have {_MOST_SCANS} scans", param)
     try:
         picture.load()
     except Exception:

@@ -18,7 +18,19 @@ from urllib.parse import urljoin, urlsplit
 from emu3.serving.errors import Refused
 
 _MOST_REDIRECTS = 3
+# IPv6 networks whose addresses hold one of IPv4: compatible, mapped, NAT64, 6to4, Teredo.
+_WITH_IPV4 = [
+    ipaddress.IPv6Network(each) for each in ("::/96", "::ffff:0:0/96", "64:ff9b::/32", "2002::/16", "2001::/32")
+]
 _PORTS = {"http": 80, "https": 443}
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, and holds no other that is none."""
+    ip = ipaddress.ip_address(address)
+    if ip.is_multicast or not ip.is_global:
+        return False
+    return ip.version == 4 or not (ip.is_site_local or any(ip in network for network in _WITH_IPV4))
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Fetcher:
     hosts: Sequence[str]
     most_bytes: int = 20_000_000
     seconds: float = 10.0
-    is_public: Callable[[str], bool] = lambda address: ipaddress.ip_address(address).is_global
+    is_public: Callable[[str], bool] = lambda address: is_public(address)
 
     def fetch(self, address: str, param: str) -> bytes:
         """The content at an address. Refused where it is not allowed, too large, or too slow."""
@@ -57,9 +69,10 @@ class Fetcher:
             raise Refused(400, "the picture's address is not a public one", param)
         connection = http.client.HTTPConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
         try:
-            connection.sock = socket.create_connection((str(min(found)), port), connection.timeout)
+            stream = socket.create_connection((str(min(found)), port), connection.timeout)
+            connection.sock = stream
             if scheme == "https":
-                connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+                connection.sock = stream = ssl.create_default_context().wrap_socket(stream, server_hostname=host)
             connection.request("GET", target, headers={"user-agent": "emu3", "accept": "image/*"})
             response = connection.getresponse()
             if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("location")):
@@ -67,8 +80,10 @@ class Fetcher:
             if response.status != http.client.OK:
                 raise Refused(400, f"the picture's address answers with status {response.status}", param)
             content = bytearray()
-            while part := response.read(65536):
+            # `read1` takes what is there; `read` would wait for all of it, each piece with the whole time.
+            while part := response.read1(65536):
                 content += part
+                stream.settimeout(max(0.1, deadline - time.monotonic()))
                 if len(content) > self.most_bytes:
                     raise Refused(413, f"a picture may have {self.most_bytes // 1_000_000} MB", param)
                 if time.monotonic() > deadline:

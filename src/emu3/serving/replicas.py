@@ -1,4 +1,4 @@
-"""The app on several replicas behind one address, by Ray Serve: `serve run emu3.serving.replicas:build model=nano`.
+"""The app on several replicas behind one address, by Ray Serve: `serve run emu3.serving.replicas:build local=true`.
 
 Each replica is a process with an engine of its own. Ray's proxy gives a request to one of the less busy, and the number
 of replicas follows the number of requests under way, those that wait among them.
@@ -32,6 +32,7 @@ class _Scale(BaseModel):
     min_replicas: Annotated[int, Field(ge=1)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 4
     requests: float = Field(default=16, gt=0, description="How many a replica should have; with more, one is added.")
+    local: bool = Field(default=False, description="Only this machine reaches Ray's address: no key is needed.")
     cpus: float = Field(default=1, gt=0, description="Of a replica; PyTorch runs as many threads.")
     gpus: float = Field(default=0, ge=0, description="Of a replica.")
 
@@ -44,12 +45,15 @@ def build(arguments: Replicas) -> ray_serve.Application:  # type: ignore[valid-t
     """The application that Ray Serve runs.
 
     Raises:
-        ValueError: an option is wrong; or other machines are let in without a key.
+        ValueError: an option is wrong; or there is no key, and `local` does not say that none is needed.
     """
     wanted: Any = arguments
     load, serve = make(Load, given(wanted, *_LOAD)), make(Serve, given(wanted, *_SERVE))
-    if serve.allow_host and serve.api_key is None:
-        raise ValueError(f"allow_host={serve.allow_host!r} lets other machines in, so it needs a key: api_key=KEY")
+    if serve.api_key is None and not wanted.local:
+        raise ValueError(
+            "Ray may let other machines in, so a key is needed: api_key=KEY; or local=true, where http_options of Ray "
+            "say host: 127.0.0.1"
+        )
     if wanted.min_replicas > wanted.max_replicas:
         raise ValueError(f"min_replicas={wanted.min_replicas} is above max_replicas={wanted.max_replicas}")
 

@@ -12,8 +12,11 @@ from emu3.options import MOST_SEED, Answer, Draw
 
 MOST_PICTURES = 10
 MOST_CHARACTERS = 32_000
+MOST_SIDE = 1024
+"""Rows or columns of a grid of tokens that a client sends."""
 MOST_MESSAGES = 256
 
+Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Format = Literal["png", "jpeg", "webp"]
 
 
@@ -26,7 +29,12 @@ class Body(BaseModel):
 def option_fields(name: str, base: type[BaseModel], kind: type[Any], names: Sequence[str]) -> type[Any]:
     """A class with further fields: some options of a kind. Their values are checked when the options are made."""
     wanted = {each.name: each for each in fields(kind)}
-    types: dict[str, Any] = {"seed": Annotated[int, Field(ge=0, le=MOST_SEED)]}
+    types: dict[str, Any] = {
+        "seed": Annotated[int, Field(ge=0, le=MOST_SEED)],
+        "negative_prompt": Text,
+        "ratio": Annotated[str, Field(max_length=64)],
+        "decoding": Annotated[str, Field(max_length=64)],
+    }
     more: dict[str, Any] = {
         each: (
             types.get(each, wanted[each].metadata["type"]) | None,
@@ -64,13 +72,15 @@ ImagesRequest = option_fields("ImagesRequest", _Images, Draw, DRAWN)
 
 
 class _Chat(Body):
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     model: str | None = Field(default=None, description="Any name is accepted.")
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    modalities: list[str] | None = Field(default=None, description='With "image", the answer is a picture.')
+    modalities: Annotated[list[str], Field(max_length=8, fail_fast=True)] | None = Field(
+        default=None, description='With "image", the answer is a picture.'
+    )
     size: str | None = _Images.model_fields["size"]  # type: ignore[assignment]
 
 
@@ -81,7 +91,7 @@ ChatRequest = option_fields("ChatRequest", _Answering, Draw, ("negative_prompt",
 
 class _Txt2Img(Body):
     prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS)
-    negative_prompt: str | None = None
+    negative_prompt: Text | None = None
     width: Annotated[int, Field(ge=1, le=99_999)] | None = None
     height: Annotated[int, Field(ge=1, le=99_999)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None

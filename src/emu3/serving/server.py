@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 
 _BACKLOG = 2048
+# For the address and headers of a request.
+_HEAD_SECONDS = 30.0
 
 
 class _Connection(h11.Connection):
@@ -40,9 +44,30 @@ class _Connection(h11.Connection):
 
 
 class _Protocol(H11Protocol):
+    """A connection, which is closed where no request, or only the beginning of one, comes for a while."""
+
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.conn = _Connection(h11.SERVER, 2 * MOST_HEADER_BYTES)
+        self._waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._waiting = self.loop.call_later(_HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        unfinished = self.conn.their_state is h11.IDLE  # the head of a request is not complete
+        if self._waiting is not None and not unfinished:
+            self._waiting.cancel()
+            self._waiting = None
+        elif self._waiting is None and unfinished:
+            self._waiting = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
@@ -60,6 +85,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=_Protocol,
+            ws="none",
             loop="asyncio",  # whether uvloop is there or not
             log_level="warning",
             access_log=False,
@@ -100,4 +126,16 @@ def run(pipeline: Emu3Pipeline, name: str, serve: Serve) -> None:
         ) from error
     host = f"[{serve.host}]" if ":" in serve.host else serve.host
     print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
+    _allow_many_connections()
     Server(app, app.state.service.worker, serve.drain_seconds).run([listening])
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets a process have."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS says that there is no limit, and refuses that number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
+from starlette.types import Message, Receive, Scope, Send
 
 from emu3 import __version__
 from emu3.asked import Asked
@@ -24,15 +26,22 @@ from emu3.results import Result
 from emu3.serving.errors import Refused
 from emu3.serving.pictures import to_base64
 from emu3.serving.remote import Fetcher
-from emu3.serving.worker import Job, Worker
+from emu3.serving.schema import MOST_CHARACTERS
+from emu3.serving.worker import Job, QueueFull, Worker
 
 if TYPE_CHECKING:
     from emu3.pipeline import Emu3Pipeline
+
+logger = logging.getLogger("emu3")
 
 Value = TypeVar("Value")
 
 # Longer pictures are asked for as this long ones.
 _MOST_RATIO = 100
+# Requests that may wait for tokenizer and pictures.
+_MOST_PREPARED = 64
+# A client that reads nothing for so long is given up.
+_SEND_SECONDS = 30.0
 # Pictures of more pixels are written in another thread, so that nobody waits for it.
 _MANY_PIXELS = 2**16
 
@@ -47,30 +56,53 @@ class Service:
         self.began = int(time.time())
         words = Path(pipeline.model.name_or_path) / "words.txt"
         self.words = words.read_text().split() if words.is_file() else []
+        self._prepared = 0  # or about to be
         # One thread, because tokenizers may not be used by several.
         self._preparing = ThreadPoolExecutor(1, "emu3-prepare")
 
-    async def prepare(self, function: Callable[..., Value], *arguments: Any, **keywords: Any) -> Value:
-        """Run something that tokenizes or reads pictures."""
-        run = partial(function, *arguments, **keywords)
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, run)
+    async def prepare(
+        self, request: Request, function: Callable[..., Value], *arguments: Any, **keywords: Any
+    ) -> Value:
+        """Run something that tokenizes or reads pictures, unless the client leaves before its turn.
+
+        Raises:
+            QueueFull: many wait already.
+        """
+        if self._prepared >= _MOST_PREPARED:
+            raise QueueFull(1)
+        self._prepared += 1
+        try:
+            run = partial(function, *arguments, **keywords)
+            future = asyncio.get_running_loop().run_in_executor(self._preparing, run)
+            return await unless_gone(request, future)
+        finally:
+            self._prepared -= 1
 
     async def draw(
-        self, prompt: str, count: int, size: str | None, options: dict[str, Any], pinned: Any = None
+        self,
+        request: Request,
+        prompt: str,
+        count: int,
+        size: str | None,
+        options: dict[str, Any],
+        pinned: Any = None,
     ) -> Pictures:
         """What to ask for a number of pictures of a prompt. Refused, or ValueError, where that cannot be drawn.
 
         Args:
+            request: of the client.
             prompt: what to draw.
             count: how many; picture i has seed + i.
             size: "WIDTHxHEIGHT" in pixels, "auto", or nothing.
             options: of `emu3.options.Draw`.
             pinned: codes to keep; see `Emu3Pipeline.draw_requests`.
         """
+        if len(prompt) > MOST_CHARACTERS:
+            raise Refused(400, f"a prompt may have {MOST_CHARACTERS:,} characters", "prompt")
         seed = options.pop("seed", None)
         seed = secrets.randbelow(2**31) if seed is None else min(seed, MOST_SEED - count)
         options |= {"seed": seed, **self._size(size)}
-        requests = await self.prepare(self.pipeline.draw_requests, [prompt] * count, pinned=pinned, **options)
+        requests = await self.prepare(request, self.pipeline.draw_requests, [prompt] * count, pinned=pinned, **options)
         return Pictures(self, prompt, [Asked(request) for request in requests], options)
 
     def _size(self, size: str | None) -> dict[str, Any]:
@@ -98,15 +130,9 @@ class Service:
     async def results(self, request: Request, asked: Sequence[Asked]) -> list[Result]:
         """Run requests to their end, unless the client leaves."""
         job = self.worker.open(asked, live=False)
-        collecting, leaving = asyncio.ensure_future(self._collect(job)), asyncio.ensure_future(_until_gone(request))
         try:
-            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise Refused(499, "the client left")
-            return collecting.result()
+            return await unless_gone(request, asyncio.ensure_future(self._collect(job)))
         finally:
-            collecting.cancel()
-            leaving.cancel()
             self.worker.close(job)
 
     async def _collect(self, job: Job) -> list[Result]:
@@ -173,6 +199,24 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
+async def unless_gone(request: Request, future: asyncio.Future[Value]) -> Value:
+    """What comes of a future; it is cancelled where the client leaves before, which nobody hears of."""
+    leaving = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((future, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise Refused(499, "the client left")
+        return future.result()
+    finally:
+        future.cancel()
+        leaving.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 class _Stream(StreamingResponse):
     """Server-sent events of a job, which is closed with the response, however that ends."""
 
@@ -180,13 +224,14 @@ class _Stream(StreamingResponse):
         super().__init__(write(job), media_type="text/event-stream", headers={"cache-control": "no-store"})
         self.worker, self.job = worker, job
 
-    async def __call__(self, *arguments: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def hurried(message: Message) -> None:
+            async with asyncio.timeout(_SEND_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(*arguments)
+            await super().__call__(scope, receive, hurried)
+        except* TimeoutError:
+            logger.info("a client does not read what it asked for")
         finally:
             self.worker.close(self.job)
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -19,11 +19,12 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emu3.asked import Asked
 from emu3.generation.events import Event, Failed, Finished, FrameDone, RowDone, Started, Stepped, Tokens
@@ -44,6 +45,9 @@ Value = TypeVar("Value")
 _LANES_FOR_ANSWERS = 8
 # A client that is told to wait longer than two minutes gives up.
 _MOST_RETRY_SECONDS = 60
+# Calls that may wait; each holds up what is drawn for a moment, so one runs between two steps.
+_MOST_CALLS = 8
+_ENDED = "the server stopped"
 # Seconds after which a client is told again how many are before it.
 _TICK = 0.25
 # Previews take at most this part of the time in which the engine works ...
@@ -113,7 +117,7 @@ class _Running:
     job: Job
     place: int
     ids: dict[int, int] = field(default_factory=dict)  # position -> id, where previews are asked for
-    rows: int = 0
+    rows: int = 0  # that are finished from the top; decoders may finish a row before the one above it
     previews: int = 0
     began: float = 0.0
 
@@ -134,11 +138,13 @@ class Worker:
         self.draining = False
         self.metrics = Metrics(self)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
+        self._calls: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
         self._running: dict[int, _Running] = {}
         self._lock = threading.Lock()
         # Not admitted yet -> its tokens; in the order in which they came.
         self._waiting: dict[tuple[Job, int], int] = {}
         self._jobs: set[Job] = set()
+        self._ended = False
         self._seconds = 0.0
         self._preview_seconds = 0.0
         self._rate, self._steps = Rate(), Rate()
@@ -156,12 +162,12 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for anything."""
-        return not self._jobs
+        """Whether nobody waits for anything, or nothing comes any more."""
+        return not (self._jobs or self._calls) or not self.alive
 
     @property
     def tokens_per_second(self) -> float:
@@ -235,45 +241,61 @@ class Worker:
         self._inbox.put(partial(self._end, job))
 
     async def call(self, function: Callable[[], Value]) -> Value:
-        """What a function gives that runs in the worker's thread, between two steps."""
+        """What a function gives that runs in the worker's thread, between two steps.
+
+        Raises:
+            QueueFull, Draining: not now.
+        """
+        if self.draining or not self.alive:
+            raise Draining
+        if len(self._calls) >= _MOST_CALLS:
+            self.metrics.rejected.inc()
+            raise QueueFull(1)
         future: concurrent.futures.Future[Value] = concurrent.futures.Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
-
-        self._inbox.put(run)
+        self._calls.append((future, function))
+        self._inbox.put(_nothing)  # wakes the thread
         return await asyncio.wrap_future(future)
 
     # What follows runs in the thread.
 
     def _run(self) -> None:
-        while True:
-            block = self.engine.idle
-            try:
-                while True:
-                    command = self._inbox.get(block=block)
-                    block = False
-                    if command is None:
-                        return
-                    command()
-            except queue.Empty:
-                pass
-            if self.engine.idle:
-                continue
-            start = time.perf_counter()
-            events: list[Event]
-            try:
-                events = self.engine.step()
-            except Exception:  # memory that ran out, or a bug: end what runs, and live on
-                logger.exception("a step failed")
-                events = [Failed(number, "the server could not go on") for number in self._running]
-                for number in self._running:
-                    self.engine.cancel(number)
-            self._hear(events, start)
+        try:
+            while self._take_commands():
+                if self._calls:
+                    _run_call(*self._calls.popleft())
+                if not self.engine.idle:
+                    self._step()
+        except Exception:  # a bug; `/health` says so from now on
+            logger.exception("the worker ends")
+        finally:
+            self._ended = True
+            for future, _ in self._calls:
+                future.cancel()
+            self._tell({job: [Failed(place, _ENDED) for place in range(len(job.asked))] for job in list(self._jobs)})
+
+    def _take_commands(self) -> bool:
+        """Do what was asked for meanwhile, or wait for something. Whether to go on."""
+        block = self.engine.idle and not self._calls
+        with suppress(queue.Empty):
+            while True:
+                command = self._inbox.get(block=block)
+                block = False
+                if command is None:
+                    return False
+                command()
+        return True
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        events: list[Event]
+        try:
+            events = self.engine.step()
+        except Exception:  # memory that ran out, or a bug: end what runs, and live on
+            logger.exception("a step failed")
+            events = [Failed(number, "the server could not go on") for number in self._running]
+            for number in self._running:
+                self.engine.cancel(number)
+        self._hear(events, start)
 
     def _begin(self, job: Job) -> None:
         if job.closed:
@@ -340,7 +362,6 @@ class Worker:
             if job.previews:
                 running.ids |= dict(enumerate(event.ids, event.position))
         elif isinstance(event, RowDone):
-            running.rows = event.row + 1
             if event.row == 0:
                 self.metrics.first_row.observe(time.monotonic() - job.began)
         elif isinstance(event, Finished | Failed):
@@ -368,14 +389,25 @@ class Worker:
     def _preview(self, running: _Running) -> Preview | None:
         """The next preview of a picture, if it is due and there is time for it."""
         job, grid = running.job, running.job.asked[running.place].request.grammar
-        if running.previews >= job.previews or not isinstance(grid, GridGrammar) or running.rows == grid.height:
+        if running.previews >= job.previews or not isinstance(grid, GridGrammar):
+            return None
+        length = grid.width + 1
+        while running.rows < grid.height and all(
+            k in running.ids for k in range(running.rows * length, (running.rows + 1) * length)
+        ):
+            running.rows += 1
+        if running.rows == grid.height:
             return None
         due = math.ceil((running.previews + 1) * grid.height / (job.previews + 1))
         if running.rows < due or self._preview_seconds > _PREVIEW_SHARE * self._seconds + _PREVIEW_CREDIT:
             return None
         start = time.perf_counter()
-        ids = [running.ids[k] for k in range(running.rows * (grid.width + 1))]
-        picture = self.pipeline.preview(grid, ids)
+        try:
+            picture = self.pipeline.preview(grid, [running.ids[k] for k in range(running.rows * length)])
+        except Exception:  # such as memory that ran out; the picture itself may still succeed
+            logger.exception("a preview could not be drawn")
+            running.previews = job.previews
+            return None
         self._preview_seconds += time.perf_counter() - start
         running.previews += 1
         self.metrics.previews.inc()
@@ -384,7 +416,20 @@ class Worker:
     def _tell(self, told: dict[Job, list[Heard]]) -> None:
         for job, heard in told.items():
             if heard and not job.closed:
-                job.loop.call_soon_threadsafe(_put, job, heard)
+                with suppress(RuntimeError):  # the loop may be over when the thread ends
+                    job.loop.call_soon_threadsafe(_put, job, heard)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _run_call(future: concurrent.futures.Future[Any], function: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():  # unless the caller left
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
 
 
 def _put(job: Job, heard: Sequence[Heard]) -> None:
