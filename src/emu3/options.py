@@ -344,6 +344,12 @@ class Serve(_Options):
             raise ValueError(
                 f"host={self.host!r} lets other machines in, so it needs a key: --api-key KEY; 127.0.0.1 needs none"
             )
+        for name in ("allow_host", "picture_host"):
+            if wrong := next((host for host in self.names(name) if "/" in host or host.count(":") == 1), None):
+                raise ValueError(f"{name} {wrong!r:.80} must be the name of a host, as example.com")
+        for origin in self.names("allow_origin"):
+            if not re.fullmatch(r"https?://[^/?#\s]+", origin):
+                raise ValueError(f"allow_origin {origin!r:.80} must be a scheme and a host, as https://example.com")
         if "*" in self.names("allow_host") and self.api_key is None:
             raise ValueError(
                 "allow_host='*' lets pages of other sites in, by names of their own, so it needs a key: --api-key KEY"

@@ -191,6 +191,23 @@ def test_a_port_that_is_taken():
 PINNED = [[None] * 8, [None] + [1] * 7, [None] * 8, [None] * 8]
 
 
+@pytest.mark.slow
+def test_what_is_not_finished_in_time_is_refused():
+    with started("--drain-seconds", "1") as (process, url), ThreadPoolExecutor(8) as pool:
+        body = {"prompt": CAR, "n": 10, "decoding": "raster", "temperature": 0.5}
+        asked = [pool.submit(httpx.post, f"{url}{DRAW}", json=body, timeout=60) for _ in range(8)]
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        answers = [each.result() for each in asked]
+        process.wait(20)
+        assert time.monotonic() - began < 6
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        refused = [answer.json()["error"] for answer in answers if answer.status_code == 503]
+        assert refused and all(error["code"] == "draining" for error in refused)
+        assert "Traceback" not in process.stderr.read()
+
+
 def test_rows_that_are_finished_in_another_order(server):
     """A row whose end is pinned is finished before the one above it; previews wait for that one."""
     body = {"prompt": CAR, "decoding": "zipar:2", "previews": 8, "seed": 1, "pinned": PINNED}
@@ -239,12 +256,11 @@ def test_a_worker_that_ends_answers_everybody(serve, nano):
     server = serve()
     server.worker._hear = lambda events, start: 1 / 0
     answer = server.post(DRAW, {"prompt": CAR})
-    assert answer.status_code == 500 and answer.json()["error"]["message"] == "the server stopped"
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
     assert server.client.get("/health").status_code == 503
     assert server.post(DRAW, {"prompt": CAR}).status_code == 503
     assert server.post("/api/score", {"prompt": CAR, "codes": [[1]]}).status_code == 503
-    assert server.worker.idle
-    nano.engine.cancel(nano.engine._submitted - 1)
+    assert server.worker.idle and nano.engine.idle
 
 
 def test_an_error_of_the_server_is_in_its_log(server, monkeypatch, caplog):

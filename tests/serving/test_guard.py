@@ -459,6 +459,22 @@ def test_a_name_for_everything_needs_a_key():
     assert Serve(allow_host="*", api_key="a-long-secret").names("allow_host") == ["*"]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"allow_origin": "example.com"}, "a scheme and a host"),
+        ({"allow_origin": "https://example.com/"}, "a scheme and a host"),
+        ({"allow_host": "http://example.com"}, "name of a host"),
+        ({"allow_host": "example.com:80"}, "name of a host"),
+        ({"picture_host": "example.com/a"}, "name of a host"),
+    ],
+)
+def test_names_in_a_form_that_never_fits(options, words):
+    with pytest.raises(ValueError, match=words):
+        Serve(**options)
+    Serve(allow_origin="https://a.example.com:8080, http://b", allow_host="fe80::1, a.b", picture_host=".example.com")
+
+
 def test_no_route_takes_websockets(server):
     handshake = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAA\r\n"
     answer = raw(server, f"GET / HTTP/1.1\r\nHost: evil.example\r\n{handshake}\r\n".encode(), 2)

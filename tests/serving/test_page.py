@@ -129,12 +129,16 @@ def test_tokens_are_pinned_and_the_rest_is_drawn_again(page):
     expect(page.get_by_test_id("token-info")).to_contain_text("probability")
     pinned = [number for number in range(144) if cells.nth(number).get_attribute("aria-selected") == "true"]
     assert pinned == [0, 1, 2, 3]
+    page.get_by_test_id("prompt").fill("a photo of a pink key")  # the rest is drawn as the form says now
+    page.get_by_test_id("prompt").press("Escape")
     page.get_by_test_id("redraw").click()
     expect(page.get_by_test_id("seed-used")).not_to_contain_text("Seed 7", timeout=20_000)
     expect(page.get_by_test_id("tokens-toggle")).to_be_enabled(timeout=20_000)
     assert shown(page) != before
     expect(cells).to_have_count(144)
     assert [cells.nth(number).get_attribute("data-code") for number in pinned] == codes[:4]
+    record = json.loads(Image.open(io.BytesIO(shown(page))).text["emu3"])
+    assert record["prompt"] == "a photo of a pink key" and record["kept_tokens"] == 4
 
 
 def test_four_decoders_race(page):
@@ -187,3 +191,23 @@ def test_a_chat_about_a_picture(page, nano, tmp_path):
     page.get_by_test_id("chat-edit").press("Enter")
     expect(page.get_by_test_id("chat-answer").last).to_contain_text("cat", timeout=20_000)
     expect(page.get_by_test_id("branches").first).to_contain_text("2 of 2")
+    # A picture that was drawn as an answer is what the next question is about.
+    for text in ("draw: a photo of two dogs", "What is in the picture?"):
+        page.get_by_test_id("chat-input").fill(text)
+        page.get_by_test_id("chat-send").click()
+        expect(page.get_by_test_id("chat-send")).to_be_enabled(timeout=20_000)
+        page.wait_for_timeout(300)
+    expect(page.get_by_test_id("chat-answer").last).to_contain_text("dogs", timeout=20_000)
+
+
+def test_what_is_wrong_is_said_where_one_looks(page):
+    page.get_by_test_id("prompt").fill(CAR)
+    page.get_by_test_id("prompt").press("Escape")
+    page.get_by_test_id("seed").fill("abc")
+    page.get_by_test_id("draw").click()
+    status = page.get_by_test_id("status")
+    expect(status).to_contain_text("The seed must be a whole number")
+    expect(status).to_be_in_viewport()
+    page.get_by_test_id("seed").fill("3")
+    page.get_by_test_id("draw").click()
+    expect(status).to_contain_text("Done", timeout=20_000)

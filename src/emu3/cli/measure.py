@@ -77,6 +77,8 @@ def bench(
 
 def _bench_server(url: str, clients: int, seconds: int, key: str | None, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
+        if plot.suffix.lower() != ".svg":
+            raise ValueError(f"--plot {str(plot)!r} is written as SVG; end the name in .svg")
         check_folder(plot.parent)
     from emu3.evaluation.load import measure_load
 

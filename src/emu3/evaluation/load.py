@@ -129,6 +129,10 @@ def measure_load(
     try:
         bodies = _requests(client)
         expected = [client.ask(path, body)[1] for _, path, body in bodies]
+    except json.JSONDecodeError:
+        raise ValueError(
+            f"what answers at {url} is no server of emu3, or not ready; start one with `emu3 serve`"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"nobody answers at {url}: {error}; start a server with `emu3 serve`") from error
     finally:

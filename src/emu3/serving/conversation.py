@@ -14,7 +14,7 @@ from emu3.serving.schema import MOST_CHARACTERS
 _MOST_PICTURES = 16
 # What tools gave is read as if the user had said it.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
-_DRAW = re.compile(r"\s*(?:/image\b|draw\b)\s*(?:me\b\s*)?", re.IGNORECASE)
+_DRAW = re.compile(r"\s*(?:/image\b|draw\b)\s*(?:me\b)?[\s:,]*", re.IGNORECASE)
 
 
 def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from fastapi import Request
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from emu3.options import Answer, Draw
 from emu3.serving.worker import Draining, QueueFull
 
 REASON = "x-error-reason"
@@ -24,6 +26,7 @@ _KINDS = {
     503: "server_error",
 }
 _DRAIN_SECONDS = 10
+_OPTIONS = {each.name for kind in (Draw, Answer) for each in fields(kind)}
 
 
 class Refused(Exception):
@@ -75,11 +78,13 @@ def refused(error: Exception) -> Refused:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return Refused(400, f"{where}: {first['msg']}" if where else str(first["msg"]), param=where or None)
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return Refused(400, f"{where}: {message}" if where else message, param=where or None)
     if isinstance(error, HTTPException):
         return Refused(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, ValueError):  # a mistake of the user, which says what to do
-        return Refused(400, str(error))
+        name = str(error).partition(" ")[0]
+        return Refused(400, str(error), param=name if name in _OPTIONS else None)
     return Refused(500, "the server failed; its log has the details under this request's id")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from emu3.options import MOST_SEED, Answer, Draw
 
@@ -49,13 +50,18 @@ def _png_if_empty(value: object) -> object:
     return "png" if value in (None, "") else "jpeg" if value == "jpg" else value
 
 
+def _size(value: str) -> str:
+    if not re.fullmatch(r"(auto|[1-9]\d{0,4}x[1-9]\d{0,4})?", value):
+        raise ValueError('must be "auto", or WIDTHxHEIGHT in pixels, such as 512x512')
+    return value
+
+
 class _Images(Body):
     prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS, description="What to draw.")
     model: str | None = Field(default=None, description="Any name is accepted.")
     n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
-    size: str | None = Field(
+    size: Annotated[str, AfterValidator(_size)] | None = Field(
         default=None,
-        pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})?$",
         description='Pixels as WIDTHxHEIGHT, or "auto". The nearest size that the checkpoint can draw is taken.',
     )
     output_format: Annotated[Format, BeforeValidator(_png_if_empty)] = "png"
@@ -74,6 +80,7 @@ ImagesRequest = option_fields("ImagesRequest", _Images, Draw, DRAWN)
 class _Chat(Body):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     model: str | None = Field(default=None, description="Any name is accepted.")
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 _BACKLOG = 2048
+# In which clients are told that what they asked for is given up.
+_LAST_SECONDS = 1.0
 # For the address and headers of a request.
 _HEAD_SECONDS = 30.0
 
@@ -90,7 +92,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=2,
         )
         super().__init__(config)
         self.worker, self.drain_seconds = worker, drain_seconds
@@ -107,8 +109,11 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether to stop."""
-        if self._drained_at is not None and (self.worker.idle or time.monotonic() > self._drained_at):
-            self.should_exit = True
+        if self._drained_at is not None:
+            if self.worker.idle or time.monotonic() > self._drained_at + _LAST_SECONDS:
+                self.should_exit = True
+            elif time.monotonic() > self._drained_at:
+                self.worker.give_up()
         return await super().on_tick(counter)
 
 

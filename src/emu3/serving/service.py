@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
@@ -27,7 +28,7 @@ from emu3.serving.errors import Refused
 from emu3.serving.pictures import to_base64
 from emu3.serving.remote import Fetcher
 from emu3.serving.schema import MOST_CHARACTERS
-from emu3.serving.worker import Job, QueueFull, Worker
+from emu3.serving.worker import STOPPED, Draining, Job, QueueFull, Worker
 
 if TYPE_CHECKING:
     from emu3.pipeline import Emu3Pipeline
@@ -103,7 +104,8 @@ class Service:
         seed = secrets.randbelow(2**31) if seed is None else min(seed, MOST_SEED - count)
         options |= {"seed": seed, **self._size(size)}
         requests = await self.prepare(request, self.pipeline.draw_requests, [prompt] * count, pinned=pinned, **options)
-        return Pictures(self, prompt, [Asked(request) for request in requests], options)
+        kept = 0 if pinned is None else int((np.asarray(pinned) >= 0).sum())
+        return Pictures(self, prompt, [Asked(request) for request in requests], options, kept)
 
     def _size(self, size: str | None) -> dict[str, Any]:
         """Options for a size: its ratio, and its area up to the one that the checkpoint was trained on."""
@@ -139,6 +141,8 @@ class Service:
         found: dict[int, Result] = {}
         async for heard in self.worker.listen(job):
             if isinstance(heard, Failed):
+                if heard.error == STOPPED:
+                    raise Draining
                 raise Refused(500, heard.error, code="generation_failed")
             if isinstance(heard, Result):
                 found[heard.request] = heard
@@ -150,10 +154,12 @@ class Service:
 
 
 class Pictures:
-    """Pictures of one prompt that are to be drawn, and how a client is told of them."""
+    """Pictures of one prompt that are to be drawn, and how a client is told of them. `kept`: tokens that are given."""
 
-    def __init__(self, service: Service, prompt: str, asked: list[Asked], options: dict[str, Any]) -> None:
-        self.service, self.prompt, self.asked, self.options = service, prompt, asked, options
+    def __init__(
+        self, service: Service, prompt: str, asked: list[Asked], options: dict[str, Any], kept: int = 0
+    ) -> None:
+        self.service, self.prompt, self.asked, self.options, self.kept = service, prompt, asked, options, kept
         self.grid = cast(GridGrammar, asked[0].request.grammar)
         self.width, self.height = self.grid.width * service.factor, self.grid.height * service.factor
 
@@ -175,9 +181,10 @@ class Pictures:
         return cast(int, self.options["seed"]) + place
 
     def record(self, place: int) -> dict[str, Any]:
-        """What draws a picture again, for its file."""
+        """What draws a picture again, for its file; with a note where it does not, because some tokens were given."""
         draw = {name: value for name, value in self.options.items() if name not in ("ratio", "image_area", "seed")}
         own = {"seed": self.seed(place), "height": self.height, "width": self.width}
+        own |= {"kept_tokens": self.kept} if self.kept else {}
         return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **draw, **own}
 
     async def url(self, place: int, picture: Image.Image) -> str:

@@ -47,13 +47,16 @@ _LANES_FOR_ANSWERS = 8
 _MOST_RETRY_SECONDS = 60
 # Calls that may wait; each holds up what is drawn for a moment, so one runs between two steps.
 _MOST_CALLS = 8
-_ENDED = "the server stopped"
 # Seconds after which a client is told again how many are before it.
 _TICK = 0.25
 # Previews take at most this part of the time in which the engine works ...
 _PREVIEW_SHARE = 0.1
 # ... counted over all of it, with so many seconds in advance, so that short pictures have previews too.
 _PREVIEW_CREDIT = 0.05
+
+
+STOPPED = "the server stopped"
+"""Why what is not finished fails when the server stops."""
 
 
 class QueueFull(Exception):
@@ -158,6 +161,10 @@ class Worker:
         """End the thread; what runs is given up."""
         self._inbox.put(None)
         self._thread.join()
+
+    def give_up(self) -> None:
+        """End all that runs or waits; it fails as `STOPPED`."""
+        self._inbox.put(self._end_all)
 
     @property
     def alive(self) -> bool:
@@ -269,9 +276,16 @@ class Worker:
             logger.exception("the worker ends")
         finally:
             self._ended = True
-            for future, _ in self._calls:
-                future.cancel()
-            self._tell({job: [Failed(place, _ENDED) for place in range(len(job.asked))] for job in list(self._jobs)})
+            self._end_all()
+
+    def _end_all(self) -> None:
+        while self._calls:
+            self._calls.popleft()[0].cancel()
+        for job in list(self._jobs):
+            for number in job.numbers:
+                self.engine.cancel(number)
+                self._running.pop(number, None)
+            self._tell({job: [Failed(place, STOPPED) for place in range(len(job.asked)) if place not in job.seconds]})
 
     def _take_commands(self) -> bool:
         """Do what was asked for meanwhile, or wait for something. Whether to go on."""

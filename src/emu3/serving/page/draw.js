@@ -60,21 +60,25 @@ export class Draw {
 
   start() {
     if (this.busy || !this.canDraw) return;
-    let body;
-    try {
-      body = this.form.read();
-    } catch (error) {
-      this.app.fail(error);
-      return;
-    }
+    const body = this.settings();
+    if (!body) return;
     this.tokens.pins.clear();
     this.run(body, false);
   }
 
+  /** The pinned tokens stay; the rest is drawn as the form says now, with another seed. */
   redraw() {
-    const { body, record } = this.current;
-    const again = { ...body, prompt: record.prompt, seed: randomSeed(), n: 1, pinned: this.tokens.pinned };
-    this.run(again, true);
+    const body = this.settings();
+    if (body) this.run({ ...body, seed: randomSeed(), n: 1, pinned: this.tokens.pinned }, true);
+  }
+
+  settings() {
+    try {
+      return this.form.read();
+    } catch (error) {
+      this.app.fail(error);
+      return null;
+    }
   }
 
   cancel() {

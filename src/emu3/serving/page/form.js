@@ -15,6 +15,7 @@ export class Form {
   constructor(model) {
     const { options } = model;
     this.element = byId("draw-form");
+    this.element.noValidate = true; // read() does, and says what is wrong where messages are
     this.decodings = model.decodings;
     this.field("ratio").append(...RATIOS.map((ratio) => el("option", { value: ratio, text: ratio })));
     this.field("decoding").append(...this.decodings.map((name) => el("option", { value: name, text: name })));
@@ -49,16 +50,19 @@ export class Form {
     const text = (name) => this.field(name).value.trim();
     const body = { prompt: text("prompt"), ratio: text("ratio"), decoding: text("decoding"), n: Number(text("n") || 1) };
     if (!body.prompt) throw new Error("Write what to draw first.");
-    if (!this.element.reportValidity()) throw new Error("Some settings are not possible; see the marked field.");
+    const seed = text("seed");
+    const isSeed = !seed || (/^\d+$/.test(seed) && Number.isSafeInteger(Number(seed)));
+    this.field("seed").setCustomValidity(isSeed ? "" : "The seed must be a whole number from 0 to 9007199254740991, or empty.");
+    const wrong = [...this.element.elements].find((field) => !field.validity.valid);
+    if (wrong) {
+      if (wrong.closest("details")) wrong.closest("details").open = true;
+      this.element.reportValidity();
+      throw new Error(`${wrong.labels?.[0]?.textContent ?? wrong.name}: ${wrong.validationMessage}`);
+    }
     if (text("negative_prompt")) body.negative_prompt = text("negative_prompt");
     for (const name of NUMBERS) if (text(name)) body[name] = Number(text(name));
     if (body.decoding === "zipar" && text("window")) body.decoding += `:${text("window")}`;
-    if (text("seed")) {
-      body.seed = Number(text("seed"));
-      if (!/^\d+$/.test(text("seed")) || !Number.isSafeInteger(body.seed)) {
-        throw new Error("The seed must be a whole number from 0 to 9007199254740991, or empty.");
-      }
-    }
+    if (seed) body.seed = Number(seed);
     return body;
   }
 

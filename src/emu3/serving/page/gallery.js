@@ -13,6 +13,7 @@ const NAMES = {
   top_k: "Top k",
   top_p: "Top p",
   decoding: "Decoding",
+  kept_tokens: "Tokens kept from another picture",
   model: "Model",
   version: "Version",
 };

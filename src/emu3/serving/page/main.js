@@ -18,6 +18,9 @@ function say(text, failed = false) {
 
 const fail = (error) => say(error.message || "Something went wrong.", true);
 
+/** What settings do not hold: the tokens that were pinned. */
+const kept = ({ kept_tokens: count }) => (count ? ` It kept ${count} tokens of another picture, which the form cannot.` : "");
+
 function start(model) {
   const tabs = startTabs(["draw", "chat", "gallery"]);
   const form = new Form(model);
@@ -35,7 +38,7 @@ function start(model) {
     use(record, name) {
       form.write(record);
       tabs.show("draw");
-      say(name ? `The settings of ${name} are in the form.` : "The settings are in the form.");
+      say(`The settings${name ? ` of ${name}` : ""} are in the form.${kept(record)}`);
       form.field("prompt").focus();
     },
     async keep(url, record, told = false) {
@@ -74,7 +77,7 @@ function start(model) {
       if (!settings) continue;
       if (inChat) form.write(settings);
       else app.use(settings, file.name || "the picture");
-      say(`The settings of ${file.name || "the picture"} are in the Draw form.`);
+      say(`The settings of ${file.name || "the picture"} are in the Draw form.${kept(settings)}`);
       told = true;
       break;
     }

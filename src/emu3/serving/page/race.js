@@ -4,6 +4,7 @@ import { randomSeed } from "./draw.js";
 import { Frame, Picture } from "./picture.js";
 
 const PREVIEWS = 6;
+const PLACES = ["first", "second", "third", "fourth"];
 const FACTS = { seconds: "Seconds", steps: "Forwards", each: "Tokens a forward", same: "Same as raster" };
 
 class Lane {
@@ -39,7 +40,7 @@ class Lane {
 
   finish(place) {
     this.element.dataset.place = place;
-    this.place.textContent = place === 1 ? " first" : ` ${place}.`;
+    this.place.textContent = ` ${PLACES[place - 1] ?? place}`;
   }
 }
 
@@ -96,11 +97,15 @@ export class Race {
       for await (const event of draw({ ...picture.body, previews: PREVIEWS }, { signal: running.signal, onbusy })) {
         if (event.kind === "queued") frame.empty.textContent = event.position ? `${event.position} before` : "Next";
         else picture.hear(event);
+        if (event.kind === "started") frame.empty.textContent = "Drawing";
         lane.show();
         if (event.kind === "done") lane.finish(finished.push(lane));
       }
     } catch (error) {
-      if (picture.state !== "done") frame.empty.textContent = error.name === "AbortError" ? "Cancelled" : error.message;
+      if (picture.state !== "done") {
+        frame.empty.textContent = error.name === "AbortError" ? "Cancelled" : error.message;
+        lane.place.textContent = " not finished";
+      }
       if (error.name !== "AbortError") this.app.fail(error);
     }
   }

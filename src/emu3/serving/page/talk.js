@@ -23,10 +23,15 @@ export class Talk {
   }
 }
 
-/** Turns as messages for the server, from the one with the newest pictures: models read one question's pictures best. */
+/** Turns as messages for the server, from the one with the newest pictures: models read one question's pictures best.
+    A picture that was drawn as an answer goes with the question that follows it, unless that has its own. */
 export function toMessages(turns) {
-  const first = turns.findLastIndex(({ role, images }) => role === "user" && images.length);
-  return turns.slice(Math.max(first, 0)).map(({ role, text, images }) => ({
+  const given = turns.map(({ role, text, images }, place) => {
+    const drawn = turns[place - 1]?.role === "assistant" ? turns[place - 1].images : [];
+    return { role, text, images: role === "user" && !images.length ? drawn : images };
+  });
+  const first = given.findLastIndex(({ role, images }) => role === "user" && images.length);
+  return given.slice(Math.max(first, 0)).map(({ role, text, images }) => ({
     role,
     content:
       role === "assistant"
