@@ -31,7 +31,7 @@ from emu3.generation.sampling import Sampling, guide, probabilities
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
 from emu3.options import Answer, Draw, Load, check_ability, check_words, make, takes
-from emu3.quantization import Int8Linear
+from emu3.quantization import Int8Linear, QuantizedLinear
 from emu3.results import Pictures, Result, Stream
 from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText
@@ -67,12 +67,11 @@ class Emu3Pipeline:
             )
 
     def __repr__(self) -> str:
-        # The tensors of layers in 8 bits are buffers, which `num_parameters` does not count.
-        quantized = [layer for layer in self.model.modules() if isinstance(layer, Int8Linear)]
-        tensors = [tensor for layer in quantized for tensor in (layer.weight, layer.bias) if tensor is not None]
-        count = self.model.num_parameters() + sum(tensor.numel() for tensor in tensors)
-        weight, in_8_bits = self.model.lm_head.weight, ", layers in 8 bits" if quantized else ""
-        return f"Emu3Pipeline({count:,} parameters, {weight.dtype}{in_8_bits}, on {weight.device})"
+        # The tensors of quantized layers are buffers, which `num_parameters` does not count.
+        quantized = [each for each in self.model.modules() if isinstance(each, Int8Linear | QuantizedLinear)]
+        count = self.model.num_parameters() + sum(each.parameters_in_all for each in quantized)
+        weight, bits = self.model.lm_head.weight, f", layers in {quantized[0].bits} bits" if quantized else ""
+        return f"Emu3Pipeline({count:,} parameters, {weight.dtype}{bits}, on {weight.device})"
 
     @classmethod
     @takes(Load)

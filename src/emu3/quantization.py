@@ -9,12 +9,17 @@ in 16 bits; weights then use only 7 bits, so that no sum overflows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+
+from emu3 import kernels
 
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
@@ -25,6 +30,7 @@ _LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
 _ACTIVATION_OFFSET = 128
 # Elements of a matrix. Up to here `_int_mm` is faster; above, oneDNN on a matrix packed in the order its kernels read.
 _LARGEST_UNPACKED = 2**20
+_METHOD = "emu3"
 # Weights that are quantized at a time, a megabyte in float32: so few stay in the processor's cache.
 _CHUNK = 2**18
 
@@ -39,6 +45,7 @@ class Int8Linear(nn.Module):
     weight: Tensor
     scales: Tensor
     bias: Tensor | None
+    bits = 8
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -55,6 +62,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+
+    @property
+    def parameters_in_all(self) -> int:
+        """Weights and biases, as they are counted before they are quantized."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
     @classmethod
     def fuse(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
@@ -85,11 +97,7 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], len(scales))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(partial(_keep_dtype, fn), recurse)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         raise ValueError("layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8")
@@ -112,6 +120,207 @@ _opaque_multiply_packed = torch.library.custom_op(
     schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
 )
 _opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(len(rows), len(scales)))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the matrices of the decoder layers are stored in a quantized checkpoint.
+
+    Args:
+        bits: of a weight, 8 or 4.
+        group: inputs that share a scale; None: all inputs of an output do. 32 or 128 in 4 bits, None in 8.
+    """
+
+    bits: int
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits, self.group) not in ((8, None), (4, 32), (4, 128)):
+            raise ValueError(f"bits={self.bits!r} with group={self.group!r} is no scheme; 8 bits, or 4 with 32 or 128")
+
+    def fits(self, inputs: int, outputs: int) -> bool:
+        """Whether a matrix of this size can be stored so. Others stay as they are."""
+        return inputs % (self.group or kernels.GROUP) == 0 and outputs % kernels.OUTPUTS == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it, under "quantization_config"."""
+        return {"quant_method": _METHOD, "bits": self.bits, "group_size": self.group}
+
+    @classmethod
+    def of(cls, config: Any) -> Scheme | None:
+        """What config.json says under "quantization_config"; None where there is nothing."""
+        if config is None:
+            return None
+        if not isinstance(config, dict) or config.get("quant_method") != _METHOD:
+            raise ValueError(
+                f"config.json says quantization_config={config!r:.100}, which is not one of this package; get the "
+                "checkpoint as it was before, and run `emu3 quantize`"
+            )
+        return cls(config.get("bits", 0), config.get("group_size"))
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose matrix is stored in 8 or 4 bits: (..., inputs) to (..., outputs), in the dtype of its input.
+
+    Its matrix lies as `emu3.kernels` reads it, so that it can be used as it is mapped from a file. In 8 bits it
+    computes what `Int8Linear` does, bit for bit. In 4 bits, each 32 activations have a scale of their own in 8 bits.
+
+    Attributes:
+        weight: (outputs / 16, inputs * bits / 32, 64), uint8; see `emu3/kernels/cpu.cpp`.
+        scales: (outputs,) in float32, or (outputs / 16, inputs / group, 16) in float16 for 4 bits.
+        bias: (outputs,) in float32, or None.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, scheme: Scheme, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = inputs, outputs, scheme
+        blocks = outputs // kernels.OUTPUTS
+        self.register_buffer("weight", torch.empty(blocks, inputs * scheme.bits // 32, 64, dtype=torch.uint8))
+        if scheme.group is None:
+            self.register_buffer("scales", torch.empty(outputs))
+        else:
+            shape = blocks, inputs // scheme.group, kernels.OUTPUTS
+            self.register_buffer("scales", torch.empty(shape, dtype=torch.float16))
+        self.register_buffer("bias", torch.empty(outputs) if bias else None)
+
+    @classmethod
+    def quantize(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+        """The nearest layer of a scheme."""
+        outputs, inputs = linear.weight.shape
+        made = cls(inputs, outputs, scheme, linear.bias is not None)
+        made.weight, made.scales = quantize_matrix(linear.weight.detach(), scheme)
+        if linear.bias is not None:
+            made.bias = linear.bias.detach().float()
+        return made
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return self.scheme.bits
+
+    @property
+    def parameters_in_all(self) -> int:
+        """Weights and biases, as they are counted before they are quantized."""
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bits={self.scheme.bits}, group={self.scheme.group}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        multiply = _opaque_multiply_blocks if torch.compiler.is_compiling() else _multiply_blocks
+        y = multiply(rows, self.weight, self.scales, self.scheme.bits)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def dequantized(self) -> Tensor:
+        """The matrix (outputs, inputs) in float32."""
+        return dequantize_matrix(self.weight, self.scales, self.scheme.bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(partial(_keep_dtype, fn), recurse)
+
+
+def quantize_matrix(source: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of a matrix (outputs, inputs); see `QuantizedLinear`."""
+    outputs, inputs = source.shape
+    blocks = outputs // kernels.OUTPUTS
+    weight = torch.empty(blocks, inputs * scheme.bits // 32, 64, dtype=torch.uint8)
+    scales = torch.empty(outputs)
+    if scheme.group is not None:
+        scales = torch.empty(blocks, inputs // scheme.group, kernels.OUTPUTS, dtype=torch.float16)
+    step = max(1, _CHUNK // (kernels.OUTPUTS * inputs))
+    for start in range(0, blocks, step):
+        rows = source[start * kernels.OUTPUTS : (start + step) * kernels.OUTPUTS].float()
+        count = len(rows) // kernels.OUTPUTS
+        if scheme.group is None:
+            found = rows.abs().amax(1).clamp_min(1e-12) / 127
+            scales[start * kernels.OUTPUTS : (start + step) * kernels.OUTPUTS] = found
+            # As `Int8Linear` rounds; plus 128, so that the kernel may take weights as unsigned.
+            whole = (rows / found[:, None]).round_().add_(128).to(torch.uint8)
+            weight[start : start + step] = (
+                whole.view(count, kernels.OUTPUTS, inputs // 4, 4).transpose(1, 2).reshape(count, inputs // 4, 64)
+            )
+        else:
+            grouped = rows.view(len(rows), inputs // scheme.group, scheme.group)
+            scale = _scales_of_groups(grouped)
+            whole = (grouped / scale[..., None].float()).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+            # From (block, output, 32 inputs, half, four, one of them) to (block, 32 inputs, half, four, output, one).
+            parts = whole.view(count, kernels.OUTPUTS, inputs // 32, 2, 4, 4).permute(0, 2, 3, 4, 1, 5)
+            weight[start : start + step] = (parts[:, :, 0] | (parts[:, :, 1] << 4)).reshape(count, inputs // 8, 64)
+            scales[start : start + step] = scale.view(count, kernels.OUTPUTS, -1).transpose(1, 2)
+    return weight, scales
+
+
+def _scales_of_groups(groups: Tensor) -> Tensor:
+    """A scale in float16 for each group of weights (outputs, groups, size): of a few, the one that rounds them best.
+
+    The largest weight is -8 or 8 scales, on the side where there is one value more; smaller scales cut it off and
+    round the others better.
+    """
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best = torch.full_like(largest, math.inf)
+    found = torch.ones_like(largest)
+    for values in (-8.0, -7.6, -7.2, -6.8):
+        scale = (largest / values).half().float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        error = ((groups / scale).round_().clamp_(-8, 7) * scale - groups).square_().sum(2, keepdim=True)
+        better = error < best
+        best, found = torch.where(better, error, best), torch.where(better, scale, found)
+    return found.squeeze(2).half()
+
+
+def dequantize_matrix(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The matrix (outputs, inputs) of blocks and scales, in float32."""
+    blocks = len(weight)
+    if bits == 8:
+        inputs = 4 * weight.shape[1]
+        whole = weight.view(blocks, inputs // 4, kernels.OUTPUTS, 4).transpose(1, 2).reshape(-1, inputs)
+        return (whole.float() - 128) * scales[:, None]
+    inputs = 8 * weight.shape[1]
+    halves = torch.stack([weight & 15, weight >> 4], 1).view(blocks, 2, inputs // 32, 4, kernels.OUTPUTS, 4)
+    whole = halves.permute(0, 4, 2, 1, 3, 5).reshape(blocks, kernels.OUTPUTS, scales.shape[1], -1)
+    return ((whole.float() - 8) * scales.transpose(1, 2)[..., None].float()).view(-1, inputs)
+
+
+def _multiply_blocks(rows: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    if rows.device.type == "cpu" and kernels.library() is not None:
+        return kernels.linear(rows, weight, scales, bits)
+    return rows @ dequantize_matrix(weight, scales, bits).T
+
+
+_opaque_multiply_blocks = torch.library.custom_op(
+    "emu3::multiply_blocks",
+    _multiply_blocks,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor scales, int bits) -> Tensor",
+)
+_opaque_multiply_blocks.register_fake(
+    lambda rows, weight, scales, bits: rows.new_empty(len(rows), kernels.OUTPUTS * len(weight))
+)
+
+
+def _keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What moves a tensor does, but for its dtype."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+def use_scheme(text_model: nn.Module, scheme: Scheme) -> None:
+    """Replace the linear modules of all layers by empty ones of a scheme, where they fit it."""
+    for layer in cast(Any, text_model).layers:
+        for parent in layer.children():
+            for name, module in list(parent.named_children()):
+                if isinstance(module, nn.Linear) and scheme.fits(module.in_features, module.out_features):
+                    with module.weight.device:
+                        made = QuantizedLinear(module.in_features, module.out_features, scheme, module.bias is not None)
+                    setattr(parent, name, made)
 
 
 def check_int8(device: torch.device | str) -> None:

@@ -45,8 +45,8 @@ from emu3.processing import Emu3Processor
 
 MAX_SHARD_BYTES = 2 * 10**9
 
-# The files of transformers' layouts besides weights; config.json is written apart.
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
+"""The files of transformers' layouts besides weights; config.json is written apart."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,11 @@ def convert(
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     """An empty folder beside `target` that is renamed to `target` when the block ends, and removed if it fails.
 
     A killed process leaves it behind under its temporary name, and the next process for the same target empties it.
+    With `resume` it is left behind as it is by failures too, and the next process goes on in it.
     Raises ValueError if `target` exists or another process is writing it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,12 +185,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         if target.exists():
             raise ValueError(f"{target} is there already; remove it, or name another folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=resume)
         yield folder
         folder.rename(target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # Windows keeps an open file; releasing the lock removes it there
             os.unlink(lock.lock_file)
         lock.release()
@@ -301,7 +304,7 @@ def _target_configs(source: _Source, layout: Layout) -> dict[str, dict[str, Any]
 def _write_companions(source: _Source, folders: Mapping[str, Path]) -> None:
     processor = source.processor
     if processor is None:
-        for pattern in _COMPANIONS:
+        for pattern in COMPANIONS:
             for file in source.folders[""].glob(pattern):
                 if file.is_file() and file.name not in ("config.json", INDEX):
                     shutil.copyfile(file, folders[""] / file.name)

@@ -36,6 +36,7 @@ class CheckpointInfo:
     Attributes:
         memory_bfloat16: with the vision tokenizer in float32, as `load_model` keeps it.
         memory_int8: the same with the matrices of the decoder layers in 8 bits.
+        quantized: how the matrices of the decoder layers are stored, such as "4 bits, groups of 32".
         abilities: what config.json says that the weights were trained for, of "draw" and "read"; None for unknown.
         missing: what must be added before the checkpoint loads: "language model" or "vision tokenizer".
     """
@@ -57,6 +58,7 @@ class CheckpointInfo:
     min_pixels: int | None
     max_pixels: int | None
     tokenizer_files: tuple[str, ...]
+    quantized: str | None
     abilities: tuple[str, ...] | None
     missing: tuple[str, ...]
 
@@ -152,11 +154,17 @@ def _summarize(
     tensors = [tensor for part in headers for tensor in tensors_by_part(path, part, headers[part])]
     by_part = Counter(dict.fromkeys(_PARTS[""].values(), 0))
     by_dtype: Counter[str] = Counter()
+    config = read_config(folders[""]) if "" in folders else {}
+    scheme = config.get("quantization_config") or {}
     for part, header in tensors:
-        by_part[part] += header.elements
-        by_dtype[header.dtype] += header.elements
+        if scheme and header.name.endswith(".scales"):
+            continue  # no parameters
+        # Of weights in 4 bits, two are in a byte.
+        packed = scheme and header.dtype == "U8"
+        count = header.elements * 8 // scheme["bits"] if packed else header.elements
+        by_part[part] += count
+        by_dtype[f"int{scheme['bits']}" if packed else header.dtype] += count
     if "" in folders:
-        config = read_config(folders[""])
         text, vision = config.get("text_config") or {}, config.get("vq_config") or {}
     else:
         text, vision = (
@@ -187,9 +195,17 @@ def _summarize(
         min_pixels=pictures.get("min_pixels"),
         max_pixels=pictures.get("max_pixels"),
         tokenizer_files=tuple(sorted(name for name, _ in files if "token" in name)),
+        quantized=_in_words(scheme),
         abilities=None if abilities is None else tuple(abilities),
         missing=("language model",) * (not has_text) + ("vision tokenizer",) * (not has_vision),
     )
+
+
+def _in_words(scheme: Mapping[str, Any]) -> str | None:
+    if not scheme:
+        return None
+    group = scheme.get("group_size")
+    return f"{scheme['bits']} bits, {f'groups of {group}' if group else 'a scale for each output'}"
 
 
 def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]) -> list[tuple[str, TensorHeader]]:

@@ -39,7 +39,7 @@ from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.text import Emu3DecoderLayer
 from emu3.options import only_for_cpus
 from emu3.processing import Emu3Processor
-from emu3.quantization import check_int8, quantize_layer
+from emu3.quantization import Scheme, check_int8, quantize_layer
 from emu3.tokenization import CONTROL_TOKENS, encode_plain
 from emu3.vocabulary import SURFACES
 
@@ -115,6 +115,8 @@ def load_model(
     _check_weight_files(folder, headers)
     _check_generation(folder, parts_of(config)[0].vocab_size)
     wanted = _dtype_named(own_dtype(raw, headers, device) if dtype == "auto" else dtype)
+    if Scheme.of(raw.get("quantization_config")) is not None and (int8 or device_map is not None):
+        raise ValueError(f"{folder} is quantized already; load it without int8 and device_map")
     if int8:
         if device_map is not None:
             raise ValueError("int8 is for one CPU; leave out device_map")

@@ -119,10 +119,18 @@ VISION_KEYS = {
 }
 """Key in the config of BAAI's vision tokenizer -> the documented one."""
 
+SCHEME: Mapping[str, Kind] = {
+    "quant_method": _one_of("emu3"),
+    "bits": _one_of(8, 4),
+    "group_size": _one_of(32, 128) | _NULL,
+}
+"""`quantization_config`, which `emu3 quantize` writes."""
+
 WHOLE: Mapping[str, Kind] = _COMMON | {
     "text_config": _object(TEXT),
     "vq_config": _object(VISION),
     "vocabulary_map": _IDS | _NULL,
+    "quantization_config": _object(SCHEME),
     "tie_word_embeddings": _FLAG,
     # Conversion and training write it. Without it, nothing is known.
     "abilities": _list_of(_one_of(*ABILITIES), 1, len(ABILITIES)) | _NULL,

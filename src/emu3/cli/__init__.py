@@ -29,6 +29,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "info": checkpoints.info,
     "pull": checkpoints.pull,
     "convert": checkpoints.convert,
+    "quantize": checkpoints.quantize,
     "eval": measure.evaluate,
     "bench": measure.bench,
     "train": training.train,

@@ -1,4 +1,4 @@
-"""Commands about the files of a checkpoint: `emu3 info`, `emu3 convert`, `emu3 pull`."""
+"""Commands about the files of a checkpoint: `emu3 info`, `emu3 convert`, `emu3 quantize`, `emu3 pull`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +37,7 @@ def info(
         "parameters": f"{found.parameters:,} in {found.tensors} tensors",
         **{f"  {part}": f"{count:,}" for part, count in found.parameters_by_part.items()},
         "stored as": ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()),
+        "layers": found.quantized,
         "on disk": megabytes(found.bytes_on_disk),
         "in memory": ", ".join(f"{megabytes(getattr(found, f'memory_{dtype}'))} {dtype}" for dtype in dtypes),
         "context": found.context and f"{found.context:,} tokens",
@@ -89,6 +90,37 @@ def convert(
     summary = (
         f"{report.target}  {report.source_layout} to {report.target_layout}: {len(report.moves)} tensors, "
         f"{report.renamed} renamed, {report.reshaped} reshaped, none refused, {report.bytes / 1e6:,.1f} MB"
+    )
+    print_out(report.to_dict() if as_json else summary)
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint to read: nano, a folder, or a hub id in the local cache.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    bits: Annotated[int, typer.Option(help="Of a weight of the layers: 8 or 4.")] = 8,
+    group: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale, 32 or 128; for 4 bits.", show_default="32")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint with its layers in 8 or 4 bits, for CPUs; it loads as any other. Goes on where it was cut."""
+    from emu3.checkpoints import resolve
+
+    check_choice("--bits", str(bits), ("8", "4"))
+    if group is not None:
+        check_choice("--group", str(group), ("32", "128"))
+        if bits != 4:
+            raise ValueError("--group is for 4 bits; in 8 bits each output has one scale")
+    folder = resolve(source)
+    check_folder(target, is_new=True)
+    from emu3.checkpoints.quantize import quantize
+
+    with progress("quantizing", in_bytes=True) as advance:
+        report = quantize(folder, target, bits, group, advance)
+    kept = f", {len(report.kept)} kept as they are" if report.kept else ""
+    summary = (
+        f"{report.target}  {report.matrices} matrices in {bits} bits{kept}: "
+        f"{report.bytes_before / 1e6:,.1f} MB to {report.bytes_after / 1e6:,.1f} MB"
     )
     print_out(report.to_dict() if as_json else summary)
 

@@ -19,6 +19,7 @@ from emu3.modeling.legacy import LEGACY_PREFIXES
 from emu3.modeling.pretrained import Kwargs
 from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, apply_head
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
+from emu3.quantization import Scheme, use_scheme
 from emu3.vocabulary import EMU3, SURFACES, VISUAL_PREFIX, Vocabulary, visual_codes
 
 logger = logging.get_logger(__name__)
@@ -115,7 +116,7 @@ class Emu3Model(Emu3PreTrainedModel):
     config: Emu3Config
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
     # Codes must not depend on the precision of the language model.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel", "scales"]  # scales: of layers in 8 bits
     # Quantizers leave these modules as they are. The pattern matches from the beginning of a name. It differs from the
     # entry above because transformers wants no entry in both lists.
     _keep_in_fp32_modules: ClassVar[list[str]] = [r"(?:model\.)?vqmodel"]
@@ -285,6 +286,8 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         text_config = self.model.text_model.config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
+        if (scheme := Scheme.of(getattr(config, "quantization_config", None))) is not None:
+            use_scheme(self.model.text_model, scheme)
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
     @property

@@ -1,0 +1,167 @@
+"""Writes a checkpoint whose layers are in 8 or 4 bits, as they are computed with: mapped files are used as they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, expected_tensors
+from emu3.checkpoints.convert import COMPANIONS, staged_folder
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json, write_json
+from emu3.checkpoints.settings import read_config
+from emu3.modeling.legacy import documented_name
+from emu3.quantization import QuantizedLinear, Scheme, quantize_matrix, use_scheme
+
+# Of a file of weights, unless one tensor is larger; so much is in memory at a time, beside the files that are mapped.
+_SHARD_BYTES = 5 * 10**8
+_PLAN = "quantization_plan.json"
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` wrote.
+
+    Attributes:
+        target: the folder.
+        bits, group: the scheme.
+        matrices: how many are quantized.
+        kept: matrices of the layers that are not, because their size does not fit the scheme.
+        bytes_before, bytes_after: of all tensors.
+    """
+
+    target: str
+    bits: int
+    group: int | None
+    matrices: int
+    kept: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    bits: int = 8,
+    group: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> QuantizeReport:
+    """Write the checkpoint in `source` to the new folder `target` with the matrices of its layers in 8 or 4 bits.
+
+    Embedding, head, norms and vision tokenizer keep their bits. Weights are read tensor by tensor. Where it was cut
+    off, the next call with the same arguments goes on behind the last file that is complete.
+
+    Args:
+        source: a folder in either layout of transformers.
+        target: a folder that does not exist yet. It appears when all is written.
+        bits: 8, as `int8=True` computes; or 4.
+        group: in 4 bits, inputs that share a scale, 32 or 128. None: 32.
+        on_progress: is called after each file of weights with the bytes written so far and the bytes in all.
+
+    Raises:
+        ValueError: the source has a fault or is quantized already, the target exists, or an argument is wrong.
+    """
+    scheme = Scheme(bits, 32 if bits == 4 and group is None else group)
+    folder, target = Path(source), Path(target)
+    raw = read_config(folder)
+    if raw.get("quantization_config") is not None:
+        raise ValueError(f"{folder} is quantized already; give the checkpoint that it was made from")
+    config = build_config(raw, folder / "config.json")
+    headers = {documented_name(name): header for name, header in read_headers(folder).items()}
+    model = build_on_meta(config, headers, folder / "config.json")
+    check_tensors(str(folder), expected_tensors(model, headers), headers)
+    use_scheme(model.model.text_model, scheme)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    layers = {name.removesuffix(".weight") for name, header in headers.items() if _is_matrix_of_layer(name, header)}
+    shards = list(_shards(headers, model.state_dict(), quantized))
+    total = sum(size for _, size in shards)
+    plan = {"source": str(folder.resolve()), "scheme": scheme.to_dict(), "shards": [names for names, _ in shards]}
+    with staged_folder(target, resume=True) as staged:
+        _begin(staged, plan)
+        done = 0
+        weight_map: dict[str, str] = {}
+        for number, (names, size) in enumerate(shards, 1):
+            file = staged / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if not file.is_file():
+                # Closed after each file, because pages that were read count as memory until then.
+                with ExitStack() as stack:
+                    opened = {
+                        source: stack.enter_context(safe_open(source, framework="pt"))
+                        for source in {headers[name].file for name in names}
+                    }
+                    tensors: dict[str, Tensor] = {}
+                    for name in names:
+                        tensor = opened[headers[name].file].get_tensor(headers[name].name)
+                        tensors |= _stored(name, tensor, quantized, scheme)
+                    save_file(tensors, file.with_suffix(".part"), metadata={"format": "pt"})
+                file.with_suffix(".part").replace(file)
+            with safe_open(file, framework="numpy") as written:
+                weight_map |= dict.fromkeys(written.keys(), file.name)
+            done += size
+            on_progress(done, total)
+        write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for pattern in COMPANIONS:
+            for file in folder.glob(pattern):
+                if file.is_file() and file.name not in ("config.json", INDEX):
+                    shutil.copyfile(file, staged / file.name)
+        (staged / _PLAN).unlink()
+        write_json(staged / "config.json", {**raw, "quantization_config": scheme.to_dict()})
+    before = sum(header.bytes for header in headers.values())
+    return QuantizeReport(
+        str(target), scheme.bits, scheme.group, len(quantized), tuple(sorted(layers - quantized)), before, total
+    )
+
+
+def _begin(staged: Path, plan: dict[str, Any]) -> None:
+    """Go on with what is there if it was begun by the same plan; else begin anew."""
+    if read_json(staged / _PLAN) != plan:
+        shutil.rmtree(staged)
+        staged.mkdir()
+        write_json(staged / _PLAN, plan)
+
+
+def _is_matrix_of_layer(name: str, header: TensorHeader) -> bool:
+    return name.startswith("model.text_model.layers.") and name.endswith(".weight") and len(header.shape) == 2
+
+
+def _shards(
+    headers: dict[str, TensorHeader], expected: dict[str, Tensor], quantized: set[str]
+) -> Iterator[tuple[list[str], int]]:
+    """Names of the source's tensors that go into one file, and how many bytes they take there."""
+    names: list[str] = []
+    size = 0
+    for name, header in headers.items():
+        module = name.removesuffix(".weight")
+        own = header.bytes
+        if module in quantized:
+            own = sum(expected[f"{module}.{part}"].nbytes for part in ("weight", "scales"))
+        elif name.removesuffix(".bias") in quantized:
+            own = 4 * header.elements
+        if names and size + own > _SHARD_BYTES:
+            yield names, size
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names, size
+
+
+def _stored(name: str, tensor: Tensor, quantized: set[str], scheme: Scheme) -> dict[str, Tensor]:
+    """What becomes of a tensor, with names of the documented layout."""
+    module = name.removesuffix(".weight")
+    if module in quantized:
+        with torch.inference_mode():
+            weight, scales = quantize_matrix(tensor, scheme)
+        return {name: weight, f"{module}.scales": scales}
+    return {name: tensor.float() if name.removesuffix(".bias") in quantized else tensor}

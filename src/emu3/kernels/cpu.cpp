@@ -1,0 +1,269 @@
+// Products of a few rows with quantized matrices, on x86-64 processors with AVX2 or AVX512-VNNI.
+//
+// A matrix (N outputs, K inputs) is stored in blocks of 16 outputs. Inside a block four inputs of output 0 are followed
+// by the same four of output 1, and so on: 64 bytes are what one instruction multiplies, and a block is read once, from
+// front to back. In 4 bits, a byte holds input k in its low half and input k + 16 in its high half.
+//
+// 8 bits: bytes are the weight + 128. One scale for each output, one for each row of activations.
+// 4 bits: values are the weight + 8. One scale in 16 bits for each output and `group` inputs; activations have one
+// scale for each 32 inputs.
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t OUTPUTS = 16;  // of a block
+constexpr int64_t GROUP = 32;    // inputs that share a scale of the activations, in 4 bits
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+struct Sums {  // one for each output of a block
+    __m512i value;
+    static Sums all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+};
+struct Floats {
+    __m512 value;
+    static Floats zero() { return {_mm512_setzero_ps()}; }
+};
+struct Bytes {
+    __m512i value;
+    static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    Bytes low() const { return {_mm512_and_si512(value, _mm512_set1_epi8(15))}; }
+    Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(value, 4), _mm512_set1_epi8(15))}; }
+};
+// Adds unsigned weights times four activations. HALVES: no weight is above 15.
+template <bool HALVES>
+inline void add_products(Sums& sums, const Bytes& weights, const int8_t* activations) {
+    int32_t four;
+    std::memcpy(&four, activations, 4);
+    sums.value = _mm512_dpbusd_epi32(sums.value, weights.value, _mm512_set1_epi32(four));
+}
+inline Floats to_floats(const Sums& sums) { return {_mm512_cvtepi32_ps(sums.value)}; }
+inline Floats load_16_bits(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats times(const Floats& a, const Floats& b) { return {_mm512_mul_ps(a.value, b.value)}; }
+inline Floats times(const Floats& a, float b) { return {_mm512_mul_ps(a.value, _mm512_set1_ps(b))}; }
+inline void add_product(Floats& to, const Floats& a, const Floats& b) {
+    to.value = _mm512_fmadd_ps(a.value, b.value, to.value);
+}
+inline void store(float* p, const Floats& a) { _mm512_storeu_ps(p, a.value); }
+inline void add(Sums& to, const Sums& other) { to.value = _mm512_add_epi32(to.value, other.value); }
+
+#else
+
+struct Sums {
+    __m256i low, high;
+    static Sums all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+};
+struct Floats {
+    __m256 low, high;
+    static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+};
+inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
+struct Bytes {
+    __m256i first, second;
+    static Bytes load(const uint8_t* p) {
+        return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+    }
+    Bytes low() const { return {low_halves(first), low_halves(second)}; }
+    Bytes high() const { return {high_halves(first), high_halves(second)}; }
+};
+// Two products are added in 16 bits, where those of weights above 128 could overflow. So a weight is split in halves.
+inline __m256i dot_halves(__m256i weights, __m256i four) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(weights, four), _mm256_set1_epi16(1));
+}
+inline __m256i dot(__m256i weights, __m256i four) {
+    const __m256i high = _mm256_slli_epi32(dot_halves(high_halves(weights), four), 4);
+    return _mm256_add_epi32(dot_halves(low_halves(weights), four), high);
+}
+template <bool HALVES>
+inline void add_products(Sums& sums, const Bytes& weights, const int8_t* activations) {
+    int32_t packed;
+    std::memcpy(&packed, activations, 4);
+    const __m256i four = _mm256_set1_epi32(packed);
+    sums.low = _mm256_add_epi32(sums.low, HALVES ? dot_halves(weights.first, four) : dot(weights.first, four));
+    sums.high = _mm256_add_epi32(sums.high, HALVES ? dot_halves(weights.second, four) : dot(weights.second, four));
+}
+inline void add(Sums& to, const Sums& other) {
+    to.low = _mm256_add_epi32(to.low, other.low);
+    to.high = _mm256_add_epi32(to.high, other.high);
+}
+inline Floats to_floats(const Sums& sums) { return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)}; }
+inline Floats load_16_bits(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats times(const Floats& a, const Floats& b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline Floats times(const Floats& a, float b) { return times(a, {_mm256_set1_ps(b), _mm256_set1_ps(b)}); }
+inline void add_product(Floats& to, const Floats& a, const Floats& b) {
+    to.low = _mm256_fmadd_ps(a.low, b.low, to.low);
+    to.high = _mm256_fmadd_ps(a.high, b.high, to.high);
+}
+inline void store(float* p, const Floats& a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+}
+
+#endif
+
+// Bytes ahead of what is read, which the memory is asked for already.
+constexpr int64_t AHEAD = 2048;
+
+inline void ask_for(const uint8_t* p) {
+    for (int64_t line = 0; line < 256; line += 64) _mm_prefetch((const char*)(p + AHEAD + line), _MM_HINT_T0);
+}
+
+// ROWS rows of activations times one block in 8 bits.
+template <int ROWS>
+void block_8(const uint8_t* weights, const float* scales, const int8_t* activations, const int32_t* sums_of_rows,
+             const float* row_scales, int64_t inputs, int64_t outputs, float* y) {
+    Sums sums[ROWS], more[ROWS];
+    for (int m = 0; m < ROWS; m++) {
+        sums[m] = Sums::all(-128 * sums_of_rows[m]);
+        more[m] = Sums::all(0);  // a second chain of additions, as one waits for its last
+    }
+    for (int64_t k = 0; k < inputs; k += 16) {
+        ask_for(weights);
+        for (int half = 0; half < 16; half += 8) {
+            const Bytes first = Bytes::load(weights), second = Bytes::load(weights + 64);
+            for (int m = 0; m < ROWS; m++) {
+                const int8_t* a = activations + m * inputs + k + half;
+                add_products<false>(sums[m], first, a);
+                add_products<false>(more[m], second, a + 4);
+            }
+            weights += 128;
+        }
+    }
+    const Floats of_outputs = load(scales);
+    for (int m = 0; m < ROWS; m++) {
+        add(sums[m], more[m]);
+        store(y + m * outputs, times(times(to_floats(sums[m]), of_outputs), row_scales[m]));
+    }
+}
+
+// ROWS rows of activations times one block in 4 bits. `per_scale`: groups of 32 inputs that share a scale.
+template <int ROWS>
+void block_4(const uint8_t* weights, const uint16_t* scales, const int8_t* activations, const int32_t* sums_of_groups,
+             const float* group_scales, int64_t inputs, int64_t outputs, int64_t per_scale, float* y) {
+    const int64_t groups = inputs / GROUP;
+    Floats found[ROWS];
+    for (int m = 0; m < ROWS; m++) found[m] = Floats::zero();
+    for (int64_t g = 0; g < groups; g++) {
+        ask_for(weights);
+        Sums sums[ROWS];
+        for (int m = 0; m < ROWS; m++) sums[m] = Sums::all(-8 * sums_of_groups[m * groups + g]);
+        for (int j = 0; j < 4; j++) {
+            const Bytes both = Bytes::load(weights);
+            const Bytes low = both.low(), high = both.high();
+            for (int m = 0; m < ROWS; m++) {
+                const int8_t* a = activations + m * inputs + g * GROUP + 4 * j;
+                add_products<true>(sums[m], low, a);
+                add_products<true>(sums[m], high, a + 16);
+            }
+            weights += 64;
+        }
+        const Floats of_outputs = load_16_bits(scales + g / per_scale * OUTPUTS);
+        for (int m = 0; m < ROWS; m++)
+            add_product(found[m], to_floats(sums[m]), times(of_outputs, group_scales[m * groups + g]));
+    }
+    for (int m = 0; m < ROWS; m++) store(y + m * outputs, found[m]);
+}
+
+// Calls `block` for 8, 4, 2 or 1 rows at a time.
+template <typename Block>
+void in_tiles(int64_t rows, Block block) {
+    int64_t m = 0;
+    for (; m + 8 <= rows; m += 8) block(std::integral_constant<int, 8>(), m);
+    for (; m + 4 <= rows; m += 4) block(std::integral_constant<int, 4>(), m);
+    for (; m + 2 <= rows; m += 2) block(std::integral_constant<int, 2>(), m);
+    for (; m < rows; m++) block(std::integral_constant<int, 1>(), m);
+}
+
+float largest(const float* x, int64_t count) {
+    float found = 0;
+    for (int64_t i = 0; i < count; i++) found = std::fmax(found, std::fabs(x[i]));
+    return found;
+}
+
+}  // namespace
+
+extern "C" {
+
+// x (rows, inputs) to y (rows, outputs). `bytes` (rows, inputs), `sums` and `floats` (rows) are scratch.
+void emu3_linear_8(const float* x, const uint8_t* weights, const float* scales, int64_t rows, int64_t inputs,
+                   int64_t outputs, int8_t* bytes, int32_t* sums, float* floats, float* y) {
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < rows; m++) {
+            const float* row = x + m * inputs;
+            const float scale = std::fmax(largest(row, inputs), 1e-12f) / 127;
+            int32_t sum = 0;
+            for (int64_t k = 0; k < inputs; k++) {
+                const int32_t value = (int32_t)(row[k] / scale + 128.5f) - 128;  // cutting off rounds to nearest
+                bytes[m * inputs + k] = (int8_t)value;
+                sum += value;
+            }
+            floats[m] = scale;
+            sums[m] = sum;
+        }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < outputs / OUTPUTS; block++)
+            in_tiles(rows, [&](auto count, int64_t m) {
+                block_8<count()>(weights + block * OUTPUTS * inputs, scales + block * OUTPUTS, bytes + m * inputs,
+                                 sums + m, floats + m, inputs, outputs, y + m * outputs + block * OUTPUTS);
+            });
+    }
+}
+
+// As above, in 4 bits. `group`: inputs that share a scale. `sums` and `floats` (rows, inputs / 32) are scratch.
+void emu3_linear_4(const float* x, const uint8_t* weights, const uint16_t* scales, int64_t group, int64_t rows,
+                   int64_t inputs, int64_t outputs, int8_t* bytes, int32_t* sums, float* floats, float* y) {
+    const int64_t groups = inputs / GROUP;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < rows * groups; part++) {
+            const float* from = x + part * GROUP;
+            const float scale = largest(from, GROUP) / 127, inverse = scale > 0 ? 1 / scale : 0;
+            int32_t sum = 0;
+            for (int64_t k = 0; k < GROUP; k++) {
+                const int32_t value = (int32_t)std::nearbyint(from[k] * inverse);
+                bytes[part * GROUP + k] = (int8_t)value;
+                sum += value;
+            }
+            floats[part] = scale;
+            sums[part] = sum;
+        }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < outputs / OUTPUTS; block++)
+            in_tiles(rows, [&](auto count, int64_t m) {
+                block_4<count()>(weights + block * OUTPUTS * inputs / 2, scales + block * OUTPUTS * inputs / group,
+                                 bytes + m * inputs, sums + m * groups, floats + m * groups, inputs, outputs,
+                                 group / GROUP, y + m * outputs + block * OUTPUTS);
+            });
+    }
+}
+
+// The sum of all bytes, in words of 8: how fast memory can be read. `count` is a multiple of 65,536.
+int64_t emu3_read(const int64_t* data, int64_t count) {
+    int64_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total)
+    for (int64_t start = 0; start < count / 8; start += 8192) {
+        int64_t sums[32] = {};
+        for (int64_t i = start; i < start + 8192; i += 32)
+            for (int64_t j = 0; j < 32; j++) sums[j] += data[i + j];
+        for (int64_t each : sums) total += each;
+    }
+    return total;
+}
+
+}  // extern "C"

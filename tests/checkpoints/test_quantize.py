@@ -1,0 +1,162 @@
+"""Checkpoints in 8 and 4 bits: what is written, that it loads by every way, and what happens when it is cut off."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from emu3 import Emu3ForConditionalGeneration, Emu3Pipeline, cli, quantization
+from emu3.checkpoints import NANO
+from emu3.checkpoints import quantize as module
+from emu3.checkpoints.files import read_headers
+from emu3.checkpoints.info import inspect
+from emu3.checkpoints.load import load_model
+from emu3.checkpoints.quantize import quantize
+from emu3.quantization import Int8Linear, QuantizedLinear
+
+IDS = torch.arange(300, 340)[None]
+SCHEMES = [(8, None), (4, 32), (4, 128)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Folder of each scheme."""
+    folder = tmp_path_factory.mktemp("quantized")
+    for bits, group in SCHEMES:
+        quantize(NANO, folder / f"{bits}-{group}", bits, group)
+    return {(bits, group): folder / f"{bits}-{group}" for bits, group in SCHEMES}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_it_loads_by_every_way(written, scheme):
+    model = load_model(written[scheme])
+    layers = [each for each in model.modules() if isinstance(each, QuantizedLinear)]
+    assert len(layers) == 42 and {(each.bits, each.scheme.group) for each in layers} == {scheme}
+    logits = model(input_ids=IDS).logits
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = Emu3ForConditionalGeneration.from_pretrained(written[scheme], dtype=dtype).eval()
+        ours = load_model(written[scheme], dtype=dtype)
+        assert torch.equal(theirs(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    exact = load_model(NANO)(input_ids=IDS).logits
+    distance = float((exact.softmax(-1) - logits.softmax(-1)).abs().sum(-1).mean()) / 2
+    assert distance < {8: 0.02, 4: 0.35}[scheme[0]]
+
+
+@torch.no_grad()
+def test_eight_bits_are_those_of_int8_bit_for_bit(written, monkeypatch):
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 0)
+    theirs, ours = load_model(NANO, int8=True), load_model(written[8, None])
+    assert any(isinstance(each, Int8Linear) for each in theirs.modules())
+    assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nano_draws_and_reads(written, scheme):
+    pipeline = Emu3Pipeline.from_pretrained(written[scheme])
+    assert repr(pipeline) == f"Emu3Pipeline(9,004,191 parameters, torch.float32, layers in {scheme[0]} bits, on cpu)"
+    prompts = ["a photo of a red car", "a photo of a purple cat", "a photo of two dogs"]
+    for decoding in ("predictive", "zipar"):
+        pictures = pipeline.image(prompts, seed=3, decoding=decoding)
+        said = pipeline.chat([("Describe the picture.", [each]) for each in pictures])
+        assert sum(a == b for a, b in zip(said, prompts, strict=True)) >= 2
+    assert pipeline.image(prompts[0], seed=3)[0].tobytes() == pipeline.image(prompts, seed=[3, 8, 9])[0].tobytes()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_but_the_matrices_of_layers_keeps_its_bits(written, scheme):
+    before, after = read_headers(NANO), read_headers(written[scheme])
+    changed = {name for name, header in after.items() if header.dtype == "U8" or name.endswith(".scales")}
+    assert len(changed) == 84
+    for name in set(after) - changed:
+        with safe_open(before[name].file, "pt") as one, safe_open(after[name].file, "pt") as other:
+            assert torch.equal(one.get_tensor(name), other.get_tensor(name))
+    found = inspect(written[scheme])
+    assert found.parameters == inspect(NANO).parameters
+    assert found.quantized == {8: "8 bits, a scale for each output", 4: f"4 bits, groups of {scheme[1]}"}[scheme[0]]
+    assert (written[scheme] / "words.txt").read_text() == (NANO / "words.txt").read_text()
+
+
+def test_it_goes_on_where_it_was_cut_off(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(module, "_SHARD_BYTES", 10**6)
+    save, saved = module.save_file, []
+
+    def cut(tensors, file, **options):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(file.name)
+        save(tensors, file, **options)
+
+    monkeypatch.setattr(module, "save_file", cut)
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(NANO, target, 4)
+    assert not target.exists()
+    monkeypatch.setattr(module, "save_file", lambda *a, **o: saved.append(a[1].name) or save(*a, **o))
+    seen = []
+    report = quantize(NANO, target, 4, on_progress=lambda done, total: seen.append((done, total)))
+    assert len(saved) == len(set(saved)) == len(list(target.glob("*.safetensors"))) > 5
+    assert seen[-1] == (report.bytes_after, report.bytes_after) and len(seen) == len(saved)
+    assert {each.name for each in target.iterdir()} >= {"config.json", "model.safetensors.index.json"}
+    assert not [each for each in target.iterdir() if "plan" in each.name or each.suffix == ".part"]
+    for one, other in zip(load_model(target).buffers(), load_model(written[4, 32]).buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_scheme_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SHARD_BYTES", 10**6)
+    target = tmp_path / "out"
+
+    def cut(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(NANO, target, 8, on_progress=cut)
+    quantize(NANO, target, 4)
+    assert json.loads((target / "config.json").read_text())["quantization_config"]["bits"] == 4
+    load_model(target)
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(each) for each in arguments])
+    return ended.value.code, capsys.readouterr()
+
+
+def test_the_command(tmp_path, capsys):
+    code, said = run(capsys, "quantize", "nano", tmp_path / "q", "--bits", "4", "--json")
+    assert code == 0
+    report = json.loads(said.out)
+    assert report["matrices"] == 42 and report["group"] == 32 and report["kept"] == []
+    assert report["bytes_after"] < 0.6 * report["bytes_before"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nano", "{new}", "--bits", "3"), "--bits must be one of 8, 4, got '3'"),
+        (("nano", "{new}", "--bits", "4", "--group", "64"), "--group must be one of 32, 128, got '64'"),
+        (("nano", "{new}", "--group", "32"), "--group is for 4 bits"),
+        (("nano", "{there}"), "is there already"),
+        (("{quantized}", "{new}"), "is quantized already"),
+        (("{there}", "{new}"), "holds no config.json"),
+    ],
+)
+def test_what_is_refused(written, tmp_path, capsys, arguments, words):
+    places = {"new": tmp_path / "new", "there": tmp_path, "quantized": written[8, None]}
+    code, said = run(capsys, "quantize", *(each.format(**places) for each in arguments))
+    assert code == 2 and words in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantized_layers_are_not_quantized_again(written):
+    with pytest.raises(ValueError, match="is quantized already; load it without int8"):
+        load_model(written[8, None], int8=True)
+    with pytest.raises(ValueError, match="group_size=64, which must be one of"):
+        settings = json.loads((written[4, 32] / "config.json").read_text())
+        settings["quantization_config"]["group_size"] = 64
+        broken = written[4, 32].with_name("broken")
+        broken.mkdir()
+        (broken / "config.json").write_text(json.dumps(settings))
+        load_model(broken)

@@ -1,0 +1,140 @@
+"""Matrices in blocks of 8 and 4 bits: what the kernels compute, with and without the compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from emu3 import kernels, quantization
+from emu3.quantization import Int8Linear, QuantizedLinear, Scheme
+
+SCHEMES = [Scheme(8), Scheme(4, 32), Scheme(4, 128)]
+needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 21])
+@torch.no_grad()
+def test_eight_bits_are_those_of_int8_bit_for_bit(monkeypatch, rows):
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 0)
+    torch.manual_seed(rows)
+    linear, x = nn.Linear(224, 80, bias=rows % 2 == 0), torch.randn(rows, 224) * torch.logspace(-3, 3, rows)[:, None]
+    x[0, :32] = 0
+    theirs = Int8Linear(linear)
+    assert theirs.packed
+    assert torch.equal(QuantizedLinear.quantize(linear, Scheme(8))(x), theirs(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 13])
+@torch.no_grad()
+def test_four_bits_are_exact_where_activations_are_whole(group, rows):
+    """Whole activations of at most 127, of which each 32 hold one of 127: nothing is rounded."""
+    torch.manual_seed(rows)
+    layer = QuantizedLinear.quantize(nn.Linear(256, 48, bias=False), Scheme(4, group))
+    x = torch.randint(-127, 128, (rows, 8, 32)).float()
+    x[..., 5] = 127.0
+    x = (x * torch.logspace(-2, 2, 8)[:, None]).view(rows, 256)
+    expected = x.double() @ layer.dequantized().double().T
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@torch.no_grad()
+def test_no_weight_is_further_from_its_value_than_half_a_step(scheme):
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 32, bias=False)
+    linear.weight[3] = 0
+    linear.weight[4, :128] = 0
+    layer = QuantizedLinear.quantize(linear, scheme)
+    found, weight = layer.dequantized(), linear.weight
+    error = float((found - weight).norm() / weight.norm())
+    assert error < {8: 0.006, 4: 0.09}[scheme.bits]
+    assert (found[3] == 0).all() and (found[4, :128] == 0).all()
+    size = scheme.group or 256
+    step = weight.view(32, -1, size).abs().amax(2, keepdim=True) / {8: 127, 4: 6.8}[scheme.bits]
+    largest = (found - weight).view(32, -1, size).abs()
+    # In 4 bits the largest weight itself may be cut off, by a sixth.
+    bound = step * {8: 0.5001, 4: 1.3}[scheme.bits]
+    assert bool((largest <= bound + 1e-9).all())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@torch.no_grad()
+def test_the_machine_without_kernels_gives_nearly_the_same(monkeypatch, scheme):
+    torch.manual_seed(0)
+    layer, x = QuantizedLinear.quantize(nn.Linear(256, 64), scheme), torch.randn(3, 5, 256).bfloat16()
+    with_kernels = layer(x)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    without = layer(x)
+    assert with_kernels.dtype == without.dtype == torch.bfloat16 and without.shape == (3, 5, 64)
+    assert float((with_kernels - without).norm() / without.norm()) < 0.02
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_it_is_saved_moved_and_copied_like_any_module(tmp_path, scheme):
+    torch.manual_seed(0)
+    layer, x = QuantizedLinear.quantize(nn.Linear(128, 32), scheme), torch.randn(4, 128)
+    expected = layer(x)
+    state = layer.to("cpu", torch.bfloat16).state_dict()
+    assert {name: tensor.dtype for name, tensor in state.items()} == {
+        "weight": torch.uint8,
+        "scales": torch.float32 if scheme.bits == 8 else torch.float16,
+        "bias": torch.float32,
+    }
+    with torch.device("meta"):
+        empty = QuantizedLinear(128, 32, scheme, bias=True)
+    empty.load_state_dict(state, assign=True)
+    assert torch.equal(empty(x), expected)
+
+
+@pytest.mark.parametrize("arguments", [(3,), (8, 32), (4,), (4, 64), ("8",)])
+def test_schemes_that_are_none(arguments):
+    with pytest.raises(ValueError, match="is no scheme"):
+        Scheme(*arguments)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@torch.no_grad()
+def test_a_row_depends_on_nothing_but_itself(scheme):
+    """Not on its neighbours, nor on how many there are, nor on the threads."""
+    torch.manual_seed(0)
+    layer, x = QuantizedLinear.quantize(nn.Linear(256, 160), scheme), torch.randn(19, 256)
+    together, threads = layer(x), torch.get_num_threads()
+    for count in (1, 2, 5):
+        assert torch.equal(torch.cat([layer(part) for part in x.split(count)]), together)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(layer(x), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_without_avx512_the_same_numbers(tmp_path):
+    """The other half of the source, which older processors compile."""
+    program = """
+import sys, torch
+from emu3 import kernels
+from emu3.quantization import QuantizedLinear, Scheme
+if sys.argv[2] == "avx2":
+    kernels._FLAGS = tuple("-mavx2 -mfma -mf16c".split()) + tuple(f for f in kernels._FLAGS if f != "-march=native")
+torch.manual_seed(0)
+linear, x = torch.nn.Linear(256, 64), torch.randn(11, 256)
+schemes = Scheme(8), Scheme(4, 32), Scheme(4, 128)
+torch.save([QuantizedLinear.quantize(linear, scheme)(x).detach() for scheme in schemes], sys.argv[1])
+"""
+    found = []
+    for name in ("native", "avx2"):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", program, tmp_path / name, name], env=environment, check=True)
+        found.append(torch.load(tmp_path / name))
+    assert len(list((tmp_path / "emu3").glob("*.so"))) == 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[0][0], found[1][0])
