@@ -4,6 +4,7 @@ import base64
 import io
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_showing_takes_little_of_the_time(nano, displayed, monkeypatch, seconds,
         return preview(grid, ids)
 
     monkeypatch.setattr("emu3.results._SHOWING_CREDIT", 1)
-    monkeypatch.setattr("emu3.results.time.monotonic", lambda: next(now))
+    # Of this module only: loops of servers that run in other threads need the clock.
+    monkeypatch.setattr("emu3.results.time", SimpleNamespace(monotonic=lambda: next(now)))
     monkeypatch.setitem(nano.__dict__, "preview", slow)
     nano.stream("a photo of a red car", seed=1, decoding="raster")._ipython_display_()
     assert least <= len(displayed) <= most

@@ -148,14 +148,9 @@ class Scheme:
 
     @classmethod
     def of(cls, config: Any) -> Scheme | None:
-        """What config.json says under "quantization_config"; None where there is nothing."""
-        if config is None:
-            return None
+        """What a config says under "quantization_config"; None where it is nothing, or a scheme of transformers."""
         if not isinstance(config, dict) or config.get("quant_method") != _METHOD:
-            raise ValueError(
-                f"config.json says quantization_config={config!r:.100}, which is not one of this package; get the "
-                "checkpoint as it was before, and run `emu3 quantize`"
-            )
+            return None
         return cls(config.get("bits", 0), config.get("group_size"))
 
 

@@ -1,3 +1,4 @@
+import faulthandler
 import socket
 import threading
 import time
@@ -34,6 +35,8 @@ class Running:
         self.server.should_exit = True
         self.thread.join(20)
         self.socket.close()
+        if self.thread.is_alive():
+            faulthandler.dump_traceback()
         assert not self.thread.is_alive()
 
     def post(self, path, body, **headers):

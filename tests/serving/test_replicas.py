@@ -44,7 +44,7 @@ def url(tmp_path_factory):
         assert wait_for(lambda: status(f"{address}/ready") == 200, 90), (folder / "log").read_text()
         yield address
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         try:
             server.wait(30)
         finally:
