@@ -64,7 +64,7 @@ def main() -> None:
         for take, (width, height, scheme) in views.items():
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             page.goto(url)
-            expect(page.get_by_test_id("draw")).to_be_enabled()
+            expect(page.locator("body[data-ready]")).to_be_attached()
             take(page)
             page.close()
         browser.close()

@@ -25,6 +25,7 @@ SUITES = [
     "tests/test_nano.py",
     "tests/checkpoints/test_baai.py",
     "tests/checkpoints/test_load.py",
+    "tests/checkpoints/test_quantize.py",
     "tests/test_configuration.py",
     "tests/test_docs.py",
     "tests/test_documentation_examples.py",

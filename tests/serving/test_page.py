@@ -42,7 +42,7 @@ def page(request, browser, server):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.goto(server.url)
-    expect(page.get_by_test_id("draw")).to_be_enabled()
+    is_ready(page)
     yield page
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / f"{request.node.name}.png", full_page=True)
@@ -53,6 +53,11 @@ def page(request, browser, server):
         assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
     context.close()
     assert complaints == []
+
+
+def is_ready(page):
+    """Its scripts listen; before, a click does nothing."""
+    expect(page.locator("body[data-ready]")).to_be_attached(timeout=20_000)
 
 
 def draw(page, seed=7, decoding="raster"):
@@ -81,7 +86,7 @@ def test_a_picture_is_drawn_before_ones_eyes(page, nano):
     expect(page.get_by_test_id("sees-answer")).to_contain_text("red car", timeout=20_000)
     # It is kept, and found again after a reload; its settings come back.
     page.reload()
-    expect(page.get_by_test_id("draw")).to_be_enabled()
+    is_ready(page)
     page.get_by_test_id("tab-gallery").click()
     expect(page.get_by_test_id("gallery-item")).to_have_count(1)
     page.get_by_test_id("gallery-item").first.click()
