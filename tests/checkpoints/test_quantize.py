@@ -1,10 +1,12 @@
 """Checkpoints in 8 and 4 bits: what is written, that it loads by every way, and what happens when it is cut off."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from emu3 import Emu3ForConditionalGeneration, Emu3Pipeline, cli, quantization
 from emu3.checkpoints import NANO
@@ -116,6 +118,31 @@ def test_another_scheme_begins_anew(tmp_path, monkeypatch):
     quantize(NANO, target, 4)
     assert json.loads((target / "config.json").read_text())["quantization_config"]["bits"] == 4
     load_model(target)
+
+
+def test_a_source_that_changed_meanwhile_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SHARD_BYTES", 10**6)
+    source, target = shutil.copytree(NANO, tmp_path / "source"), tmp_path / "out"
+
+    def cut(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, target, 4, on_progress=cut)
+    file = source / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file({name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, file)
+    quantize(source, target, 4)
+    expected = 2 * load_model(NANO).model.text_model.embed_tokens.weight
+    assert torch.equal(load_model(target).model.text_model.embed_tokens.weight, expected)
+    layers = [load_model(each).model.text_model.layers[0].mlp.down_proj for each in (target, quantized_nano(tmp_path))]
+    assert torch.equal(layers[0].dequantized(), 2 * layers[1].dequantized())
+
+
+def quantized_nano(folder):
+    quantize(NANO, folder / "nano", 4)
+    return folder / "nano"
 
 
 def run(capsys, *arguments):

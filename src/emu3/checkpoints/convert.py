@@ -45,8 +45,8 @@ from emu3.processing import Emu3Processor
 
 MAX_SHARD_BYTES = 2 * 10**9
 
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
-"""The files of transformers' layouts besides weights; config.json is written apart."""
+# The files of transformers' layouts besides weights; config.json is written apart.
+_COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
 
 
 @dataclass(frozen=True)
@@ -301,13 +301,18 @@ def _target_configs(source: _Source, layout: Layout) -> dict[str, dict[str, Any]
     return {"": raw}
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what is beside the weights and config.json."""
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, target / file.name)
+
+
 def _write_companions(source: _Source, folders: Mapping[str, Path]) -> None:
     processor = source.processor
     if processor is None:
-        for pattern in COMPANIONS:
-            for file in source.folders[""].glob(pattern):
-                if file.is_file() and file.name not in ("config.json", INDEX):
-                    shutil.copyfile(file, folders[""] / file.name)
+        copy_companions(source.folders[""], folders[""])
     elif source.layout == "baai":
         processor.save_pretrained(folders[""])
         generation_config(source.config).save_pretrained(folders[""])

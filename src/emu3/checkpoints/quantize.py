@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, expected_tensors
-from emu3.checkpoints.convert import COMPANIONS, staged_folder
+from emu3.checkpoints.convert import copy_companions, staged_folder
 from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json, write_json
 from emu3.checkpoints.settings import read_config
 from emu3.modeling.legacy import documented_name
@@ -87,7 +87,9 @@ def quantize(
     layers = {name.removesuffix(".weight") for name, header in headers.items() if _is_matrix_of_layer(name, header)}
     shards = list(_shards(headers, model.state_dict(), quantized))
     total = sum(size for _, size in shards)
-    plan = {"source": str(folder.resolve()), "scheme": scheme.to_dict(), "shards": [names for names, _ in shards]}
+    # Files that were changed since are others.
+    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(headers)]
+    plan = {"files": files, "scheme": scheme.to_dict(), "shards": [names for names, _ in shards]}
     with staged_folder(target, resume=True) as staged:
         _begin(staged, plan)
         done = 0
@@ -112,10 +114,7 @@ def quantize(
             done += size
             on_progress(done, total)
         write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for pattern in COMPANIONS:
-            for file in folder.glob(pattern):
-                if file.is_file() and file.name not in ("config.json", INDEX):
-                    shutil.copyfile(file, staged / file.name)
+        copy_companions(folder, staged)
         (staged / _PLAN).unlink()
         write_json(staged / "config.json", {**raw, "quantization_config": scheme.to_dict()})
     before = sum(header.bytes for header in headers.values())
@@ -130,6 +129,10 @@ def _begin(staged: Path, plan: dict[str, Any]) -> None:
         shutil.rmtree(staged)
         staged.mkdir()
         write_json(staged / _PLAN, plan)
+
+
+def _files(headers: dict[str, TensorHeader]) -> list[Path]:
+    return sorted({header.file for header in headers.values()})
 
 
 def _is_matrix_of_layer(name: str, header: TensorHeader) -> bool:

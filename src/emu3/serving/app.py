@@ -16,8 +16,8 @@ from emu3.options import Serve
 from emu3.serving import browser, completions, images
 from emu3.serving.errors import Refused, on_error
 from emu3.serving.guard import Guard
+from emu3.serving.jobs import Draining, QueueFull
 from emu3.serving.service import Service, service_of
-from emu3.serving.worker import Draining, QueueFull
 
 if TYPE_CHECKING:
     from emu3.pipeline import Emu3Pipeline

@@ -20,9 +20,9 @@ from emu3.generation.grammar import GridGrammar
 from emu3.options import DECODINGS, Draw
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
+from emu3.serving.jobs import Job, Preview
 from emu3.serving.schema import MOST_CHARACTERS, MOST_PICTURES, MOST_SIDE, Body, given, option_fields
 from emu3.serving.service import Pictures, service_of, unless_gone
-from emu3.serving.worker import Job, Preview
 
 router = APIRouter(include_in_schema=False)
 

@@ -16,9 +16,9 @@ from emu3.generation.events import Failed, Tokens
 from emu3.results import Result
 from emu3.serving.conversation import GrowingText, asked_to_draw, data_url, read_messages
 from emu3.serving.errors import error_body, sse
+from emu3.serving.jobs import Heard, Job
 from emu3.serving.schema import ChatRequest, given
 from emu3.serving.service import Pictures, Service, service_of
-from emu3.serving.worker import Heard, Job
 
 router = APIRouter()
 

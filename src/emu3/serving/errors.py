@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from emu3.options import Answer, Draw
-from emu3.serving.worker import Draining, QueueFull
+from emu3.serving.jobs import Draining, QueueFull
 
 REASON = "x-error-reason"
 """The header from which the status line takes its reason; see `emu3.serving.server`."""

@@ -15,9 +15,9 @@ from PIL import Image
 from emu3.generation.events import Failed
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
+from emu3.serving.jobs import Job, Preview
 from emu3.serving.schema import DRAWN, MOST_PICTURES, ImagesRequest, Txt2ImgRequest, given
 from emu3.serving.service import service_of
-from emu3.serving.worker import Job, Preview
 
 router = APIRouter()
 

@@ -25,10 +25,11 @@ from emu3.generation.grammar import GridGrammar
 from emu3.options import MOST_SEED, Serve
 from emu3.results import Result
 from emu3.serving.errors import Refused
+from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
 from emu3.serving.pictures import to_base64
 from emu3.serving.remote import Fetcher
 from emu3.serving.schema import MOST_CHARACTERS
-from emu3.serving.worker import STOPPED, Draining, Job, QueueFull, Worker
+from emu3.serving.worker import Worker
 
 if TYPE_CHECKING:
     from emu3.pipeline import Emu3Pipeline
