@@ -161,7 +161,7 @@ class QuantizedLinear(nn.Module):
     computes what `Int8Linear` does, bit for bit. In 4 bits, each 32 activations have a scale of their own in 8 bits.
 
     Attributes:
-        weight: (outputs / 16, inputs * bits / 32, 64), uint8; see `emu3/kernels/cpu.cpp`.
+        weight: (outputs / 16, inputs * bits / 32, 64), uint8; see `emu3/kernels/linear.cpp`.
         scales: (outputs,) in float32, or (outputs / 16, inputs / group, 16) in float16 for 4 bits.
         bias: (outputs,) in float32, or None.
     """

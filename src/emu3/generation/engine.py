@@ -297,8 +297,8 @@ class Engine:
                 Inputs(list(lane.prompt[lane.filled : end]), list(range(lane.filled, end)), [0] * (end - lane.filled))
                 for lane, end in group
             ]
-            hidden_BSE = self._runner.feed(inputs, [lane.index for lane, _ in group])
-            yield Stepped(len(group), hidden_BSE.shape[0] * hidden_BSE.shape[1], 0, prefill=True)
+            hidden = self._runner.feed(inputs, [lane.index for lane, _ in group])
+            yield Stepped(len(group), len(hidden.rows), 0, prefill=True)
         for lane, end in chunks:
             lane.filled = end
         # Only from the front, so that lanes that decode stay first: a short prompt may wait for a longer one.
@@ -322,12 +322,12 @@ class Engine:
         if not planned:
             return
         inputs = [own for _, plan in planned for own in plan.inputs]
-        hidden_BSE = self._runner.feed(inputs)
+        hidden = self._runner.feed(inputs)
         events: list[Event] = []
-        for (sequence, plan), drawn in zip(planned, self._runner.draw(hidden_BSE, planned), strict=True):
+        for (sequence, plan), drawn in zip(planned, self._runner.draw(hidden, planned), strict=True):
             events += self._accept(sequence, plan, drawn)
         decided = sum(len(event.ids) for event in events if isinstance(event, Tokens))
-        yield Stepped(len(inputs), hidden_BSE.shape[0] * hidden_BSE.shape[1], decided, prefill=False)
+        yield Stepped(len(inputs), len(hidden.rows), decided, prefill=False)
         yield from events
         self._remove({event.request for event in events if isinstance(event, Finished | Failed)})
 

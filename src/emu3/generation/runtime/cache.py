@@ -92,6 +92,10 @@ class SlotCache:
             tensor_BKLD[target, :, :length] = tensor_BKLD[source, :, :length]
         self.turns_BL[target, :length] = self.turns_BL[source, :length]
 
+    def mark(self, lanes: Tensor, slots: Tensor, turns: Tensor) -> None:
+        """Mark slots of lanes as written; shapes as they broadcast."""
+        self.turns_BL.view(-1).index_copy_(0, (lanes * self.slots + slots).flatten(), turns.flatten())
+
     def fill(self, lanes_B: Tensor, slots_BS: Tensor, turns_BS: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Mark slots as written; say where their keys and values go and which slots before `end` their queries see.
 
@@ -101,7 +105,7 @@ class SlotCache:
             Indices (B * S * K,), ordered by lane, token, head. Lane b, head k, slot l is row (b * K + k) * L + l of the
             keys of a layer seen as (B * K * L, D). And bool (B, S, end): what each token sees.
         """
-        self.turns_BL.view(-1).index_copy_(0, (lanes_B[:, None] * self.slots + slots_BS).flatten(), turns_BS.flatten())
+        self.mark(lanes_B[:, None], slots_BS, turns_BS)
         heads_K = torch.arange(self.keys[0].shape[1], device=slots_BS.device)
         heads_BK = lanes_B[:, None] * len(heads_K) + heads_K
         indices_BSK = heads_BK[:, None] * self.slots + slots_BS[..., None]

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emu3 import kernels
+from emu3.generation.runtime.attention import Packed, Padded, attend
 from emu3.generation.runtime.cache import SlotCache
 from emu3.quantization import Int8Linear
 
@@ -132,6 +134,13 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.device.type == "cpu" and weight.dtype.itemsize < 4 else weight.dtype
 
 
+def can_pack(text_model: Emu3TextModel) -> bool:
+    """Whether `Forward.run_packed` can run: on a CPU with kernels, and heads as wide as these need."""
+    weight, attention = text_model.embed_tokens.weight, cast("Emu3DecoderLayer", text_model.layers[0]).self_attn
+    on_cpu = weight.device.type == "cpu" and working_dtype(weight) == torch.float32
+    return on_cpu and attention.head_dim % kernels.FLOATS == 0 and kernels.library() is not None
+
+
 def _in_one_piece(weights: Sequence[nn.Parameter]) -> Tensor:
     """The weights one behind the other in one tensor; moved there, unless they lie so already."""
     rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
@@ -218,35 +227,56 @@ class Forward:
         hidden_BSE: Tensor = embeddings(ids_BS).to(working_dtype(embeddings.weight))
         lanes_B = torch.arange(len(ids_BS), device=device) if lanes is None else torch.tensor(lanes, device=device)
         indices, seen_BSL = cache.fill(lanes_B, slots_BS, turns_BS.to(device), end)
-        if self.cos_LD is None or self.sin_LD is None:
-            cos_BSD, sin_BSD = _angles(self.text_model, slots_BS, hidden_BSE)
-        else:
-            cos_BSD, sin_BSD = self.cos_LD[slots_BS], self.sin_LD[slots_BS]
+        cos_BSD, sin_BSD = self._angles_of(slots_BS, hidden_BSE)
         bias_BSL = torch.zeros_like(seen_BSL, dtype=hidden_BSE.dtype).masked_fill_(~seen_BSL, -torch.inf)
         heads, groups = cache.keys[0].shape[1], self.groups
         # The rows of a key-value head are the tokens of its first query head, then those of its second, ...
         bias = (bias_BSL.repeat(1, groups, 1) if groups > 1 else bias_BSL)[:, None]
         if bias.shape[2] < _MANY_QUERIES:
             bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
-        # `lanes` is given for prompts only. These run uncompiled, because their shapes hardly come back.
-        run = self.decode if lanes is None else run_layers
-        hidden_BSE = run(
-            self.layers,
-            hidden_BSE,
-            cos_BSD[:, :, None],
-            sin_BSD[:, :, None],
-            bias,
-            indices,
-            cache.keys,
-            cache.values,
-            None if lanes is None else lanes_B,
-        )
+        tokens = Padded(cos_BSD[:, :, None], sin_BSD[:, :, None], bias, indices, None if lanes is None else lanes_B)
+        # `lanes` is given for prompts only.
+        hidden_BSE = self._run(lanes is not None)(self.layers, hidden_BSE, tokens, cache.keys, cache.values)
         return _normalize(hidden_BSE, self.text_model.norm)
+
+    def run_packed(
+        self,
+        cache: SlotCache,
+        ids_T: Tensor,
+        slots_T: Tensor,
+        turns_T: Tensor,
+        lanes_B: Tensor,
+        starts: Tensor,
+        prompts: bool,
+    ) -> Tensor:
+        """The same for tokens one lane behind the other: hidden states (T, E) after the last norm.
+
+        Args:
+            cache, ids_T, slots_T, turns_T: see `__call__`.
+            lanes_B: of the cache.
+            starts: (B + 1,), the first token of each lane, and T.
+            prompts: whether these are tokens of prompts.
+        """
+        cache.mark(lanes_B.repeat_interleave(starts.diff()), slots_T, turns_T)
+        hidden_TE: Tensor = self.text_model.embed_tokens(ids_T).float()
+        cos_BTD, sin_BTD = self._angles_of(slots_T[None], hidden_TE)
+        tokens = Packed(cos_BTD[0], sin_BTD[0], slots_T, turns_T, lanes_B, starts, cache.turns_BL)
+        hidden_TE = self._run(prompts)(self.layers, hidden_TE, tokens, cache.keys, cache.values)
+        return _normalize(hidden_TE, self.text_model.norm)
 
     @property
     def groups(self) -> int:
         """Query heads for each key-value head."""
         return cast("Emu3DecoderLayer", self.text_model.layers[0]).self_attn.num_key_value_groups
+
+    def _angles_of(self, slots_BS: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cos_LD is None or self.sin_LD is None:
+            return _angles(self.text_model, slots_BS, example)
+        return self.cos_LD[slots_BS], self.sin_LD[slots_BS]
+
+    def _run(self, prompts: bool) -> Callable[..., Tensor]:
+        """Prompts run uncompiled, because their shapes hardly come back."""
+        return run_layers if prompts else self.decode
 
 
 def _angles(text_model: Emu3TextModel, slots_BS: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,84 +288,34 @@ def _angles(text_model: Emu3TextModel, slots_BS: Tensor, example: Tensor) -> tup
 
 def run_layers(
     layers: Sequence[Layer],
-    hidden_BSE: Tensor,
-    cos_BS1D: Tensor,
-    sin_BS1D: Tensor,
-    bias: Tensor,
-    indices: Tensor,
+    hidden: Tensor,
+    tokens: Padded | Packed,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    lanes_B: Tensor | None,
     run: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """One layer after the other: hidden states (B, S, E).
+    """One layer after the other: hidden states (..., E).
 
     Args:
         layers: of the model.
-        hidden_BSE: embeddings.
-        cos_BS1D, sin_BS1D, bias, indices, lanes_B: see `run_layer`.
+        hidden: embeddings.
+        tokens: how they attend.
         keys, values: of the cache, for each layer.
         run: `run_layer`, compiled; None: as it is.
     """
     for layer, keys_BKLD, values_BKLD in zip(layers, keys, values, strict=True):
-        hidden_BSE = (run or run_layer)(
-            layer, hidden_BSE, cos_BS1D, sin_BS1D, bias, indices, keys_BKLD, values_BKLD, lanes_B
-        )
-    return hidden_BSE
+        hidden = (run or run_layer)(layer, hidden, tokens, keys_BKLD, values_BKLD)
+    return hidden
 
 
 def run_layer(
-    layer: Layer,
-    hidden_BSE: Tensor,
-    cos_BS1D: Tensor,
-    sin_BS1D: Tensor,
-    bias: Tensor,
-    indices: Tensor,
-    keys_BKLD: Tensor,
-    values_BKLD: Tensor,
-    lanes_B: Tensor | None,
+    layer: Layer, hidden: Tensor, tokens: Padded | Packed, keys_BKLD: Tensor, values_BKLD: Tensor
 ) -> Tensor:
-    """Attention and feed-forward: hidden states (B, S, E).
-
-    The N / K query heads of a key-value head are stacked: it has `queries` = N / K * S rows.
-
-    Args:
-        layer: of the model.
-        hidden_BSE: embeddings, or the result of the layer before.
-        cos_BS1D, sin_BS1D: of the tokens' slots; see `Forward`.
-        bias: added to the scores, 0 or -inf: (B * K, queries, end), or for many queries (B, 1, queries, end).
-        indices, keys_BKLD, values_BKLD: where keys and values go; see `SlotCache.fill`.
-        lanes_B: of the cache; None for the first B.
-    """
-    batch, length = hidden_BSE.shape[:2]
-    heads, width, queries, end = keys_BKLD.shape[1], keys_BKLD.shape[3], bias.shape[-2], bias.shape[-1]
-    groups = queries // length
-    query_key_value = layer.query_key_value(_normalize(hidden_BSE, layer.attention_norm))
-    query_key, value_BSKD = query_key_value.view(batch, length, (groups + 2) * heads, width).split(
-        ((groups + 1) * heads, heads), 2
-    )
-    halves = query_key[..., width // 2 :], query_key[..., : width // 2]  # `roll` costs several times as much
-    query_key = torch.addcmul(query_key * cos_BS1D, torch.cat(halves, -1), sin_BS1D)
-    query_BSND, key_BSKD = query_key.split((groups * heads, heads), 2)
-    keys_BKLD.view(-1, width).index_copy_(0, indices, key_BSKD.reshape(-1, width))
-    values_BKLD.view(-1, width).index_copy_(0, indices, value_BSKD.reshape(-1, width))
-    keys_BKLD, values_BKLD = (
-        cached[:batch, :, :end] if lanes_B is None else cached[lanes_B, :, :end] for cached in (keys_BKLD, values_BKLD)
-    )
-    # (B, S, N, D) -> (B, K, queries, D)
-    query = query_BSND.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).reshape(batch, heads, queries, width)
-    if bias.ndim == 3:
-        scores = torch.baddbmm(bias, query.flatten(0, 1), keys_BKLD.flatten(0, 1).mT, alpha=layer.scaling)
-        mixed = torch.bmm(scores.softmax(-1), values_BKLD.flatten(0, 1))
-    else:
-        mixed = F.scaled_dot_product_attention(
-            query, keys_BKLD, values_BKLD, attn_mask=bias.expand(-1, heads, -1, -1), scale=layer.scaling
-        )
-    # back to (B, S, N * D)
-    mixed = mixed.view(batch, heads, groups, length, width).permute(0, 3, 1, 2, 4)
-    hidden_BSE = hidden_BSE + layer.output(mixed.reshape(batch, length, groups * heads * width))
-    gate, up = layer.gate_up(_normalize(hidden_BSE, layer.feed_forward_norm)).chunk(2, -1)
-    return hidden_BSE + layer.down(layer.activation(gate) * up)
+    """Attention and feed-forward; see `run_layers`."""
+    query_key_value = layer.query_key_value(_normalize(hidden, layer.attention_norm))
+    hidden = hidden + layer.output(attend(tokens, query_key_value, keys_BKLD, values_BKLD, layer.scaling))
+    gate, up = layer.gate_up(_normalize(hidden, layer.feed_forward_norm)).chunk(2, -1)
+    return hidden + layer.down(layer.activation(gate) * up)
 
 
 def _normalize(x: Tensor, norm: RMSNorm) -> Tensor:

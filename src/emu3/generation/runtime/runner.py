@@ -6,14 +6,14 @@ Shapes: B lanes, or targets drawn together; S tokens of a lane; E model width; V
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from emu3.generation.runtime.cache import SlotCache
-from emu3.generation.runtime.forward import Forward, linear, working_dtype
+from emu3.generation.runtime.forward import Forward, can_pack, linear, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.sampling import Sampling, guide
 from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 # The cache grows to a multiple of so many slots.
 _SLOT_STEP = 64
+
+
+class Hidden(NamedTuple):
+    """Hidden states after the last norm.
+
+    Attributes:
+        rows: (T, E), the tokens of all lanes, one lane behind the other.
+        starts: the row of each lane's first token; there may be one more.
+    """
+
+    rows: Tensor
+    starts: list[int]
 
 
 class Drawn(NamedTuple):
@@ -55,6 +67,7 @@ class ModelRunner:
     def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
         self.cache: SlotCache | None = None
+        self._packs = can_pack(self.text_model)
         self._forward: Forward | None = None
         self._run: Forward | RecordedForward | None = None  # a recording belongs to one cache
 
@@ -85,7 +98,12 @@ class ModelRunner:
     def bytes_per_token(self) -> int:
         """What a slot of the cache takes: keys and values of all layers."""
         shape = self._shape
-        return 2 * shape["layers"] * shape["heads"] * shape["width"] * working_dtype(self.head).itemsize
+        return 2 * shape["layers"] * shape["heads"] * shape["width"] * self._cache_dtype.itemsize
+
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        """Of keys and values: the kernel reads them in 16 bits too."""
+        return self.head.dtype if self._packs and self.head.dtype == torch.bfloat16 else working_dtype(self.head)
 
     def make_room(self, lanes: int, slots: int, kept: int, most_lanes: int, most_tokens: int | None) -> None:
         """Give the cache at least so many lanes of so many slots.
@@ -100,7 +118,7 @@ class ModelRunner:
         if most_tokens is None:  # under a limit, exactly what is needed, because rounding up could exceed it
             slots = min(self.context, -(-slots // _SLOT_STEP) * _SLOT_STEP)
         if self.cache is None:
-            dtype, device = working_dtype(self.head), self.head.device
+            dtype, device = self._cache_dtype, self.head.device
             cache = SlotCache.allocate(lanes=lanes, slots=slots, dtype=dtype, device=device, **self._shape)
             forward = Forward.pack(self.text_model, slots, self.compiled)
         else:
@@ -126,22 +144,30 @@ class ModelRunner:
         assert self.cache is not None, "something was admitted"
         self.cache.compact(kept, used)
 
-    def feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Tensor:
-        """Run one entry of `inputs` for each lane: hidden states (B, S, E). `lanes` None: lanes 0, 1, ..."""
-        assert self._run is not None and self.cache is not None, "something was admitted"
-        longest = max(len(each.ids) for each in inputs)
-        # `zip` gives the ids of all lanes, then their slots, then their turns. A shorter lane repeats its last token,
-        # which writes the same again.
+    def feed(self, inputs: list[Inputs], lanes: list[int] | None = None) -> Hidden:
+        """Run one entry of `inputs` for each lane. `lanes` None: lanes 0, 1, ..., which decode; else prompts."""
+        assert self._forward is not None and self._run is not None and self.cache is not None, "something was admitted"
+        lengths = [len(each.ids) for each in inputs]
+        if self._packs:
+            starts = list(accumulate(lengths, initial=0))
+            # `zip` gives the ids of all lanes, then their slots, then their turns.
+            ids_T, slots_T, turns_T = (torch.tensor(list(chain(*rows))) for rows in zip(*inputs, strict=True))
+            lanes_B = torch.arange(len(inputs)) if lanes is None else torch.tensor(lanes)
+            tokens = ids_T, slots_T, turns_T, lanes_B, torch.tensor(starts)
+            return Hidden(self._forward.run_packed(self.cache, *tokens, prompts=lanes is not None), starts)
+        longest = max(lengths)
+        # A shorter lane repeats its last token, which writes the same again.
         ids_BS, slots_BS, turns_BS = (
             torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
             for rows in zip(*inputs, strict=True)
         )
-        return self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
+        hidden_BSE = self._run(self.cache, ids_BS, slots_BS, turns_BS, lanes, end=1 + int(slots_BS.max()))
+        return Hidden(hidden_BSE.flatten(0, 1), [lane * longest for lane in range(len(inputs))])
 
-    def draw(self, hidden_BSE: Tensor, planned: list[tuple[Sequence, Plan]]) -> list[Drawn]:
+    def draw(self, hidden: Hidden, planned: list[tuple[Sequence, Plan]]) -> list[Drawn]:
         """For each sequence, what its decoder drew.
 
-        The planned sequences have the first lanes of the cache, which are the rows of `hidden_BSE`.
+        The planned sequences have the first lanes of the cache, which are those of `hidden`.
         """
         targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
@@ -153,7 +179,7 @@ class ModelRunner:
         finite: dict[int, bool] = {}
         for (draw, span, scale, sampling), members in alike.items():
             places = [targets[n].place for n in members]
-            logits_BV = self._logits(hidden_BSE, [lanes[n] for n in members], places, span, scale)
+            logits_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
             finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
             outcomes.update(zip(members, _rows(draw, logits_BV, sampling, noise_B), strict=True))
@@ -162,7 +188,7 @@ class ModelRunner:
         return [Drawn([outcomes[n] for n in own], [finite[n] for n in own]) for own in by_sequence]
 
     def _logits(
-        self, hidden_BSE: Tensor, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
+        self, hidden: Hidden, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
     ) -> Tensor:
         """Logits (B, V) in float32 of the legal ids only.
 
@@ -171,7 +197,8 @@ class ModelRunner:
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
         head_VE = self.head[slice(*span)]  # a view
-        logits_BV = linear(hidden_BSE[lanes, places], head_VE).float()
+        rows = [hidden.starts[lane] + place for lane, place in zip(lanes, places, strict=True)]
+        logits_BV = linear(hidden.rows[rows], head_VE).float()
         if scale is None:
             return logits_BV
         conditional_BV, unconditional_BV = logits_BV.chunk(2)

@@ -1,0 +1,277 @@
+// Attention of new tokens to the keys and values of their lanes: rotation, cache and softmax in one function.
+//
+// A lane and a key-value head are one piece of work: rotate and keep the head's new keys and values, then run its
+// queries, up to `ROWS` at a time, over the lane's slots, `SLOTS` at a time. As a softmax needs the largest score
+// first, and scores come in parts, what was summed so far is scaled down whenever a larger one turns up (Milakov and
+// Gimelshein, arXiv 1805.02867).
+//
+// T tokens of all lanes, one lane behind the other; N query heads, K key-value heads, D width of a head, L slots.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t LANES = 16;  // floats of a vector
+constexpr int64_t SLOTS = 64;
+constexpr int64_t ROWS = 64;
+
+typedef float Vector __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Whole __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Whole){__VA_ARGS__})
+#endif
+
+inline Vector load(const float* p) { return *(const Vector*)p; }
+// A bfloat16 is the upper half of a float.
+inline Vector load(const uint16_t* p) { return (Vector)(__builtin_convertvector(*(const Halves*)p, Whole) << 16); }
+inline void store(float* p, Vector x) { *(Vector*)p = x; }
+inline void store(uint16_t* p, Vector x) {
+    const Whole bits = (Whole)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+    const Whole kept = x != x ? bits | 0x400000 : rounded;                       // NaN stays NaN
+    *(Halves*)p = __builtin_convertvector(kept >> 16 & 0xffff, Halves);
+}
+
+// e^x for x <= 0; 0 where that is no normal float.
+inline Vector exponential(Vector x) {
+    const Vector shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;  // rounds to a whole number
+    const Vector rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Vector y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    const Whole power = ((Whole)shifted - 0x4b400000) << 23;
+    y = (Vector)((Whole)y + power);
+    return x < -87.0f ? Vector{} : y;
+}
+
+// The sums of 16 vectors, one behind the other.
+inline Vector sums_of(const Vector (&x)[16]) {
+    Vector a[8], b[4];
+    for (int i = 0; i < 8; i++)  // (0, 1): 0 4 8 12 of each pair of neighbours
+        a[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               SHUFFLE(x[2 * i], x[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    for (int i = 0; i < 4; i++)
+        b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    Vector c[2];
+    for (int i = 0; i < 2; i++)
+        c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               SHUFFLE(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    return SHUFFLE(c[0], c[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(c[0], c[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// Scores of QUERIES queries with all slots of a tile, 16 at a time: (QUERIES, SLOTS).
+template <int QUERIES, typename Element>
+void multiply_keys(const float* queries, const Element* keys, int64_t width, float* scores) {
+    constexpr int EACH = 16 / QUERIES;
+    for (int64_t slot = 0; slot < SLOTS; slot += EACH) {
+        Vector sums[16] = {};
+        for (int64_t d = 0; d < width; d += LANES) {
+            Vector q[QUERIES];
+            for (int i = 0; i < QUERIES; i++) q[i] = load(queries + i * width + d);
+            for (int j = 0; j < EACH; j++) {
+                const Vector k = load(keys + (slot + j) * width + d);
+                for (int i = 0; i < QUERIES; i++) sums[i * EACH + j] += q[i] * k;
+            }
+        }
+        const Vector found = sums_of(sums);
+        for (int i = 0; i < QUERIES; i++) std::memcpy(scores + i * SLOTS + slot, (const float*)&found + i * EACH, 4 * EACH);
+    }
+}
+
+// Adds weights (QUERIES, SLOTS) times values (SLOTS, width) to sums (QUERIES, width): VECTORS vectors of each.
+template <int QUERIES, int VECTORS, typename Element>
+void add_values(const float* weights, const Element* values, int64_t width, int64_t count, float* sums) {
+    Vector found[QUERIES][VECTORS];
+    for (int i = 0; i < QUERIES; i++)
+        for (int j = 0; j < VECTORS; j++) found[i][j] = load(sums + i * width + j * LANES);
+    for (int64_t slot = 0; slot < count; slot++) {
+        Vector v[VECTORS];
+        for (int j = 0; j < VECTORS; j++) v[j] = load(values + slot * width + j * LANES);
+        for (int i = 0; i < QUERIES; i++)
+            for (int j = 0; j < VECTORS; j++) found[i][j] += v[j] * weights[i * SLOTS + slot];
+    }
+    for (int i = 0; i < QUERIES; i++)
+        for (int j = 0; j < VECTORS; j++) store(sums + i * width + j * LANES, found[i][j]);
+}
+
+template <int QUERIES, typename Element>
+void add_all_values(const float* weights, const Element* values, int64_t width, int64_t count, float* sums) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= width; d += 4 * LANES) add_values<QUERIES, 4>(weights, values + d, width, count, sums + d);
+    for (; d < width; d += LANES) add_values<QUERIES, 1>(weights, values + d, width, count, sums + d);
+}
+
+// Positions in a head are rotated in pairs (d, d + width / 2); the sine of the first half is negative.
+inline void rotate(const float* x, const float* cos, const float* sin, float scale, int64_t width, float* y) {
+    const int64_t half = width / 2;
+    for (int64_t d = 0; d < half; d++) y[d] = (x[d] * cos[d] + x[d + half] * sin[d]) * scale;
+    for (int64_t d = half; d < width; d++) y[d] = (x[d] * cos[d] + x[d - half] * sin[d]) * scale;
+}
+
+struct Work {  // of a thread
+    std::vector<float> queries, scores, sums, keys, values, largest, total;
+    explicit Work(int64_t width)
+        : queries(ROWS * width), scores(ROWS * SLOTS), sums(ROWS * width), keys(SLOTS * width), values(SLOTS * width),
+          largest(ROWS), total(ROWS) {}
+};
+
+// Elements as floats.
+template <typename Element>
+void convert(const Element* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
+template <typename Element>
+void multiply_all_keys(Work& work, int64_t rows, const Element* keys, int64_t width) {
+    float *queries = work.queries.data(), *scores = work.scores.data();
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) multiply_keys<4>(queries + r * width, keys, width, scores + r * SLOTS);
+    for (; r < rows; r++) multiply_keys<1>(queries + r * width, keys, width, scores + r * SLOTS);
+}
+
+template <typename Element>
+void add_values_of_all(Work& work, int64_t rows, const Element* values, int64_t width, int64_t count) {
+    float *weights = work.scores.data(), *sums = work.sums.data();
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) add_all_values<4>(weights + r * SLOTS, values, width, count, sums + r * width);
+    for (; r < rows; r++) add_all_values<1>(weights + r * SLOTS, values, width, count, sums + r * width);
+}
+
+// From scores of a row with slots start to start + count - 1 to weights; what was summed before is scaled to them.
+void weigh(Work& work, int64_t r, int64_t start, int64_t count, int64_t slot, int64_t turn,
+           const int64_t* turns_of_slots, int64_t width) {
+    const float least = -std::numeric_limits<float>::infinity();
+    float *row = work.scores.data() + r * SLOTS, *sums = work.sums.data() + r * width;
+    float top = work.largest[r];
+    for (int64_t j = 0; j < SLOTS; j++) {
+        const bool seen = j < count && start + j <= slot && turns_of_slots[start + j] <= turn;
+        row[j] = seen ? row[j] : least;
+        top = row[j] > top ? row[j] : top;
+    }
+    if (top == least) {  // nothing is seen so far
+        std::memset(row, 0, SLOTS * sizeof(float));
+        return;
+    }
+    Vector sum = {};
+    for (int64_t j = 0; j < SLOTS; j += LANES) {
+        const Vector weight = exponential(load(row + j) - top);
+        store(row + j, weight);
+        sum += weight;
+    }
+    if (top != work.largest[r]) {
+        const float factor = std::exp(work.largest[r] - top);
+        for (int64_t d = 0; d < width; d += LANES) store(sums + d, load(sums + d) * factor);
+        work.total[r] *= factor;
+        work.largest[r] = top;
+    }
+    for (int i = 0; i < LANES; i++) work.total[r] += sum[i];
+}
+
+// Queries `first` and so on over slots 0 to end - 1 of one lane and head; each belongs to its number % `tokens`.
+template <typename Element>
+void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64_t* slots, const int64_t* turns,
+            const int64_t* turns_of_slots, const Element* keys, const Element* values, int64_t end, int64_t width) {
+    for (int64_t r = 0; r < rows; r++) work.largest[r] = -std::numeric_limits<float>::infinity(), work.total[r] = 0;
+    std::memset(work.sums.data(), 0, rows * width * sizeof(float));
+    for (int64_t start = 0; start < end; start += SLOTS) {
+        const int64_t count = end - start < SLOTS ? end - start : SLOTS;
+        const Element *k = keys + start * width, *v = values + start * width;
+        // Worth a copy where many queries read it; and a part of a tile is copied, as what follows it may not be ours.
+        const bool copied = count < SLOTS || (sizeof(Element) < sizeof(float) && rows > 8);
+        if (copied) {
+            convert(k, count * width, work.keys.data());
+            convert(v, count * width, work.values.data());
+            multiply_all_keys(work, rows, (const float*)work.keys.data(), width);
+        } else {
+            multiply_all_keys(work, rows, k, width);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t token = (first + r) % tokens;
+            weigh(work, r, start, count, slots[token], turns[token], turns_of_slots, width);
+        }
+        if (copied)
+            add_values_of_all(work, rows, (const float*)work.values.data(), width, count);
+        else
+            add_values_of_all(work, rows, v, width, count);
+    }
+}
+
+template <typename Element>
+void attend_all(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
+                const int64_t* lanes, const int64_t* starts, int64_t count, const int64_t* turns_of_slots,
+                Element* keys, Element* values, int64_t length, int64_t heads, int64_t groups, int64_t width,
+                float scaling, float* y) {
+    const int64_t row_width = (groups + 2) * heads * width;
+#pragma omp parallel
+    {
+        Work work(width);
+        std::vector<float> rotated(width);
+#pragma omp for schedule(dynamic)
+        for (int64_t piece = 0; piece < count * heads; piece++) {
+            const int64_t lane = piece / heads, head = piece % heads, start = starts[lane];
+            const int64_t tokens = starts[lane + 1] - start;
+            Element* own_keys = keys + (lanes[lane] * heads + head) * length * width;
+            Element* own_values = values + (lanes[lane] * heads + head) * length * width;
+            for (int64_t t = start; t < start + tokens; t++) {
+                const float* key = x + t * row_width + (groups * heads + head) * width;
+                const float* value = key + heads * width;
+                rotate(key, cos + t * width, sin + t * width, 1, width, rotated.data());
+                for (int64_t d = 0; d < width; d += LANES) {
+                    store(own_keys + slots[t] * width + d, load(rotated.data() + d));
+                    store(own_values + slots[t] * width + d, load(value + d));
+                }
+            }
+            for (int64_t first = 0; first < groups * tokens; first += ROWS) {
+                const int64_t rows = groups * tokens - first < ROWS ? groups * tokens - first : ROWS;
+                int64_t end = 0;
+                for (int64_t r = 0; r < rows; r++) {
+                    const int64_t token = start + (first + r) % tokens, group = (first + r) / tokens;
+                    const float* query = x + token * row_width + (head * groups + group) * width;
+                    rotate(query, cos + token * width, sin + token * width, scaling, width, work.queries.data() + r * width);
+                    end = slots[token] + 1 > end ? slots[token] + 1 : end;
+                }
+                attend(work, rows, first, tokens, slots + start, turns + start, turns_of_slots + lanes[lane] * length,
+                       own_keys, own_values, end, width);
+                for (int64_t r = 0; r < rows; r++) {
+                    const int64_t token = start + (first + r) % tokens, group = (first + r) / tokens;
+                    float* to = y + (token * heads * groups + head * groups + group) * width;
+                    const float* from = work.sums.data() + r * width;
+                    for (int64_t d = 0; d < width; d += LANES) store(to + d, load(from + d) / work.total[r]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x (T, (N + 2 K) * D): queries, keys and values of T tokens; cos, sin (T, D). Lane `lanes[b]` of the cache has the tokens
+// starts[b] to starts[b + 1] - 1, with their `slots` and `turns` (T). turns_of_slots (lanes, L) holds these already. Keys
+// and values (lanes, K, L, D) in float, or in bfloat16 if `halves`. D is a multiple of 16. To y (T, N * D).
+void emu3_attend(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
+                 const int64_t* lanes, const int64_t* starts, const int64_t* turns_of_slots, void* keys, void* values,
+                 float* y, int64_t count, int64_t halves, int64_t length, int64_t heads, int64_t groups, int64_t width,
+                 double scaling) {
+    if (halves)
+        attend_all(x, cos, sin, slots, turns, lanes, starts, count, turns_of_slots, (uint16_t*)keys, (uint16_t*)values,
+                   length, heads, groups, width, (float)scaling, y);
+    else
+        attend_all(x, cos, sin, slots, turns, lanes, starts, count, turns_of_slots, (float*)keys, (float*)values, length,
+                   heads, groups, width, (float)scaling, y);
+}
+
+}  // extern "C"
