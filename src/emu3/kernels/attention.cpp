@@ -90,27 +90,36 @@ void multiply_keys(const float* queries, const Element* keys, int64_t width, flo
     }
 }
 
-// Adds weights (QUERIES, SLOTS) times values (SLOTS, width) to sums (QUERIES, width): VECTORS vectors of each.
-template <int QUERIES, int VECTORS, typename Element>
-void add_values(const float* weights, const Element* values, int64_t width, int64_t count, float* sums) {
-    Vector found[QUERIES][VECTORS];
+// Adds weights (QUERIES, SLOTS) times values (SLOTS, width) to sums (QUERIES, width): VECTORS vectors of each. CHAINS
+// slots at a time are summed apart, as an addition waits for the one before.
+template <int QUERIES, int VECTORS, int CHAINS, typename Element>
+void add_values(const float* weights, const Element* values, int64_t width, float* sums) {
+    Vector found[CHAINS][QUERIES][VECTORS] = {};
+    auto add = [&](int chain, int64_t slot) {
+        for (int j = 0; j < VECTORS; j++) {
+            const Vector v = load(values + slot * width + j * LANES);
+            for (int i = 0; i < QUERIES; i++) found[chain][i][j] += v * weights[i * SLOTS + slot];
+        }
+    };
+    for (int64_t slot = 0; slot < SLOTS; slot += CHAINS)
+        for (int chain = 0; chain < CHAINS; chain++) add(chain, slot + chain);
     for (int i = 0; i < QUERIES; i++)
-        for (int j = 0; j < VECTORS; j++) found[i][j] = load(sums + i * width + j * LANES);
-    for (int64_t slot = 0; slot < count; slot++) {
-        Vector v[VECTORS];
-        for (int j = 0; j < VECTORS; j++) v[j] = load(values + slot * width + j * LANES);
-        for (int i = 0; i < QUERIES; i++)
-            for (int j = 0; j < VECTORS; j++) found[i][j] += v[j] * weights[i * SLOTS + slot];
-    }
-    for (int i = 0; i < QUERIES; i++)
-        for (int j = 0; j < VECTORS; j++) store(sums + i * width + j * LANES, found[i][j]);
+        for (int j = 0; j < VECTORS; j++) {
+            Vector sum = load(sums + i * width + j * LANES);
+            for (int chain = 0; chain < CHAINS; chain++) sum += found[chain][i][j];
+            store(sums + i * width + j * LANES, sum);
+        }
 }
 
 template <int QUERIES, typename Element>
-void add_all_values(const float* weights, const Element* values, int64_t width, int64_t count, float* sums) {
+void add_all_values(const float* weights, const Element* values, int64_t width, float* sums) {
+    constexpr int CHAINS = QUERIES == 1 ? 4 : 1;
     int64_t d = 0;
-    for (; d + 4 * LANES <= width; d += 4 * LANES) add_values<QUERIES, 4>(weights, values + d, width, count, sums + d);
-    for (; d < width; d += LANES) add_values<QUERIES, 1>(weights, values + d, width, count, sums + d);
+    for (; d + 4 * LANES <= width; d += 4 * LANES)
+        add_values<QUERIES, 4, CHAINS>(weights, values + d, width, sums + d);
+    for (; d + 2 * LANES <= width; d += 2 * LANES)
+        add_values<QUERIES, 2, CHAINS>(weights, values + d, width, sums + d);
+    for (; d < width; d += LANES) add_values<QUERIES, 1, CHAINS>(weights, values + d, width, sums + d);
 }
 
 // Positions in a head are rotated in pairs (d, d + width / 2); the sine of the first half is negative.
@@ -127,10 +136,11 @@ struct Work {  // of a thread
           largest(ROWS), total(ROWS) {}
 };
 
-// Elements as floats.
+// `count` slots as floats, and zeros up to a whole tile.
 template <typename Element>
-void convert(const Element* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
+void convert(const Element* from, int64_t count, int64_t width, float* to) {
+    for (int64_t i = 0; i < count * width; i += LANES) store(to + i, load(from + i));
+    std::memset(to + count * width, 0, (SLOTS - count) * width * sizeof(float));
 }
 
 template <typename Element>
@@ -142,24 +152,28 @@ void multiply_all_keys(Work& work, int64_t rows, const Element* keys, int64_t wi
 }
 
 template <typename Element>
-void add_values_of_all(Work& work, int64_t rows, const Element* values, int64_t width, int64_t count) {
+void add_values_of_all(Work& work, int64_t rows, const Element* values, int64_t width) {
     float *weights = work.scores.data(), *sums = work.sums.data();
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_all_values<4>(weights + r * SLOTS, values, width, count, sums + r * width);
-    for (; r < rows; r++) add_all_values<1>(weights + r * SLOTS, values, width, count, sums + r * width);
+    for (; r + 4 <= rows; r += 4) add_all_values<4>(weights + r * SLOTS, values, width, sums + r * width);
+    for (; r < rows; r++) add_all_values<1>(weights + r * SLOTS, values, width, sums + r * width);
 }
 
 // From scores of a row with slots start to start + count - 1 to weights; what was summed before is scaled to them.
-void weigh(Work& work, int64_t r, int64_t start, int64_t count, int64_t slot, int64_t turn,
+// `latest`: of the turns of these slots.
+void weigh(Work& work, int64_t r, int64_t start, int64_t count, int64_t slot, int64_t turn, int64_t latest,
            const int64_t* turns_of_slots, int64_t width) {
     const float least = -std::numeric_limits<float>::infinity();
     float *row = work.scores.data() + r * SLOTS, *sums = work.sums.data() + r * width;
+    if (count < SLOTS || start + SLOTS - 1 > slot || latest > turn)
+        for (int64_t j = 0; j < SLOTS; j++) {
+            const bool seen = j < count && start + j <= slot && turns_of_slots[start + j] <= turn;
+            row[j] = seen ? row[j] : least;
+        }
+    Vector tops = load(row);
+    for (int64_t j = LANES; j < SLOTS; j += LANES) tops = load(row + j) > tops ? load(row + j) : tops;
     float top = work.largest[r];
-    for (int64_t j = 0; j < SLOTS; j++) {
-        const bool seen = j < count && start + j <= slot && turns_of_slots[start + j] <= turn;
-        row[j] = seen ? row[j] : least;
-        top = row[j] > top ? row[j] : top;
-    }
+    for (int i = 0; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
     if (top == least) {  // nothing is seen so far
         std::memset(row, 0, SLOTS * sizeof(float));
         return;
@@ -191,20 +205,23 @@ void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64
         // Worth a copy where many queries read it; and a part of a tile is copied, as what follows it may not be ours.
         const bool copied = count < SLOTS || (sizeof(Element) < sizeof(float) && rows > 8);
         if (copied) {
-            convert(k, count * width, work.keys.data());
-            convert(v, count * width, work.values.data());
+            convert(k, count, width, work.keys.data());
+            convert(v, count, width, work.values.data());
             multiply_all_keys(work, rows, (const float*)work.keys.data(), width);
         } else {
             multiply_all_keys(work, rows, k, width);
         }
+        int64_t latest = 0;
+        for (int64_t j = 0; j < count; j++)
+            latest = turns_of_slots[start + j] > latest ? turns_of_slots[start + j] : latest;
         for (int64_t r = 0; r < rows; r++) {
             const int64_t token = (first + r) % tokens;
-            weigh(work, r, start, count, slots[token], turns[token], turns_of_slots, width);
+            weigh(work, r, start, count, slots[token], turns[token], latest, turns_of_slots, width);
         }
         if (copied)
-            add_values_of_all(work, rows, (const float*)work.values.data(), width, count);
+            add_values_of_all(work, rows, (const float*)work.values.data(), width);
         else
-            add_values_of_all(work, rows, v, width, count);
+            add_values_of_all(work, rows, v, width);
     }
 }
 

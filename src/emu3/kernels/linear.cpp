@@ -187,10 +187,17 @@ void in_tiles(int64_t rows, Block block) {
     for (; m < rows; m++) block(std::integral_constant<int, 1>(), m);
 }
 
+// The largest magnitude of a multiple of 16 numbers: in 16 parts, which the compiler computes at once.
 float largest(const float* x, int64_t count) {
-    float found = 0;
-    for (int64_t i = 0; i < count; i++) found = std::fmax(found, std::fabs(x[i]));
-    return found;
+    float found[16] = {};
+    for (int64_t i = 0; i < count; i += 16)
+        for (int j = 0; j < 16; j++) {
+            const float size = std::fabs(x[i + j]);
+            found[j] = size > found[j] ? size : found[j];
+        }
+    float most = 0;
+    for (float each : found) most = each > most ? each : most;
+    return most;
 }
 
 }  // namespace
