@@ -15,13 +15,17 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;  // floats of a vector
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // floats of a vector
+#else
+constexpr int LANES = 8;
+#endif
 constexpr int64_t SLOTS = 64;
 constexpr int64_t ROWS = 64;
 
-typedef float Vector __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Whole __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t Whole __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -54,29 +58,41 @@ inline Vector exponential(Vector x) {
     return x < -87.0f ? Vector{} : y;
 }
 
-// The sums of 16 vectors, one behind the other.
+// The sums of as many vectors as one has floats, in order. Neighbours are added until each vector is one float.
+#if defined(__AVX512F__)
 inline Vector sums_of(const Vector (&x)[16]) {
-    Vector a[8], b[4];
-    for (int i = 0; i < 8; i++)  // (0, 1): 0 4 8 12 of each pair of neighbours
+    Vector a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++)
         a[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
                SHUFFLE(x[2 * i], x[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
     for (int i = 0; i < 4; i++)
         b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
                SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    Vector c[2];
     for (int i = 0; i < 2; i++)
         c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
                SHUFFLE(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     return SHUFFLE(c[0], c[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            SHUFFLE(c[0], c[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
+#else
+inline Vector sums_of(const Vector (&x)[8]) {
+    Vector a[4], b[2];
+    for (int i = 0; i < 4; i++)
+        a[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               SHUFFLE(x[2 * i], x[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    for (int i = 0; i < 2; i++)
+        b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE(b[0], b[1], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(b[0], b[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
 
-// Scores of QUERIES queries with all slots of a tile, 16 at a time: (QUERIES, SLOTS).
+// Scores of QUERIES queries with all slots of a tile, LANES at a time: (QUERIES, SLOTS).
 template <int QUERIES, typename Element>
 void multiply_keys(const float* queries, const Element* keys, int64_t width, float* scores) {
-    constexpr int EACH = 16 / QUERIES;
+    constexpr int EACH = LANES / QUERIES;
     for (int64_t slot = 0; slot < SLOTS; slot += EACH) {
-        Vector sums[16] = {};
+        Vector sums[LANES] = {};
         for (int64_t d = 0; d < width; d += LANES) {
             Vector q[QUERIES];
             for (int i = 0; i < QUERIES; i++) q[i] = load(queries + i * width + d);
