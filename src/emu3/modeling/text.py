@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
 from emu3.modeling.attention import AttentionFunction, get_attention
+from emu3.modeling.parallel import processes_of
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, pick_cache
 
 
@@ -170,6 +171,25 @@ class Emu3PreTrainedModel(AnyLayoutModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `AnyLayoutModel`. With a `tp_plan` the layers are split over processes.
+
+        Raises:
+            ValueError: there are more or other processes than key-value heads can be split over.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info=True` gives two results
+        heads, processes = (
+            model.config.get_text_config().num_key_value_heads,
+            processes_of(model.get_input_embeddings()),
+        )
+        if heads % processes:
+            raise ValueError(
+                f"{heads} key-value heads cannot be split over {processes} processes; start as many as divide {heads}"
+            )
+        return loaded
 
 
 class Emu3TextModel(Emu3PreTrainedModel):
