@@ -21,6 +21,7 @@ from emu3.generation.grammar import GridGrammar, TextGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import GREEDY, Sampling
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.modeling.parallel import own_part
 from emu3.modeling.text import Emu3ForCausalLM
 
 PROCESSES = 2
@@ -94,6 +95,12 @@ def from_engine(model):
     return {name: ids[number] for number, name in enumerate(requests)}
 
 
+def sizes(model):
+    """Numbers in the layers' matrices of this process, and bytes that the engine keeps for a token."""
+    matrices = [own_part(weight) for weight in model.model.text_model.layers.parameters() if weight.ndim == 2]
+    return {"in layers": sum(weight.numel() for weight in matrices), "a token": Engine(model).bytes_per_token}
+
+
 def load(kind, folder):
     """A model of which this process holds its part."""
     return kind.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
@@ -107,7 +114,7 @@ def run_one(rank, port, folder):
     found = {}
     for name in SHAPES:
         model = load(Emu3ForConditionalGeneration, folder / name)
-        found[name] = from_generate(model) | from_engine(model)
+        found[name] = from_generate(model) | from_engine(model) | sizes(model)
     found["text"] = from_generate(load(Emu3ForCausalLM, folder / "text"))
     try:
         load(Emu3ForCausalLM, folder / "odd")
@@ -170,6 +177,13 @@ def test_the_engine_gives_the_same_ids_in_all_processes(whole, split, name):
     assert len({tuple(ids) for ids in expected.values()}) > len(DECODERS)
     for found in split:
         assert {kind: found[name][kind] for kind in expected} == expected
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_process_holds_its_part_only(whole, split, name):
+    parts = [found[name] for found in split]
+    assert sum(part["in layers"] for part in parts) == sizes(whole[name])["in layers"]
+    assert [part["a token"] for part in parts] == [sizes(whole[name])["a token"] // PROCESSES] * PROCESSES
 
 
 def test_heads_that_do_not_divide_are_refused(split):
