@@ -29,10 +29,9 @@ def processes_of(module: nn.Module) -> int:
     return weight.device_mesh.size() if is_split(weight) else 1
 
 
-@torch.no_grad()
 def own_part(weight: Tensor) -> Tensor:
-    """What this process has of a weight. Both are the same memory."""
-    return weight.to_local() if is_split(weight) else weight
+    """What this process has of a weight. A change of its `data` changes the weight's."""
+    return weight._local_tensor if is_split(weight) else weight  # `to_local` returns another object of the same memory
 
 
 @torch.no_grad()
