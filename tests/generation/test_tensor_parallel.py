@@ -13,6 +13,8 @@ from torch import multiprocessing
 from transformers import Emu3TextConfig as ReferenceTextConfig
 from transformers.distributed import DistributedConfig
 
+from emu3 import Emu3Pipeline, Emu3Processor
+from emu3.checkpoints.quantize import quantize
 from emu3.configuration import Emu3TextConfig
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
@@ -21,8 +23,9 @@ from emu3.generation.grammar import GridGrammar, TextGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import GREEDY, Sampling
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.modeling.parallel import own_part
+from emu3.modeling.parallel import least, own_part
 from emu3.modeling.text import Emu3ForCausalLM
+from emu3.testing import write_tiny_checkpoint
 
 PROCESSES = 2
 DECODERS = ("raster", "predictive", "jacobi", "zipar")
@@ -30,7 +33,8 @@ DECODERS = ("raster", "predictive", "jacobi", "zipar")
 SHAPES = {
     "grouped heads": {},
     "as many key-value heads": {"num_key_value_heads": 4, "num_hidden_layers": 1},
-    "wide heads, biases, an odd width, one matrix for head and embedding": {
+    # and an odd width of the feed-forward layer, and one matrix for head and embedding
+    "wide heads and biases": {
         "num_attention_heads": 8,
         "head_dim": 16,
         "attention_bias": True,
@@ -95,6 +99,15 @@ def from_engine(model):
     return {name: ids[number] for number, name in enumerate(requests)}
 
 
+def from_pipeline(model, folder):
+    """The ids of a drawn picture, how likely they were, and what is read in it."""
+    pipeline = Emu3Pipeline(model, Emu3Processor.from_pretrained(folder))
+    (request,) = pipeline.draw_requests("a red car", seed=4)
+    (ids,) = (event.ids for event in pipeline.engine.stream(request) if isinstance(event, Finished))
+    answer = pipeline.chat("What color?", [pipeline.read(request, ids)], max_new_tokens=8)
+    return {"ids": ids, "answer": answer, "likely": torch.from_numpy(pipeline.probabilities(request, ids))}
+
+
 def sizes(model):
     """Of this process: numbers in the layers' matrices, the pieces of memory in which they lie after the engine fused
     them, and bytes that it keeps for a token."""
@@ -109,7 +122,14 @@ def load(kind, folder):
     return kind.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
 
 
-def run_one(rank, port, folder):
+def refusal(kind, folder):
+    """Why a checkpoint is not loaded."""
+    with pytest.raises(ValueError) as caught:
+        load(kind, folder)
+    return str(caught.value)
+
+
+def run_one(rank, port, folder, checkpoint):
     """One of the processes: what the models say that are split over all of them."""
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
@@ -119,10 +139,11 @@ def run_one(rank, port, folder):
         model = load(Emu3ForConditionalGeneration, folder / name)
         found[name] = from_generate(model) | from_engine(model) | sizes(model)
     found["text"] = from_generate(load(Emu3ForCausalLM, folder / "text"))
-    try:
-        load(Emu3ForCausalLM, folder / "odd")
-    except ValueError as error:
-        found["odd"] = str(error)
+    model = load(Emu3ForConditionalGeneration, checkpoint)
+    found["pipeline"] = from_pipeline(model, checkpoint)
+    found["least"] = least(7 - rank, model.lm_head.weight)
+    found["odd"] = refusal(Emu3ForCausalLM, folder / "odd")
+    found["quantized"] = refusal(Emu3ForConditionalGeneration, folder / "quantized")
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -144,16 +165,23 @@ def whole(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def split(whole, tmp_path_factory):
+def checkpoint(tmp_path_factory):
+    """A complete one, of 288 ids."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), codes=17)
+
+
+@pytest.fixture(scope="module")
+def split(whole, checkpoint, tmp_path_factory):
     """What each process found."""
     folder = tmp_path_factory.mktemp("split")
     for name, model in whole.items():
         model.save_pretrained(folder / name)
+    quantize(checkpoint, folder / "quantized")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = multiprocessing.start_processes(
-        run_one, (port, folder), nprocs=PROCESSES, join=False, start_method="fork"
+        run_one, (port, folder, checkpoint), nprocs=PROCESSES, join=False, start_method="fork"
     )
     deadline = time.monotonic() + SECONDS
     try:
@@ -191,6 +219,20 @@ def test_each_process_holds_its_part_only(whole, split, name):
         assert (part["pieces"], PROCESSES * part["a token"]) == (expected["pieces"], expected["a token"])
 
 
-def test_heads_that_do_not_divide_are_refused(split):
+def test_the_pipeline_says_the_same_in_all_processes(split, checkpoint):
+    model = Emu3ForConditionalGeneration.from_pretrained(checkpoint).eval()
+    expected = from_pipeline(model, checkpoint)
     for found in split:
-        assert found["odd"] == ("3 key-value heads cannot be split over 2 processes; start as many as divide 3")
+        assert found["pipeline"]["ids"] == expected["ids"]
+        assert found["pipeline"]["answer"] == expected["answer"]
+        torch.testing.assert_close(found["pipeline"]["likely"], expected["likely"], atol=1e-4, rtol=1e-3)
+        assert found["least"] == 6  # of 7 and 6: where memory counts, all admit what fits in each
+    assert least(7, model.lm_head.weight) == 7
+
+
+def test_what_cannot_be_split_is_refused(split):
+    for found in split:
+        assert found["odd"] == "3 key-value heads cannot be split over 2 processes; start as many as divide them"
+        assert found["quantized"] == (
+            "quantized layers cannot be split over 2 processes; load the checkpoint they were made of"
+        )

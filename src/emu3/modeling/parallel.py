@@ -40,6 +40,15 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if is_split(weight) else weight
 
 
+def least(number: int, weight: Tensor) -> int:
+    """The smallest of the numbers that the processes have which share a weight; the number itself if there is one."""
+    if not is_split(weight):
+        return number
+    agreed = torch.tensor(number, device=own_part(weight).device)
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, weight.device_mesh.get_group())
+    return int(agreed)
+
+
 def summed(linear: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
     """A product with this process's part of a weight. Where each has some of its inputs, their results are summed."""
     if not is_split(weight) or Shard(1) not in weight.placements:

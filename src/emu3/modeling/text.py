@@ -27,6 +27,7 @@ from emu3.configuration import Emu3TextConfig
 from emu3.modeling.attention import AttentionFunction, get_attention
 from emu3.modeling.parallel import processes_of
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, pick_cache
+from emu3.quantization import QuantizedLinear
 
 
 class RMSNorm(nn.Module):
@@ -174,20 +175,22 @@ class Emu3PreTrainedModel(AnyLayoutModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in `AnyLayoutModel`. With a `tp_plan` the layers are split over processes.
+        """As in `AnyLayoutModel`; with a plan for tensor parallelism, each process loads its part of the layers.
 
         Raises:
-            ValueError: there are more or other processes than key-value heads can be split over.
+            ValueError: the layers cannot be split over so many processes, or not at all because they are quantized.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info=True` gives two results
-        heads, processes = (
-            model.config.get_text_config().num_key_value_heads,
-            processes_of(model.get_input_embeddings()),
-        )
+        heads = model.config.get_text_config().num_key_value_heads
+        processes = processes_of(model.get_input_embeddings())
         if heads % processes:
             raise ValueError(
-                f"{heads} key-value heads cannot be split over {processes} processes; start as many as divide {heads}"
+                f"{heads} key-value heads cannot be split over {processes} processes; start as many as divide them"
+            )
+        if processes > 1 and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise ValueError(
+                f"quantized layers cannot be split over {processes} processes; load the checkpoint they were made of"
             )
         return loaded
 
