@@ -22,6 +22,7 @@ SUITES = [
     "tests/parity",
     "tests/modeling",
     "tests/generation/test_parity.py",
+    "tests/generation/test_tensor_parallel.py",
     "tests/test_nano.py",
     "tests/checkpoints/test_baai.py",
     "tests/checkpoints/test_load.py",

@@ -68,7 +68,16 @@ class Emu3TextConfig(PreTrainedConfig):
     model_type = "emu3_text_model"
     base_config_key = "text_config"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    base_model_tp_plan: ClassVar[dict[str, str]] = {"embed_tokens": "embedding_rowwise"}
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     default_theta = 1000000.0
 
     vocab_size: int = 184622

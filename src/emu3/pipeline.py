@@ -30,6 +30,7 @@ from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling, guide, probabilities
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
+from emu3.modeling.parallel import least, whole
 from emu3.options import Answer, Draw, Load, check_ability, check_words, make, takes
 from emu3.quantization import Int8Linear, QuantizedLinear
 from emu3.results import Pictures, Result, Stream
@@ -102,8 +103,10 @@ class Emu3Pipeline:
         with _MAKING_ENGINE:
             if "_engine" not in self.__dict__:
                 engine = Engine(self.model, compiled=self.compiled)
-                room = free_memory(self.model.lm_head.weight.device) // 2 // engine.bytes_per_token
-                engine.tokens = max(2 * engine.context, room)
+                weight = self.model.lm_head.weight
+                room = free_memory(weight.device) // 2 // engine.bytes_per_token
+                # Processes that share a model must admit the same requests.
+                engine.tokens = max(2 * engine.context, least(room, weight))
                 self.__dict__["_engine"] = engine
             return cast(Engine, self.__dict__["_engine"])
 
@@ -330,7 +333,7 @@ class Emu3Pipeline:
 
         In raster order they are those with which the ids were drawn.
         """
-        grammar, head = request.grammar, self.model.lm_head.weight
+        grammar, head = request.grammar, whole(self.model.lm_head.weight)
         lo, hi = (np.broadcast_to(bound, len(ids)) for bound in grammar.span(np.arange(len(ids))))
         free = (hi > lo + 1).nonzero()[0]
         states = []

@@ -52,6 +52,9 @@ class Engine:
 
     Threads may share an engine: each `stream` gets its own events, and what they ask for runs together.
 
+    The model may be split over processes (tensor parallelism). Then each process has an engine of its own, and all must
+    submit the same requests, with the same seeds, in the same order.
+
     Args:
         model: in evaluation mode. Call `refresh` after its weights were changed.
         lanes: most prompts in the cache; a request under guidance takes two. What does not fit waits.

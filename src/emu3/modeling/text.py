@@ -25,7 +25,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3TextConfig
 from emu3.modeling.attention import AttentionFunction, get_attention
+from emu3.modeling.parallel import processes_of
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, pick_cache
+from emu3.quantization import QuantizedLinear
 
 
 class RMSNorm(nn.Module):
@@ -170,6 +172,27 @@ class Emu3PreTrainedModel(AnyLayoutModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Emu3DecoderLayer, "attentions": Emu3Attention}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `AnyLayoutModel`; with a plan for tensor parallelism, each process loads its part of the layers.
+
+        Raises:
+            ValueError: the layers cannot be split over so many processes, or not at all because they are quantized.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info=True` gives two results
+        heads = model.config.get_text_config().num_key_value_heads
+        processes = processes_of(model.get_input_embeddings())
+        if heads % processes:
+            raise ValueError(
+                f"{heads} key-value heads cannot be split over {processes} processes; start as many as divide them"
+            )
+        if processes > 1 and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise ValueError(
+                f"quantized layers cannot be split over {processes} processes; load the checkpoint they were made of"
+            )
+        return loaded
 
 
 class Emu3TextModel(Emu3PreTrainedModel):

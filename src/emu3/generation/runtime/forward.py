@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from emu3 import kernels
 from emu3.generation.runtime.attention import Packed, Padded, attend
 from emu3.generation.runtime.cache import SlotCache
+from emu3.modeling.parallel import is_split, own_part, summed
 from emu3.quantization import Int8Linear
 
 if TYPE_CHECKING:
@@ -92,17 +93,22 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
         return whole
     if not all(map(_is_plain, modules)):
         return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
-    weight = _in_one_piece([cast(nn.Parameter, module.weight) for module in modules])
+    weights = [cast(nn.Parameter, module.weight) for module in modules]
+    weight = _in_one_piece([own_part(each) for each in weights])
+    product: Linear = partial(linear, weight=weight)
     if not compiled and weight.numel() <= _SMALL_MATRIX and _onednn_supports(weight):
-        return partial(_onednn_linear, dtype=weight.dtype, weight=torch.ops.mkldnn._reorder_linear_weight(weight))
-    return partial(linear, weight=weight)
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+        product = partial(_onednn_linear, dtype=weight.dtype, weight=reordered)
+    return summed(product, weights[0])
 
 
 def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or module.bias is not None:
+        return False
+    if is_split(module.weight):  # its own `forward` does what `summed` does
+        return True
     return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and "forward" not in vars(module)  # accelerate offloads weights by a `forward` of its own
+        "forward" not in vars(module)  # accelerate offloads weights by a `forward` of its own
         and type(module.weight) is nn.Parameter
         and module.weight.device.type != "meta"
     )
@@ -141,7 +147,7 @@ def can_pack(text_model: Emu3TextModel) -> bool:
     return on_cpu and attention.head_dim % kernels.FLOATS == 0 and kernels.library() is not None
 
 
-def _in_one_piece(weights: Sequence[nn.Parameter]) -> Tensor:
+def _in_one_piece(weights: Sequence[Tensor]) -> Tensor:
     """The weights one behind the other in one tensor; moved there, unless they lie so already."""
     rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
     starts = [weight.data_ptr() for weight in weights]
@@ -308,9 +314,7 @@ def run_layers(
     return hidden
 
 
-def run_layer(
-    layer: Layer, hidden: Tensor, tokens: Padded | Packed, keys_BKLD: Tensor, values_BKLD: Tensor
-) -> Tensor:
+def run_layer(layer: Layer, hidden: Tensor, tokens: Padded | Packed, keys_BKLD: Tensor, values_BKLD: Tensor) -> Tensor:
     """Attention and feed-forward; see `run_layers`."""
     query_key_value = layer.query_key_value(_normalize(hidden, layer.attention_norm))
     hidden = hidden + layer.output(attend(tokens, query_key_value, keys_BKLD, values_BKLD, layer.scaling))

@@ -17,6 +17,7 @@ from emu3.generation.runtime.forward import Forward, can_pack, linear, working_d
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.sampling import Sampling, guide
 from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
+from emu3.modeling.parallel import processes_of, whole
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
@@ -62,10 +63,14 @@ class ModelRunner:
     Args:
         model: in evaluation mode.
         compiled: see `Engine`.
+
+    Attributes:
+        head: the weight of the output layer, (V, E), also where the model's own is split over processes.
     """
 
     def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
+        self.head = whole(model.lm_head.weight)
         self.cache: SlotCache | None = None
         self._packs = can_pack(self.text_model)
         self._forward: Forward | None = None
@@ -77,21 +82,17 @@ class ModelRunner:
         return self.model.model.text_model
 
     @property
-    def head(self) -> Tensor:
-        """The weight of the output layer, (V, E)."""
-        return self.model.lm_head.weight
-
-    @property
     def context(self) -> int:
         """The most tokens of a prompt and its answer."""
         return int(self.text_model.config.max_position_embeddings)
 
     @property
     def _shape(self) -> dict[str, int]:
-        """What a lane's slot holds: layers, key-value heads, and the width of a head."""
+        """What a lane's slot holds: layers, this process's key-value heads, and the width of a head."""
         config = self.text_model.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = config.num_key_value_heads or config.num_attention_heads
+        heads //= processes_of(self.text_model.layers[0].self_attn.k_proj)
         return {"layers": config.num_hidden_layers, "heads": heads, "width": width}
 
     @property
