@@ -192,6 +192,24 @@ class QuantizedLinear(nn.Module):
             made.bias = linear.bias.detach().float()
         return made
 
+    @classmethod
+    def fuse(cls, modules: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
+        """One layer that computes the concatenated outputs of several from the same input.
+
+        None if one has a bias or another scheme, or if they are too large to store twice.
+        """
+        inputs, scheme, outputs = modules[0].in_features, modules[0].scheme, sum(each.out_features for each in modules)
+        if inputs * outputs > _LARGEST_UNPACKED or any(
+            each.bias is not None or each.scheme != scheme for each in modules
+        ):
+            return None
+        with torch.device("meta"):
+            fused = cls(inputs, outputs, scheme)
+        fused.weight, fused.scales = (
+            torch.cat([getattr(each, name) for each in modules]) for name in ("weight", "scales")
+        )
+        return fused
+
     @property
     def bits(self) -> int:
         """Of a weight."""

@@ -1,9 +1,9 @@
 """How new tokens attend to the slots of their lanes: rotation, cache, scores and their mix.
 
-There are two ways. `Padded` are tensor operations for any device. `Packed` is one function on a CPU that needs no padding
-and no masks, and reads what is filled only; see `emu3/kernels/attention.cpp`.
+There are two ways. `Padded` are tensor operations for any device. `Packed` is one function on a CPU, without padding
+or masks; see `emu3/kernels/attention.cpp`.
 
-Shapes: B lanes, S tokens of a lane, T tokens of all lanes, N query heads, K key-value heads, L slots, D width of a head.
+Shapes: B lanes, S tokens of a lane, T tokens of all, N query heads, K key-value heads, L slots, D width of a head.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from emu3 import kernels
 from emu3.generation.runtime.attention import Packed, Padded, attend
 from emu3.generation.runtime.cache import SlotCache
 from emu3.modeling.parallel import is_split, own_part, summed
-from emu3.quantization import Int8Linear
+from emu3.quantization import Int8Linear, QuantizedLinear
 
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3DecoderLayer, Emu3TextModel, RMSNorm
@@ -88,9 +88,9 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
         dtype: what modules that are not plain get as input.
         compiled: whether the result will be compiled.
     """
-    quantized = [module for module in modules if isinstance(module, Int8Linear)]
-    if len(quantized) == len(modules) and (whole := Int8Linear.fuse(quantized)) is not None:
-        return whole
+    for kind in (Int8Linear, QuantizedLinear):
+        if all(isinstance(module, kind) for module in modules) and (whole := kind.fuse(cast(Any, modules))) is not None:
+            return whole
     if not all(map(_is_plain, modules)):
         return lambda x: torch.cat([module(x.to(dtype)) for module in modules], -1).to(x.dtype)
     weights = [cast(nn.Parameter, module.weight) for module in modules]
