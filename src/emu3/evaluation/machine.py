@@ -114,7 +114,7 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 def products_of(parts: Iterable[tuple[str, nn.Module, slice]]) -> list[Products]:
     """The linear modules of these parts, by part and kernel, with the peak of each kernel.
 
-    `parts`: name, module, and the outputs that are computed where it is no quantized one.
+    `parts`: name, module, and which of its outputs are computed.
     """
     found: dict[tuple[str, str], Products] = {}
     examples: dict[str, Linear] = {}
@@ -122,19 +122,24 @@ def products_of(parts: Iterable[tuple[str, nn.Module, slice]]) -> list[Products]
         for module in whole.modules():
             if not isinstance(module, Linear):
                 continue
-            kernel = kernel_of(module)
-            tensors = [*module.parameters(False), *module.buffers(False)]
-            weights, size = sum(each.numel() for each in tensors), sum(each.nbytes for each in tensors)
-            if isinstance(module, nn.Linear):
-                count = len(range(*outputs.indices(module.out_features)))
-                weights, size = (total * count // module.out_features for total in (weights, size))
-            else:
-                weights = module.parameters_in_all
+            kernel, (in_all, weights, size) = kernel_of(module), _size_of(module)
+            count = len(range(*outputs.indices(in_all)))
             last = found.get((where, kernel), Products(where, kernel, 0, 0))
-            found[where, kernel] = replace(last, weights=last.weights + weights, bytes=last.bytes + size)
+            found[where, kernel] = replace(
+                last, weights=last.weights + weights * count // in_all, bytes=last.bytes + size * count // in_all
+            )
             examples[kernel] = module
     peaks = {kernel: _peak(module) for kernel, module in examples.items()}
     return [replace(each, operations_per_second=peaks[kernel]) for (_, kernel), each in found.items()]
+
+
+def _size_of(module: Linear) -> tuple[int, int, int]:
+    """Outputs, weights and bytes."""
+    tensors = [*module.parameters(False), *module.buffers(False)]
+    size = sum(each.nbytes for each in tensors)
+    if isinstance(module, nn.Linear):
+        return module.out_features, sum(each.numel() for each in tensors), size
+    return len(module.scales) if isinstance(module, Int8Linear) else module.out_features, module.parameters_in_all, size
 
 
 @torch.inference_mode()
