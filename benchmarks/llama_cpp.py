@@ -11,6 +11,9 @@ of two, and 16 of one. llama.cpp computes the logits of all ids; emu3 those of a
 in a picture, which is what drawing needs ("emu3 draws"). Asserts that the logits of both agree, as far as each rounds
 activations in its own way, and that neither side uses the processor while the other is measured. Prints a table, then
 one JSON line.
+
+`--peer-ids pictures` gives llama.cpp a model that has no other ids than those of pictures, so that both heads do the
+same work. Nobody would run it so, but it compares the layers.
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from llama_cpp_model import Written, write_gguf
+from llama_cpp_model import write_gguf
 
+from emu3.checkpoints.config import vocabulary_of
 from emu3.checkpoints.load import load_model
+from emu3.configuration import Emu3Config
 from emu3.evaluation.machine import kernel_of, processor_name, reading
 from emu3.generation.grammar import TextGrammar
 from emu3.generation.request import GREEDY, Request
@@ -68,12 +73,13 @@ def python_of(environment: Path) -> Path:
 class Theirs:
     """llama.cpp in a process of its own."""
 
-    def __init__(self, python: Path, model: Path, threads: int, context: list[int]) -> None:
+    def __init__(self, python: Path, model: Path, threads: int, context: list[int], first: int) -> None:
+        self.first = first  # id of ours that is its 0
         # Isolated (-I), because a script's folder comes first where Python looks, and this file is a llama_cpp, too.
         worker = Path(__file__).with_name("llama_cpp_worker.py")
         command = [str(python), "-I", str(worker)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self.ask("load", model=str(model), threads=threads, context=context)
+        self.about = self.ask("load", model=str(model), threads=threads, context=[id_ - first for id_ in context])
 
     def ask(self, do: str, **values: Any) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -85,6 +91,7 @@ class Theirs:
         return json.loads(line)
 
     def call(self, ids: list[int], calls: int) -> list[float]:
+        ids = [id_ - self.first for id_ in ids]
         return self.ask("call", ids=ids, sequences=ROWS[len(ids)], calls=calls)
 
     def logits(self, row: int) -> torch.Tensor:
@@ -140,17 +147,20 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def random_ids(count: int, span: tuple[int, int], seed: int) -> list[int]:
+    return torch.randint(*span, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def memory() -> dict[str, int]:
     """Bytes in memory: of the process's own, and of mapped files."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: 1024 * int(fields[key].split()[0]) for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
-def measure(ours: Ours, theirs: Theirs, rounds: int, calls: int) -> dict[str, Any]:
-    vocabulary = ours.model.model.vocabulary
-    spans = {"all": (0, ours.model.lm_head.out_features), "pictures": vocabulary.visual_span}
-    generator = torch.Generator().manual_seed(1)
-    ids = {rows: torch.randint(1000, 100_000, (rows,), generator=generator).tolist() for rows in ROWS}
+def measure(
+    ours: Ours, theirs: Theirs, spans: dict[str, tuple[int, int]], peer_ids: str, rounds: int, calls: int
+) -> dict[str, Any]:
+    ids = {rows: random_ids(rows, spans[peer_ids], seed=rows) for rows in ROWS}
     _, read, read_bytes = reading(torch.device("cpu"))
     seconds: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in ROWS} for name in ("llama.cpp", *spans)}
     read_seconds: list[float] = []
@@ -178,7 +188,7 @@ def measure(ours: Ours, theirs: Theirs, rounds: int, calls: int) -> dict[str, An
     differences = []
     for rows in ROWS:
         theirs.call(ids[rows], 1)
-        ours.call(ids[rows], 1, spans["all"])
+        ours.call(ids[rows], 1, spans[peer_ids])
         # One lane after the other there, one row of the batch after the other here: of one each, the same.
         differences += [difference(ours.logits[row], theirs.logits(row)) for row in range(rows)]
     assert max(differences) < MOST_DIFFERENT, f"the two sides must compute the same: {differences}"
@@ -201,10 +211,11 @@ def measure(ours: Ours, theirs: Theirs, rounds: int, calls: int) -> dict[str, An
 
 
 def table(result: dict[str, Any]) -> str:
+    ids = "all ids" if result["peer_ids"] == "all" else "no ids but those of pictures"
     lines = [
         f"{result['layers']} layers; {result['cpu']}, {result['threads']} threads; torch {result['torch']}, "
         f"llama-cpp-python {result['llama_cpp']}",
-        f"llama.cpp: layers in {result['peer_layers']}, head in {result['peer_head']}; "
+        f"llama.cpp: layers: {result['peer_layers']}; head: {result['peer_head']}, {ids}",
         f"emu3: layers: {result['kernels']['layers']}; head: {result['kernels']['head']}",
         f"logits differ by at most {result['difference']:.2%}; memory is read at "
         f"{result['read_bytes_per_second'] / 1e9:.1f} GB/s",
@@ -230,24 +241,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a folder that `emu3 quantize` wrote")
     parser.add_argument("--environment", type=Path, default=cache_folder(), help="of llama.cpp; made if not there")
+    parser.add_argument("--peer-ids", choices=["all", "pictures"], default="all", help="that llama.cpp's model has")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=3, help="of each kind in a round")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    context = torch.randint(1000, 100_000, (CONTEXT,), generator=torch.Generator().manual_seed(0)).tolist()
+    config = json.loads((arguments.checkpoint / "config.json").read_text())
+    spans = {
+        "all": (0, config["text_config"]["vocab_size"]),
+        "pictures": vocabulary_of(Emu3Config(**config)).visual_span,
+    }
+    span = spans[arguments.peer_ids]
+    context = random_ids(CONTEXT, span, seed=0)
     python = python_of(arguments.environment)
     with TemporaryDirectory(dir=arguments.environment) as folder:
         file = Path(folder) / "model.gguf"
-        written: Written = write_gguf(arguments.checkpoint, file)
-        theirs = Theirs(python, file, arguments.threads, context)
+        written = write_gguf(arguments.checkpoint, file, span)
+        theirs = Theirs(python, file, arguments.threads, context, span[0])
         ours = Ours(arguments.checkpoint, context)
-        found = measure(ours, theirs, arguments.rounds, arguments.calls)
+        found = measure(ours, theirs, spans, arguments.peer_ids, arguments.rounds, arguments.calls)
         theirs.process.stdin.close()  # type: ignore[union-attr]
         theirs.process.wait()
     found["bytes"] = {"llama.cpp": written.layer_bytes + written.head_bytes, **found["bytes"]}
     layer = ours.model.model.text_model.layers[0].mlp.down_proj
-    config = json.loads((arguments.checkpoint / "config.json").read_text())
     result = {
         "benchmark": "llama_cpp",
         "layers": config["text_config"]["num_hidden_layers"],
@@ -256,6 +273,7 @@ def main() -> None:
         "kernels": {"layers": kernel_of(layer), "head": kernel_of(ours.model.lm_head)},
         "peer_layers": written.layers,
         "peer_head": written.head,
+        "peer_ids": arguments.peer_ids,
         "context": CONTEXT,
         **found,
         "peer_buffers": theirs.about["buffers"],

@@ -62,15 +62,20 @@ class Entry:
         return torch.Size(self.shape).numel() // weights * size
 
 
-def write_gguf(folder: Path, file: Path) -> Written:
-    """Write the language model of a quantized checkpoint. ValueError where llama.cpp has no such layers."""
+def write_gguf(folder: Path, file: Path, ids: tuple[int, int] | None = None) -> Written:
+    """Write the language model of a quantized checkpoint, with these ids only; None: all.
+
+    ValueError where llama.cpp has no such layers.
+    """
     config = json.loads((folder / "config.json").read_text())
     text, scheme = config["text_config"], config.get("quantization_config")
     if scheme is None:
         raise ValueError(f"{folder} is not quantized; make one that is by `emu3 quantize`")
     layers, head = ("Q4_0", "Q6_K") if scheme["bits"] == 4 else ("Q8_0", "Q8_0")
     headers = read_headers(folder)
-    entries = list(_entries(headers, text, layers, head))
+    lo, hi = ids or (0, text["vocab_size"])
+    text = text | {"vocab_size": hi - lo}
+    entries = list(_entries(headers, text, layers, head, lo))
     with file.open("wb") as stream:
         _write_header(stream, _settings(text, layers), entries)
         for entry in entries:
@@ -105,13 +110,18 @@ def _settings(text: dict[str, object], layers: str) -> dict[str, object]:
     }
 
 
-def _entries(headers: dict[str, TensorHeader], text: dict[str, int], layers: str, head: str) -> Iterator[Entry]:
-    def one(name: str, source: str, as_: str) -> Entry:
-        return Entry(name, headers[source].shape, as_, lambda: _converted(headers[source], as_))
+def _entries(
+    headers: dict[str, TensorHeader], text: dict[str, int], layers: str, head: str, lo: int
+) -> Iterator[Entry]:
+    def one(name: str, source: str, as_: str, rows: tuple[int, int] | None = None) -> Entry:
+        shape = headers[source].shape
+        start, stop = rows or (0, shape[0])
+        return Entry(name, (stop - start, *shape[1:]), as_, lambda: _converted(headers[source], as_, start, stop))
 
-    yield one("token_embd.weight", "model.text_model.embed_tokens.weight", "BF16")
+    ids = lo, lo + text["vocab_size"]
+    yield one("token_embd.weight", "model.text_model.embed_tokens.weight", "BF16", ids)
     yield one("output_norm.weight", "model.text_model.norm.weight", "F32")
-    yield one("output.weight", "lm_head.weight", head)
+    yield one("output.weight", "lm_head.weight", head, ids)
     for number in range(text["num_hidden_layers"]):
         ours, theirs = f"model.text_model.layers.{number}", f"blk.{number}"
         yield one(f"{theirs}.attn_norm.weight", f"{ours}.input_layernorm.weight", "F32")
@@ -160,7 +170,7 @@ def _read(header: TensorHeader) -> Tensor:
         return opened.get_tensor(header.name)
 
 
-def _converted(header: TensorHeader, as_: str) -> Iterator[Tensor]:
+def _converted(header: TensorHeader, as_: str, begin: int, end: int) -> Iterator[Tensor]:
     convert = {
         "F32": lambda rows: rows.float(),
         "BF16": lambda rows: rows.bfloat16(),
@@ -169,8 +179,8 @@ def _converted(header: TensorHeader, as_: str) -> Iterator[Tensor]:
     }[as_]
     with safe_open(header.file, framework="pt") as opened:
         part = opened.get_slice(header.name)
-        for start in range(0, header.shape[0], ROWS):
-            yield convert(part[start : start + ROWS])
+        for start in range(begin, end, ROWS):
+            yield convert(part[start : min(start + ROWS, end)])
 
 
 def to_q8_0(rows: Tensor) -> Tensor:
