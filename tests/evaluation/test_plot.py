@@ -3,6 +3,7 @@
 import re
 from xml.etree import ElementTree
 
+from emu3.evaluation.load import LoadReport
 from emu3.evaluation.plot import lines_to_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -22,3 +23,11 @@ def test_points_axes_and_names():
 
 def test_nothing_to_plot():
     assert "0 s" in lines_to_svg({}, "{:g}", "{:g} s")
+
+
+def test_the_plot_of_a_load_is_the_share_of_answers_by_seconds():
+    load = LoadReport(1, 2.0, {"pictures": 2, "chats": 0}, {"pictures": [0.5, 1.0], "chats": []}, 0, 0, 0, 9)
+    tree = ElementTree.fromstring(load.to_svg())
+    assert [each.get("points") for each in tree.iter(f"{SVG}polyline")] == ["340.0,180.0 620.0,40.0", ""]
+    texts = [each.text for each in tree.iter(f"{SVG}text")]
+    assert "100 %" in texts and "1.00 s" in texts and texts[-2:] == ["pictures", "chats"]
