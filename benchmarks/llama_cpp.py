@@ -178,10 +178,10 @@ def measure(
                     used["llama.cpp"] += theirs.ask("cpu") - other
                 busy["emu3" if name == "llama.cpp" else "llama.cpp"] += time.perf_counter() - start
                 seconds[name][rows] += found[WARM_UP:]
-        for _ in range(2):
-            start = time.perf_counter()
-            read()
-            read_seconds.append(time.perf_counter() - start)
+            for _ in range(2):
+                start = time.perf_counter()
+                read()
+                read_seconds.append(time.perf_counter() - start)
     del read  # and the memory that it reads
     idle = {name: used[name] / busy[name] for name in used}
     assert max(idle.values()) < MOST_IDLE, f"a side that waits must not use the processor: {idle}"
