@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from emu3.configuration import Emu3VQVAEConfig
-from emu3.evaluation.speed import processor_name
+from emu3.evaluation.machine import processor_name
 from emu3.modeling.vision import Emu3VQVAE
 
 WARM_UP_SIZE = 64

@@ -1,7 +1,8 @@
 """Writes a checkpoint of the released size with random weights: `python benchmarks/whole_size.py FOLDER`.
 
 8.76 billion parameters in bfloat16 in the documented layout, 17.5 GB, with a tokenizer of the released size. Nothing of
-it is trained: it is for measuring what loading and drawing cost. Takes about a minute and 4 GB of memory.
+it is trained: it is for measuring what loading and drawing cost. Takes about a minute and 4 GB of memory. With
+`--layers 2` it has two decoder layers in place of 32, and 3.9 GB.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ BLOCK = 4_000_037
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     folder.mkdir(parents=True)
-    config = Emu3Config(architectures=["Emu3ForConditionalGeneration"], dtype="bfloat16")
+    text = {"num_hidden_layers": arguments.layers}
+    config = Emu3Config(text_config=text, architectures=["Emu3ForConditionalGeneration"], dtype="bfloat16")
     pictures = Emu3ImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     Emu3Processor(pictures, write_tokenizer(), image_area=720 * 720).save_pretrained(folder)
     write_weights(config, folder)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from emu3.evaluation.plot import lines_to_svg
 from emu3.options import LOOPBACK
 
 PROMPTS = ("a photo of a red car", "a photo of two dogs", "a photo of a cat right of a tree", "a photo of a blue cup")
@@ -74,27 +75,11 @@ class LoadReport:
 
     def to_svg(self) -> str:
         """A plot: which share of answers came within how many seconds, a line for each kind."""
-        width, height, left = 640, 360, 50
-        longest = max((values[-1] for values in self.latencies.values() if values), default=1.0)
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-            'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        ]
-        for share in range(0, 101, 25):
-            y = height - 40 - share * (height - 80) / 100
-            parts.append(f'<path d="M{left} {y}H{width - 20}" stroke="#ddd"/><text x="8" y="{y + 4}">{share} %</text>')
-        for number, (kind, values) in enumerate(self.latencies.items()):
-            color = ("#2563eb", "#c2410c")[number % 2]
-            points = " ".join(
-                f"{left + value / longest * (width - left - 20):.1f},"
-                f"{height - 40 - (place + 1) / len(values) * (height - 80):.1f}"
-                for place, value in enumerate(values)
-            )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-            parts.append(f'<text x="{left + 10 + 120 * number}" y="24" fill="{color}">{kind}</text>')
-        parts.append(f'<text x="{left}" y="{height - 16}">0 s</text>')
-        parts.append(f'<text x="{width - 20}" y="{height - 16}" text-anchor="end">{longest:.2f} s</text></svg>')
-        return "".join(parts)
+        lines = {
+            kind: [(value, 100 * (place + 1) / len(values)) for place, value in enumerate(values)]
+            for kind, values in self.latencies.items()
+        }
+        return lines_to_svg(lines, "{:.2f} s", "{:.0f} %")
 
 
 @dataclass(eq=False)
