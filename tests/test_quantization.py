@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from emu3 import quantization
+from emu3 import kernels, quantization
 from emu3.checkpoints import NANO
 from emu3.checkpoints.load import load_model
-from emu3.quantization import Int8Linear, quantize_int8
+from emu3.quantization import Int8Linear, QuantizedLinear, quantize_int8, quantize_layer
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -50,6 +50,29 @@ def test_large_and_small_matrices_give_the_same(monkeypatch):
     assert large.packed and not small.packed
     assert Int8Linear.fuse([large]) is None
     torch.testing.assert_close(large(x), small(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
+@torch.no_grad()
+def test_large_matrices_use_the_kernels_where_these_can_be_had(monkeypatch):
+    """And give the same, bit for bit; sizes that the kernels do not take stay with oneDNN."""
+    torch.manual_seed(0)
+    layer, x = (
+        nn.Sequential(nn.ModuleList([nn.Linear(64, 32), nn.Linear(64, 40), nn.Linear(64, 16)])),
+        torch.randn(5, 64),
+    )
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 64 * 16)
+    theirs = copy.deepcopy(layer)
+    quantize_layer(layer)
+    with monkeypatch.context() as without:
+        without.setattr(kernels, "library", lambda: None)
+        quantize_layer(theirs)
+    assert [isinstance(each, QuantizedLinear) for each in layer[0]] == [True, False, False]
+    assert [isinstance(each, Int8Linear) and each.packed for each in theirs[0]] == [True, True, False]
+    for ours, expected in zip(layer[0], theirs[0], strict=True):
+        assert torch.equal(ours(x), expected(x)) and ours.bits == 8
+        assert ours.parameters_in_all == expected.parameters_in_all
+        assert sum(each.nbytes for each in ours.buffers()) == sum(each.nbytes for each in expected.buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +126,12 @@ assert "torch._dynamo" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_it_is_not_saved_half():
+@pytest.mark.parametrize("largest", [0, 2**20])
+def test_it_is_not_saved_half(monkeypatch, tmp_path, largest):
+    """Its config.json would not say what its tensors are."""
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", largest)
+    with pytest.raises(ValueError, match="layers in 8 bits cannot be saved"):
+        load_model(NANO, int8=True).save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="layers in 8 bits cannot be saved"):
         Int8Linear(nn.Linear(4, 4)).state_dict()
 

@@ -3,8 +3,8 @@
     python tests/versions.py [RELEASE ...]      (`make versions`: all of RELEASES)
 
 A release is a number, or "newest", which is whatever the package registry has today. An environment is made anew in
-out/versions/RELEASE, with the pins of constraints.txt except for what belongs to transformers. Prints one line a
-release; exit code 1 if a test fails.
+out/versions/RELEASE, with the extra `test` and the pins of constraints.txt, except for what belongs to transformers.
+Prints one line a release; exit code 1 if a test fails.
 """
 
 import re
@@ -50,7 +50,7 @@ def environment(release: str) -> Path:
     python = folder / "bin" / "python"
     wanted = "transformers" if release == "newest" else f"transformers=={release}"
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--constraint", constraints]
-    subprocess.run([*install, "--editable", f"{ROOT}[dev]", wanted], check=True)
+    subprocess.run([*install, "--editable", f"{ROOT}[test]", wanted], check=True)
     return python
 
 

@@ -3,8 +3,10 @@
 A weight matrix has one scale for each output, computed once. Activations have one scale for each row, computed at every
 call. Embeddings, head and vision tokenizer are not quantized.
 
-oneDNN's integer kernels compute the products, and are fast with AVX512-VNNI or AMX. Without these they add two products
-in 16 bits; weights then use only 7 bits, so that no sum overflows.
+`int8=True` quantizes a model while it is loaded, and what it makes is not saved. Products with large matrices are
+computed by `emu3.kernels`, where these can be had. All others are computed by oneDNN's integer kernels, which are fast
+with AVX512-VNNI or AMX. Without these they add two products in 16 bits; weights then use only 7 bits, so that no sum
+overflows. `emu3 quantize` writes checkpoints whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -28,9 +30,14 @@ if TYPE_CHECKING:
 _LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
 # The kernels take unsigned activations: -127..127 plus this.
 _ACTIVATION_OFFSET = 128
-# Elements of a matrix. Up to here `_int_mm` is faster; above, oneDNN on a matrix packed in the order its kernels read.
+# Elements of a matrix. Up to here `_int_mm` is faster; above, `emu3.kernels`, and where there are none, oneDNN on a
+# matrix packed in the order its kernels read.
 _LARGEST_UNPACKED = 2**20
 _METHOD = "emu3"
+_NOT_SAVED = (
+    "layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8, or write a quantized "
+    "checkpoint with emu3 quantize"
+)
 # Weights that are quantized at a time, a megabyte in float32: so few stay in the processor's cache.
 _CHUNK = 2**18
 
@@ -100,7 +107,7 @@ class Int8Linear(nn.Module):
         return super()._apply(partial(_keep_dtype, fn), recurse)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        raise ValueError("layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8")
+        raise ValueError(_NOT_SAVED)
 
 
 def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -183,7 +190,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", torch.empty(outputs) if bias else None)
 
     @classmethod
-    def quantize(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+    def quantize(cls, linear: nn.Linear, scheme: Scheme) -> Self:
         """The nearest layer of a scheme."""
         outputs, inputs = linear.weight.shape
         made = cls(inputs, outputs, scheme, linear.bias is not None)
@@ -238,6 +245,13 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(partial(_keep_dtype, fn), recurse)
+
+
+class UnsavedLinear(QuantizedLinear):
+    """As `int8=True` makes it in 8 bits. Its model's config does not tell, so `state_dict()` raises ValueError."""
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        raise ValueError(_NOT_SAVED)
 
 
 def quantize_matrix(source: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -359,4 +373,12 @@ def quantize_layer(layer: nn.Module) -> None:
     for parent in layer.children():
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
-                setattr(parent, name, Int8Linear(module))
+                setattr(parent, name, _in_8_bits(module))
+
+
+def _in_8_bits(linear: nn.Linear) -> Int8Linear | UnsavedLinear:
+    scheme = Scheme(8)
+    large = linear.weight.numel() > _LARGEST_UNPACKED
+    if large and scheme.fits(linear.in_features, linear.out_features) and kernels.library() is not None:
+        return UnsavedLinear.quantize(linear, scheme)
+    return Int8Linear(linear)

@@ -20,19 +20,20 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Set
-from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
+from emu3.generation.admission import Admission
 from emu3.generation.broken import cause_of_broken_logits
 from emu3.generation.events import Event, Failed, Finished, Reason, Started, Stepped, Tokens
-from emu3.generation.grammar import Grid, Kind
+from emu3.generation.grammar import Grid
 from emu3.generation.prefixes import Prefixes
 from emu3.generation.request import Request, ScheduleError
 from emu3.generation.runtime.runner import Drawn, ModelRunner
 from emu3.generation.sequence import Inputs, Lane, Plan, Sequence
+from emu3.generation.stream import Stream
 from emu3.options import check_whole
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Engine:
         self._prefixes = Prefixes()
         self._submitted = 0
         self._lock = threading.RLock()
-        self._streams: list[_Stream] = []
+        self._streams: list[Stream] = []
 
     @property
     def idle(self) -> bool:
@@ -103,7 +104,7 @@ class Engine:
     @property
     def tokens_in_use(self) -> int:
         """Slots that are reserved: every lane in use has as many as the longest of them needs."""
-        lanes, slots = self._size_of(self._admitted)
+        lanes, slots = self._admission.size_of(self._admitted)
         return lanes * slots
 
     @property
@@ -134,17 +135,7 @@ class Engine:
             if min(prompt) < 0 or max(prompt) >= size:
                 wrong = next(id_ for id_ in prompt if not 0 <= id_ < size)
                 raise ValueError(f"the prompt holds the id {wrong}; the model's ids are 0 to {size - 1}")
-        if len(request.prompts) > self.lanes:
-            raise ValueError(
-                f"the request takes {len(request.prompts)} lanes, this engine has {self.lanes}; make one with more, or "
-                "leave out guidance"
-            )
-        needed = len(request.prompts) * request.reserved(self.context)
-        if self.tokens is not None and needed > self.tokens:
-            raise ValueError(
-                f"the request takes {needed} tokens of the cache, this engine has {self.tokens}; "
-                "ask for less, or make an engine with more tokens"
-            )
+        self._admission.check(request)
         with self._lock:
             sequence = Sequence.begin(request, self._submitted, self.context)
             self._submitted += 1
@@ -191,7 +182,7 @@ class Engine:
                 for number in numbers:
                     self.cancel(number)
                 raise
-            stream = _Stream({number: place for place, number in enumerate(numbers)})
+            stream = Stream({number: place for place, number in enumerate(numbers)})
             self._streams.append(stream)
         try:
             while stream.places or stream.events:
@@ -222,25 +213,17 @@ class Engine:
     def _admitted(self) -> list[Sequence]:
         return [*self._decoding, *self._prefilling]
 
-    def _slots(self, sequence: Sequence) -> int:
-        return sequence.request.reserved(self.context)
+    @property
+    def _admission(self) -> Admission:
+        return Admission(self.lanes, self.tokens, self.for_answers, self.context)
 
     def _admit(self) -> Iterator[Event]:
-        """1. Admit what fits: pictures in the order in which they came, and answers in theirs."""
-        under_way = self._admitted
-        admitted: list[Sequence] = []
-        waits: set[Kind] = set()
-        for sequence in self._waiting:
-            kind = sequence.request.grammar.kind
-            if kind not in waits and self._fits(sequence, [*under_way, *admitted], waits):
-                admitted.append(sequence)
-                continue
-            waits.add(kind)
-            if len(waits) == 2 or not self.for_answers:
-                break
+        """1. Admit what fits, give it room in the cache, and report what its grammar forces at the beginning."""
+        under_way, admission = self._admitted, self._admission
+        admitted = admission.choose(self._waiting, under_way)
         if not admitted:
             return
-        lanes, slots = self._size_of([*under_way, *admitted])
+        lanes, slots = admission.size_of([*under_way, *admitted])
         # Where there is no memory, all go on waiting; whoever asked may wait or cancel.
         self._runner.make_room(lanes, slots, kept=self.lanes_in_use, most_lanes=self.lanes, most_tokens=self.tokens)
         taken = {sequence.number for sequence in admitted}
@@ -255,23 +238,6 @@ class Engine:
                 lane.index = index
                 self._prefixes.add(lane)
             self._prefilling.append(sequence)
-
-    def _fits(self, sequence: Sequence, others: list[Sequence], waits: Set[Kind]) -> bool:
-        """Whether a sequence can run beside others, while requests of some kinds wait that came earlier."""
-        kind = sequence.request.grammar.kind
-        lanes, slots = self._size_of([*others, sequence])
-        alike, _ = self._size_of([each for each in [*others, sequence] if each.request.grammar.kind == kind])
-        if kind == "text" and "visual" in waits and alike > self.for_answers:
-            return False
-        if kind == "visual" and self.for_answers and others:
-            if alike > self.lanes - self.for_answers:
-                return False
-            lanes += 1  # where tokens are scarce, one lane is for answers
-        return lanes <= self.lanes and (self.tokens is None or lanes * slots <= self.tokens)
-
-    def _size_of(self, sequences: list[Sequence]) -> tuple[int, int]:
-        """Lanes, and slots of each."""
-        return sum(len(each.lanes) for each in sequences), max(map(self._slots, sequences), default=0)
 
     def _open(self, sequence: Sequence) -> list[Event]:
         """Report what the grammar forces at the beginning. If that is all of it, the last event says so."""
@@ -390,33 +356,3 @@ def _of_similar_length(chunks: list[tuple[Lane, int]]) -> list[list[tuple[Lane, 
             longest = length
         groups[-1].append((lane, end))
     return groups
-
-
-class _Stream:
-    """What one call of `Engine.stream` listens to.
-
-    Attributes:
-        places: number of each request that is under way -> its place in the list.
-        events: heard, and not yet handed out.
-    """
-
-    def __init__(self, places: dict[int, int]) -> None:
-        self.places = places
-        self.events: deque[Event] = deque()
-
-    def forget(self, number: int) -> None:
-        """A request was cancelled: wait for it no more, and hand out none of its events."""
-        if (place := self.places.pop(number, None)) is not None:
-            others = [event for event in self.events if isinstance(event, Stepped) or event.request != place]
-            self.events = deque(others)
-
-    def hear(self, events: list[Event]) -> None:
-        """Keep what belongs to this call."""
-        for event in events:
-            if isinstance(event, Stepped):
-                self.events.append(event)
-            elif event.request in self.places:
-                place = self.places[event.request]
-                self.events.append(event if place == event.request else replace(event, request=place))
-                if isinstance(event, Finished | Failed):
-                    del self.places[event.request]
