@@ -10,7 +10,7 @@ from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 @pytest.fixture(scope="session")
 def config(tiny_config):
     vision = {"codebook_size": 24, "channel_multiplier": [1, 1], "hidden_size": 32, "attn_resolutions": []}
-    return tiny_config({"initializer_range": 0.3}, vision)
+    return tiny_config({"initializer_range": 0.3, "head_dim": 16}, vision)  # heads that the kernels take
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ from emu3.generation.grammar import Kind
 from emu3.generation.request import Request
 from emu3.generation.sequence import Sequence
 
+# A text has room for a multiple of so many tokens. More room means that the cache is copied.
+_TEXT_ROOM = 512
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -61,6 +64,15 @@ class Admission:
         """Lanes of the cache that sequences take, and slots of each: as many as the longest needs."""
         slots = (each.request.reserved(self.context) for each in sequences)
         return sum(len(each.lanes) for each in sequences), max(slots, default=0)
+
+    def room_for(self, sequences: list[Sequence]) -> tuple[int, int]:
+        """As `size_of`, but texts have room for some tokens only: most end long before the context does."""
+        lanes, _ = self.size_of(sequences)
+        return lanes, max((self._room_of(each) for each in sequences), default=0)
+
+    def _room_of(self, sequence: Sequence) -> int:
+        reserved, needed = sequence.request.reserved(self.context), sequence.slots
+        return reserved if sequence.request.has_length else min(reserved, -(-(needed + 1) // _TEXT_ROOM) * _TEXT_ROOM)
 
     def _fits(self, sequence: Sequence, others: list[Sequence], waits: Set[Kind]) -> bool:
         """Whether a sequence can run beside others, while requests of some kinds wait that came earlier."""

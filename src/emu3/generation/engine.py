@@ -219,13 +219,12 @@ class Engine:
 
     def _admit(self) -> Iterator[Event]:
         """1. Admit what fits, give it room in the cache, and report what its grammar forces at the beginning."""
-        under_way, admission = self._admitted, self._admission
-        admitted = admission.choose(self._waiting, under_way)
+        under_way = self._admitted
+        admitted = self._admission.choose(self._waiting, under_way)
         if not admitted:
             return
-        lanes, slots = admission.size_of([*under_way, *admitted])
         # Where there is no memory, all go on waiting; whoever asked may wait or cancel.
-        self._runner.make_room(lanes, slots, kept=self.lanes_in_use, most_lanes=self.lanes, most_tokens=self.tokens)
+        self._make_room([*under_way, *admitted])
         taken = {sequence.number for sequence in admitted}
         self._waiting = deque(sequence for sequence in self._waiting if sequence.number not in taken)
         for sequence in admitted:
@@ -238,6 +237,10 @@ class Engine:
                 lane.index = index
                 self._prefixes.add(lane)
             self._prefilling.append(sequence)
+
+    def _make_room(self, sequences: list[Sequence]) -> None:
+        lanes, slots = self._admission.room_for(sequences)
+        self._runner.make_room(lanes, slots, kept=self.lanes_in_use, most_lanes=self.lanes, most_tokens=self.tokens)
 
     def _open(self, sequence: Sequence) -> list[Event]:
         """Report what the grammar forces at the beginning. If that is all of it, the last event says so."""
@@ -290,6 +293,7 @@ class Engine:
         yield from failed
         if not planned:
             return
+        self._make_room(self._admitted)  # for texts that grew
         inputs = [own for _, plan in planned for own in plan.inputs]
         hidden = self._runner.feed(inputs)
         events: list[Event] = []

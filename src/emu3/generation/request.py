@@ -96,13 +96,13 @@ class Request:
                 )
         object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, MOST_SEED))
         has_schedule = self.guidance is not None and callable(self.guidance.scale)
-        if has_schedule and not self._has_length and "text" in cast(Guidance, self.guidance).kinds:
+        if has_schedule and not self.has_length and "text" in cast(Guidance, self.guidance).kinds:
             raise ValueError(
                 "a schedule of guidance needs a picture, whose length is known; where texts are guided, give a number"
             )
         if self.max_new_tokens is not None:
             object.__setattr__(self, "max_new_tokens", check_whole("max_new_tokens", self.max_new_tokens))
-            if self._has_length:
+            if self.has_length:
                 raise ValueError(f"max_new_tokens is for text only, got {self.max_new_tokens} for a picture")
             if self.max_new_tokens < (self.grammar.length or 1):
                 raise ValueError(
@@ -111,7 +111,7 @@ class Request:
                 )
 
     @property
-    def _has_length(self) -> bool:
+    def has_length(self) -> bool:
         """Whether the grammar alone says how long the answer is."""
         return self.grammar.length is not None and self.grammar.final
 
@@ -164,7 +164,7 @@ class Request:
                 f"{needed} tokens ({prompt} of prompt) do not fit the model's context of {context}; "
                 f"shorten the prompt or {remedy}"
             )
-        if self._has_length:
+        if self.has_length:
             assert length is not None
             return length
         return min(self.max_new_tokens or context, context - prompt)

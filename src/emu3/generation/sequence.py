@@ -153,6 +153,12 @@ class Sequence:
         """Whether its prompts are in the cache."""
         return all(lane.filled == len(lane.prompt) - 1 for lane in self.lanes)
 
+    @property
+    def slots(self) -> int:
+        """How many slots of a lane it takes so far, with the next step."""
+        part = self.part
+        return max(map(len, self.request.prompts)) + max(self.emitted, part.start + (part.grammar.length or 0)) + 1
+
     def plan(self, most: int) -> Plan:
         """The next step of the part's decoder; see `Decoder.propose`. ScheduleError where the guidance fails."""
         part, request = self.part, self.request

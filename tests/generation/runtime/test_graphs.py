@@ -55,7 +55,7 @@ def repeated(model, monkeypatch):
 
 def cache_of(model, lanes=2, slots=256):
     config = model.config.text_config
-    width = config.hidden_size // config.num_attention_heads
+    width = config.head_dim
     return SlotCache.allocate(config.num_hidden_layers, lanes, config.num_key_value_heads, slots, width)
 
 
