@@ -378,7 +378,6 @@ def quantize_layer(layer: nn.Module) -> None:
 
 def _in_8_bits(linear: nn.Linear) -> Int8Linear | UnsavedLinear:
     scheme = Scheme(8)
-    large = linear.weight.numel() > _LARGEST_UNPACKED
-    if large and scheme.fits(linear.in_features, linear.out_features) and kernels.library() is not None:
+    if scheme.fits(linear.in_features, linear.out_features) and kernels.library() is not None:
         return UnsavedLinear.quantize(linear, scheme)
     return Int8Linear(linear)
