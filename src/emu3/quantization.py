@@ -3,9 +3,9 @@
 A weight matrix has one scale for each output, computed once. Activations have one scale for each row, computed at every
 call. Embeddings, head and vision tokenizer are not quantized.
 
-`int8=True` quantizes a model while it is loaded, and what it makes is not saved. Products with large matrices are
-computed by `emu3.kernels`, where these can be had. All others are computed by oneDNN's integer kernels, which are fast
-with AVX512-VNNI or AMX. Without these they add two products in 16 bits; weights then use only 7 bits, so that no sum
+`int8=True` quantizes a model while it is loaded, and what it makes is not saved. Products are computed by
+`emu3.kernels`, where these can be had and take the size; else by oneDNN's integer kernels, which are fast with
+AVX512-VNNI or AMX. Without these they add two products in 16 bits; weights then use only 7 bits, so that no sum
 overflows. `emu3 quantize` writes checkpoints whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
 """
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
 # The kernels take unsigned activations: -127..127 plus this.
 _ACTIVATION_OFFSET = 128
-# Elements of a matrix. Up to here `_int_mm` is faster; above, `emu3.kernels`, and where there are none, oneDNN on a
-# matrix packed in the order its kernels read.
+# Elements of a matrix. Up to here `_int_mm` is faster than oneDNN on a matrix packed in the order its kernels read, and
+# fused layers are stored a second time.
 _LARGEST_UNPACKED = 2**20
 _METHOD = "emu3"
 _NOT_SAVED = (
