@@ -138,3 +138,23 @@ torch.save([QuantizedLinear.quantize(linear, scheme)(x).detach() for scheme in s
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert torch.equal(found[0][0], found[1][0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("make", [Int8Linear, lambda linear: QuantizedLinear.quantize(linear, Scheme(4, 32))])
+@torch.no_grad()
+def test_the_compiler_takes_any_number_of_rows_at_once(monkeypatch, make):
+    """Guessing decoders feed another number at each step, and each compilation takes half a minute."""
+    monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 0)
+    torch.manual_seed(0)
+    layer, compilations = make(nn.Linear(64, 32)), []
+
+    def backend(graph, example):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, dynamic=True)
+    for rows in (5, 7, 3):
+        x = torch.randn(rows, 64)
+        assert torch.equal(compiled(x), layer(x))
+    assert len(compilations) == 1

@@ -126,7 +126,8 @@ _opaque_multiply_packed = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
 )
-_opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(len(rows), len(scales)))
+# `len` is a number to the compiler, and what it compiles is for that one only; a size may be another at the next call.
+_opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(rows.shape[0], scales.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ _opaque_multiply_blocks = torch.library.custom_op(
     schema="(Tensor rows, Tensor weight, Tensor scales, int bits) -> Tensor",
 )
 _opaque_multiply_blocks.register_fake(
-    lambda rows, weight, scales, bits: rows.new_empty(len(rows), kernels.OUTPUTS * len(weight))
+    lambda rows, weight, scales, bits: rows.new_empty(rows.shape[0], kernels.OUTPUTS * weight.shape[0])
 )
 
 
