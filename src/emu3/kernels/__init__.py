@@ -14,8 +14,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ GROUP = 32
 FLOATS = 16
 """Of a vector; the width of a head is a multiple of it."""
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "attention.cpp")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("layers.cpp", "attention.cpp", "linear.cpp")]  # includes others
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120
 
@@ -76,7 +78,7 @@ def _compile(compiler: str, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         unfinished = Path(folder) / file.name
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(unfinished)]
+        command = [compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(unfinished)]
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
         unfinished.replace(file)
 
@@ -99,16 +101,9 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     x, weight = x.float().contiguous(), weight.contiguous()
     scales = scales.to(torch.float32 if bits == 8 else torch.float16).contiguous()
     (rows, inputs), outputs = x.shape, OUTPUTS * len(weight)
-    parts = inputs // GROUP if bits == 4 else 1
+    group = inputs // scales.shape[1] if bits == 4 else 0
     y = x.new_empty(rows, outputs)
-    rounded = torch.empty(rows, inputs, dtype=torch.int8)
-    sums, factors = torch.empty(rows, parts, dtype=torch.int32), torch.empty(rows, parts)
-    sizes = _whole(rows, inputs, outputs)
-    scratch, operands = _addresses(rounded, sums, factors, y), _addresses(x, weight, scales)
-    if bits == 4:
-        compiled.emu3_linear_4(*operands, *_whole(inputs // scales.shape[1]), *sizes, *scratch)
-    else:
-        compiled.emu3_linear_8(*operands, *sizes, *scratch)
+    compiled.emu3_linear(*_addresses(x, weight, scales), *_whole(group, rows, inputs, outputs), *_addresses(y))
     return y
 
 
@@ -145,15 +140,59 @@ def attend(
     """
     compiled = library()
     assert compiled is not None
-    _, heads, length, width = keys.shape
-    groups = x.shape[1] // (heads * width) - 2
-    assert keys.is_contiguous() and values.is_contiguous() and turns_of_slots.is_contiguous()
-    x, cos, sin = (tensor.float().contiguous() for tensor in (x, cos, sin))
-    y = x.new_empty(len(x), heads * groups * width)
-    operands = _addresses(x, cos, sin, slots, turns, lanes, starts, turns_of_slots, keys, values, y)
-    sizes = _whole(len(lanes), keys.dtype == torch.bfloat16, length, heads, groups, width)
-    compiled.emu3_attend(*operands, *sizes, ctypes.c_double(scaling))
+    x = x.float().contiguous()
+    tokens = _tokens(keys, values, x.shape[1], cos, sin, slots, turns, lanes, starts, turns_of_slots)
+    y = x.new_empty(len(x), x.shape[1] - 2 * keys.shape[1] * keys.shape[3])
+    where = _addresses(keys, values)
+    compiled.emu3_attend(*_addresses(x), *tokens, *where, ctypes.c_double(scaling), *_addresses(y))
     return y
+
+
+def run_layers(
+    layers: Tensor, count: int, hidden: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *tokens: Tensor
+) -> Tensor:
+    """All layers of a quantized model; `library()` must be there.
+
+    Args:
+        layers: as many `Layer`s of `layers.cpp` as `count` says, as bytes.
+        count: of the layers.
+        hidden: (T, E), float32, contiguous; changes.
+        keys, values: of the cache, for each layer; they change.
+        tokens: the last seven arguments of `attend`.
+
+    Returns:
+        `hidden`.
+    """
+    compiled = library()
+    assert compiled is not None and hidden.dtype == torch.float32 and hidden.is_contiguous()
+    heads, width = keys[0].shape[1], keys[0].shape[3]
+    outputs = layers.view(torch.int64)[4] + 2 * heads * width  # of query, key and value
+    where = [(ctypes.c_void_p * count)(*(each.data_ptr() for each in caches)) for caches in (keys, values)]
+    arguments = _tokens(keys[0], values[0], int(outputs), *tokens)
+    compiled.emu3_layers(
+        *_addresses(layers), *_whole(count), *_addresses(hidden), *_whole(len(hidden)), *arguments, *where
+    )
+    return hidden
+
+
+def _tokens(
+    keys: Tensor,
+    values: Tensor,
+    row_width: int,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    turns: Tensor,
+    lanes: Tensor,
+    starts: Tensor,
+    turns_of_slots: Tensor,
+) -> list[Any]:
+    """The arguments of `attend` that say where tokens stand, as the compiled functions take them."""
+    _, heads, length, width = keys.shape
+    assert keys.is_contiguous() and values.is_contiguous() and turns_of_slots.is_contiguous()
+    assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
+    sizes = len(lanes), keys.dtype == torch.bfloat16, length, heads, row_width // (heads * width) - 2, width
+    return [*_addresses(cos, sin, slots, turns, lanes, starts, turns_of_slots), *_whole(*sizes)]
 
 
 def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:

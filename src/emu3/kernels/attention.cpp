@@ -241,70 +241,97 @@ void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64
     }
 }
 
+// What is known of new tokens; see `emu3_attend`.
+struct Tokens {
+    const float *cos, *sin;
+    const int64_t *slots, *turns, *lanes, *starts, *turns_of_slots;
+    int64_t count, halves, length, heads, groups, width;  // count: of the lanes
+};
+
+// The memory is asked for what a piece will read, as far as that is worth it.
 template <typename Element>
-void attend_all(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
-                const int64_t* lanes, const int64_t* starts, int64_t count, const int64_t* turns_of_slots,
-                Element* keys, Element* values, int64_t length, int64_t heads, int64_t groups, int64_t width,
-                float scaling, float* y) {
-    const int64_t row_width = (groups + 2) * heads * width;
-#pragma omp parallel
-    {
-        Work work(width);
-        std::vector<float> rotated(width);
-#pragma omp for schedule(dynamic)
-        for (int64_t piece = 0; piece < count * heads; piece++) {
-            const int64_t lane = piece / heads, head = piece % heads, start = starts[lane];
-            const int64_t tokens = starts[lane + 1] - start;
-            Element* own_keys = keys + (lanes[lane] * heads + head) * length * width;
-            Element* own_values = values + (lanes[lane] * heads + head) * length * width;
-            for (int64_t t = start; t < start + tokens; t++) {
-                const float* key = x + t * row_width + (groups * heads + head) * width;
-                const float* value = key + heads * width;
-                rotate(key, cos + t * width, sin + t * width, 1, width, rotated.data());
-                for (int64_t d = 0; d < width; d += LANES) {
-                    store(own_keys + slots[t] * width + d, load(rotated.data() + d));
-                    store(own_values + slots[t] * width + d, load(value + d));
-                }
+void ask_for(const Element* from, int64_t elements) {
+    const int64_t bytes = elements * (int64_t)sizeof(Element), most = bytes < 32768 ? bytes : 32768;
+    for (int64_t i = 0; i < most; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// Runs in parallel where it is called in a parallel region.
+template <typename Element>
+void attend_all(Work& work, const Tokens& tokens, const float* x, Element* keys, Element* values, float scaling,
+                float* y) {
+    const int64_t heads = tokens.heads, groups = tokens.groups, width = tokens.width, *slots = tokens.slots;
+    const int64_t row_width = (groups + 2) * heads * width, pieces = tokens.count * heads;
+    const int64_t at_once = pieces / 32 + 1;
+#pragma omp for schedule(dynamic, at_once)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t lane = piece / heads, head = piece % heads, start = tokens.starts[lane];
+        const int64_t count = tokens.starts[lane + 1] - start;
+        const int64_t size = tokens.length * width;
+        Element* own_keys = keys + (tokens.lanes[lane] * heads + head) * size;
+        Element* own_values = values + (tokens.lanes[lane] * heads + head) * size;
+        if (piece + 1 < pieces) {
+            const int64_t next = (piece + 1) / heads, end = slots[tokens.starts[next + 1] - 1] + 1;
+            const int64_t place = (tokens.lanes[next] * heads + (piece + 1) % heads) * size;
+            ask_for(keys + place, end * width);
+            ask_for(values + place, end * width);
+        }
+        for (int64_t t = start; t < start + count; t++) {
+            const float* key = x + t * row_width + (groups * heads + head) * width;
+            const float* value = key + heads * width;
+            float* rotated = work.keys.data();
+            rotate(key, tokens.cos + t * width, tokens.sin + t * width, 1, width, rotated);
+            for (int64_t d = 0; d < width; d += LANES) {
+                store(own_keys + slots[t] * width + d, load(rotated + d));
+                store(own_values + slots[t] * width + d, load(value + d));
             }
-            for (int64_t first = 0; first < groups * tokens; first += ROWS) {
-                const int64_t rows = groups * tokens - first < ROWS ? groups * tokens - first : ROWS;
-                int64_t end = 0;
-                for (int64_t r = 0; r < rows; r++) {
-                    const int64_t token = start + (first + r) % tokens, group = (first + r) / tokens;
-                    const float* query = x + token * row_width + (head * groups + group) * width;
-                    rotate(query, cos + token * width, sin + token * width, scaling, width, work.queries.data() + r * width);
-                    end = slots[token] + 1 > end ? slots[token] + 1 : end;
-                }
-                attend(work, rows, first, tokens, slots + start, turns + start, turns_of_slots + lanes[lane] * length,
-                       own_keys, own_values, end, width);
-                for (int64_t r = 0; r < rows; r++) {
-                    const int64_t token = start + (first + r) % tokens, group = (first + r) / tokens;
-                    float* to = y + (token * heads * groups + head * groups + group) * width;
-                    const float* from = work.sums.data() + r * width;
-                    for (int64_t d = 0; d < width; d += LANES) store(to + d, load(from + d) / work.total[r]);
-                }
+        }
+        for (int64_t first = 0; first < groups * count; first += ROWS) {
+            const int64_t rows = groups * count - first < ROWS ? groups * count - first : ROWS;
+            int64_t end = 0;
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t t = start + (first + r) % count, group = (first + r) / count;
+                const float* query = x + t * row_width + (head * groups + group) * width;
+                float* rotated = work.queries.data() + r * width;
+                rotate(query, tokens.cos + t * width, tokens.sin + t * width, scaling, width, rotated);
+                end = slots[t] + 1 > end ? slots[t] + 1 : end;
+            }
+            attend(work, rows, first, count, slots + start, tokens.turns + start,
+                   tokens.turns_of_slots + tokens.lanes[lane] * tokens.length, own_keys, own_values, end, width);
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t t = start + (first + r) % count, group = (first + r) / count;
+                float* to = y + (t * heads * groups + head * groups + group) * width;
+                const float* from = work.sums.data() + r * width;
+                for (int64_t d = 0; d < width; d += LANES) store(to + d, load(from + d) / work.total[r]);
             }
         }
     }
+}
+
+void attend_all(Work& work, const Tokens& tokens, const float* x, void* keys, void* values, float scaling, float* y) {
+    if (tokens.halves)
+        attend_all(work, tokens, x, (uint16_t*)keys, (uint16_t*)values, scaling, y);
+    else
+        attend_all(work, tokens, x, (float*)keys, (float*)values, scaling, y);
 }
 
 }  // namespace
 
 extern "C" {
 
-// x (T, (N + 2 K) * D): queries, keys and values of T tokens; cos, sin (T, D). Lane `lanes[b]` of the cache has the tokens
-// starts[b] to starts[b + 1] - 1, with their `slots` and `turns` (T). turns_of_slots (lanes, L) holds these already. Keys
-// and values (lanes, K, L, D) in float, or in bfloat16 if `halves`. D is a multiple of 16. To y (T, N * D).
+// x (T, (N + 2 K) * D): queries, keys and values of T tokens; cos, sin (T, D). Lane `lanes[b]` of the cache has the
+// tokens starts[b] to starts[b + 1] - 1, with their `slots` and `turns` (T). turns_of_slots (lanes, L) holds these already.
+// Keys and values (lanes, K, L, D) in float, or in bfloat16 if `halves`. D is a multiple of 16. To y (T, N * D).
 void emu3_attend(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
-                 const int64_t* lanes, const int64_t* starts, const int64_t* turns_of_slots, void* keys, void* values,
-                 float* y, int64_t count, int64_t halves, int64_t length, int64_t heads, int64_t groups, int64_t width,
-                 double scaling) {
-    if (halves)
-        attend_all(x, cos, sin, slots, turns, lanes, starts, count, turns_of_slots, (uint16_t*)keys, (uint16_t*)values,
-                   length, heads, groups, width, (float)scaling, y);
-    else
-        attend_all(x, cos, sin, slots, turns, lanes, starts, count, turns_of_slots, (float*)keys, (float*)values, length,
-                   heads, groups, width, (float)scaling, y);
+                 const int64_t* lanes, const int64_t* starts, const int64_t* turns_of_slots, int64_t count,
+                 int64_t halves, int64_t length, int64_t heads, int64_t groups, int64_t width, void* keys, void* values,
+                 double scaling, float* y) {
+    const Tokens tokens{cos,   sin,    slots,  turns, lanes,  starts, turns_of_slots,
+                        count, halves, length, heads, groups, width};
+#pragma omp parallel
+    {
+        Work work(width);
+        attend_all(work, tokens, x, keys, values, (float)scaling, y);
+    }
 }
 
 }  // extern "C"

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 
 namespace {
@@ -45,13 +46,13 @@ inline void add_products(Sums& sums, const Bytes& weights, const int8_t* activat
 }
 inline Floats to_floats(const Sums& sums) { return {_mm512_cvtepi32_ps(sums.value)}; }
 inline Floats load_16_bits(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Floats times(const Floats& a, const Floats& b) { return {_mm512_mul_ps(a.value, b.value)}; }
 inline Floats times(const Floats& a, float b) { return {_mm512_mul_ps(a.value, _mm512_set1_ps(b))}; }
 inline void add_product(Floats& to, const Floats& a, const Floats& b) {
     to.value = _mm512_fmadd_ps(a.value, b.value, to.value);
 }
-inline void store(float* p, const Floats& a) { _mm512_storeu_ps(p, a.value); }
+inline void store_floats(float* p, const Floats& a) { _mm512_storeu_ps(p, a.value); }
 inline void add(Sums& to, const Sums& other) { to.value = _mm512_add_epi32(to.value, other.value); }
 
 #else
@@ -98,7 +99,7 @@ inline Floats to_floats(const Sums& sums) { return {_mm256_cvtepi32_ps(sums.low)
 inline Floats load_16_bits(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
-inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Floats times(const Floats& a, const Floats& b) {
     return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
@@ -107,7 +108,7 @@ inline void add_product(Floats& to, const Floats& a, const Floats& b) {
     to.low = _mm256_fmadd_ps(a.low, b.low, to.low);
     to.high = _mm256_fmadd_ps(a.high, b.high, to.high);
 }
-inline void store(float* p, const Floats& a) {
+inline void store_floats(float* p, const Floats& a) {
     _mm256_storeu_ps(p, a.low);
     _mm256_storeu_ps(p + 8, a.high);
 }
@@ -124,7 +125,7 @@ inline void ask_for(const uint8_t* p) {
 // ROWS rows of activations times one block in 8 bits.
 template <int ROWS>
 void block_8(const uint8_t* weights, const float* scales, const int8_t* activations, const int32_t* sums_of_rows,
-             const float* row_scales, int64_t inputs, int64_t outputs, float* y) {
+             const float* row_scales, int64_t inputs, int64_t stride, float* y) {
     Sums sums[ROWS], more[ROWS];
     for (int m = 0; m < ROWS; m++) {
         sums[m] = Sums::all(-128 * sums_of_rows[m]);
@@ -142,17 +143,17 @@ void block_8(const uint8_t* weights, const float* scales, const int8_t* activati
             weights += 128;
         }
     }
-    const Floats of_outputs = load(scales);
+    const Floats of_outputs = load_floats(scales);
     for (int m = 0; m < ROWS; m++) {
         add(sums[m], more[m]);
-        store(y + m * outputs, times(times(to_floats(sums[m]), of_outputs), row_scales[m]));
+        store_floats(y + m * stride, times(times(to_floats(sums[m]), of_outputs), row_scales[m]));
     }
 }
 
 // ROWS rows of activations times one block in 4 bits. `per_scale`: groups of 32 inputs that share a scale.
 template <int ROWS>
 void block_4(const uint8_t* weights, const uint16_t* scales, const int8_t* activations, const int32_t* sums_of_groups,
-             const float* group_scales, int64_t inputs, int64_t outputs, int64_t per_scale, float* y) {
+             const float* group_scales, int64_t inputs, int64_t stride, int64_t per_scale, float* y) {
     const int64_t groups = inputs / GROUP;
     Floats found[ROWS];
     for (int m = 0; m < ROWS; m++) found[m] = Floats::zero();
@@ -174,7 +175,7 @@ void block_4(const uint8_t* weights, const uint16_t* scales, const int8_t* activ
         for (int m = 0; m < ROWS; m++)
             add_product(found[m], to_floats(sums[m]), times(of_outputs, group_scales[m * groups + g]));
     }
-    for (int m = 0; m < ROWS; m++) store(y + m * outputs, found[m]);
+    for (int m = 0; m < ROWS; m++) store_floats(y + m * stride, found[m]);
 }
 
 // Calls `block` for 8, 4, 2 or 1 rows at a time.
@@ -200,63 +201,98 @@ float largest(const float* x, int64_t count) {
     return most;
 }
 
+// All of these run in parallel where they are called in a parallel region, and end together.
+
+// 8 bits: rows (rows, inputs) to bytes, with the sum of a row's bytes and its scale.
+void round_8(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_t* sums, float* scales) {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+        const float* row = x + m * inputs;
+        const float scale = std::fmax(largest(row, inputs), 1e-12f) / 127;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < inputs; k++) {
+            const int32_t value = (int32_t)(row[k] / scale + 128.5f) - 128;  // cutting off rounds to nearest
+            bytes[m * inputs + k] = (int8_t)value;
+            sum += value;
+        }
+        scales[m] = scale;
+        sums[m] = sum;
+    }
+}
+
+// 4 bits: the same with a sum and a scale for each 32 inputs.
+void round_4(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_t* sums, float* scales) {
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < rows * (inputs / GROUP); part++) {
+        const float* from = x + part * GROUP;
+        const float scale = largest(from, GROUP) / 127, inverse = scale > 0 ? 1 / scale : 0;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < GROUP; k++) {
+            const int32_t value = (int32_t)std::nearbyint(from[k] * inverse);
+            bytes[part * GROUP + k] = (int8_t)value;
+            sum += value;
+        }
+        scales[part] = scale;
+        sums[part] = sum;
+    }
+}
+
+struct Matrix {
+    const uint8_t* weights;
+    const void* scales;  // float in 8 bits, float16 in 4
+    int64_t inputs, outputs;
+    int64_t group;  // inputs that share a scale in 4 bits; 0 is 8 bits
+};
+
+// Rounded rows times a matrix, to rows of y that are `stride` apart.
+void multiply(const Matrix& matrix, int64_t rows, const int8_t* bytes, const int32_t* sums, const float* row_scales,
+              float* y, int64_t stride) {
+    const int64_t inputs = matrix.inputs, groups = inputs / GROUP;
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < matrix.outputs / OUTPUTS; block++)
+        in_tiles(rows, [&](auto count, int64_t m) {
+            float* to = y + m * stride + block * OUTPUTS;
+            if (matrix.group == 0)
+                block_8<count()>(matrix.weights + block * OUTPUTS * inputs,
+                                 (const float*)matrix.scales + block * OUTPUTS, bytes + m * inputs, sums + m,
+                                 row_scales + m, inputs, stride, to);
+            else
+                block_4<count()>(matrix.weights + block * OUTPUTS * inputs / 2,
+                                 (const uint16_t*)matrix.scales + block * OUTPUTS * inputs / matrix.group,
+                                 bytes + m * inputs, sums + m * groups, row_scales + m * groups, inputs, stride,
+                                 matrix.group / GROUP, to);
+        });
+}
+
+// For rounded rows.
+struct Rounded {
+    std::unique_ptr<int8_t[]> bytes;
+    std::unique_ptr<int32_t[]> sums;
+    std::unique_ptr<float[]> scales;
+    Rounded(int64_t rows, int64_t inputs)
+        : bytes(new int8_t[rows * inputs]), sums(new int32_t[rows * (inputs / GROUP + 1)]),
+          scales(new float[rows * (inputs / GROUP + 1)]) {}
+    void round(const float* x, int64_t rows, const Matrix& first) {  // as the matrix wants them
+        (first.group == 0 ? round_8 : round_4)(x, rows, first.inputs, bytes.get(), sums.get(), scales.get());
+    }
+    void times(const Matrix& matrix, int64_t rows, float* y, int64_t stride) const {
+        multiply(matrix, rows, bytes.get(), sums.get(), scales.get(), y, stride);
+    }
+};
+
 }  // namespace
 
 extern "C" {
 
-// x (rows, inputs) to y (rows, outputs). `bytes` (rows, inputs), `sums` and `floats` (rows) are scratch.
-void emu3_linear_8(const float* x, const uint8_t* weights, const float* scales, int64_t rows, int64_t inputs,
-                   int64_t outputs, int8_t* bytes, int32_t* sums, float* floats, float* y) {
+// x (rows, inputs) times a matrix to y (rows, outputs); see `Matrix`.
+void emu3_linear(const float* x, const uint8_t* weights, const void* scales, int64_t group, int64_t rows, int64_t inputs,
+                 int64_t outputs, float* y) {
+    const Matrix matrix{weights, scales, inputs, outputs, group};
+    Rounded rounded(rows, inputs);
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m++) {
-            const float* row = x + m * inputs;
-            const float scale = std::fmax(largest(row, inputs), 1e-12f) / 127;
-            int32_t sum = 0;
-            for (int64_t k = 0; k < inputs; k++) {
-                const int32_t value = (int32_t)(row[k] / scale + 128.5f) - 128;  // cutting off rounds to nearest
-                bytes[m * inputs + k] = (int8_t)value;
-                sum += value;
-            }
-            floats[m] = scale;
-            sums[m] = sum;
-        }
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < outputs / OUTPUTS; block++)
-            in_tiles(rows, [&](auto count, int64_t m) {
-                block_8<count()>(weights + block * OUTPUTS * inputs, scales + block * OUTPUTS, bytes + m * inputs,
-                                 sums + m, floats + m, inputs, outputs, y + m * outputs + block * OUTPUTS);
-            });
-    }
-}
-
-// As above, in 4 bits. `group`: inputs that share a scale. `sums` and `floats` (rows, inputs / 32) are scratch.
-void emu3_linear_4(const float* x, const uint8_t* weights, const uint16_t* scales, int64_t group, int64_t rows,
-                   int64_t inputs, int64_t outputs, int8_t* bytes, int32_t* sums, float* floats, float* y) {
-    const int64_t groups = inputs / GROUP;
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int64_t part = 0; part < rows * groups; part++) {
-            const float* from = x + part * GROUP;
-            const float scale = largest(from, GROUP) / 127, inverse = scale > 0 ? 1 / scale : 0;
-            int32_t sum = 0;
-            for (int64_t k = 0; k < GROUP; k++) {
-                const int32_t value = (int32_t)std::nearbyint(from[k] * inverse);
-                bytes[part * GROUP + k] = (int8_t)value;
-                sum += value;
-            }
-            floats[part] = scale;
-            sums[part] = sum;
-        }
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < outputs / OUTPUTS; block++)
-            in_tiles(rows, [&](auto count, int64_t m) {
-                block_4<count()>(weights + block * OUTPUTS * inputs / 2, scales + block * OUTPUTS * inputs / group,
-                                 bytes + m * inputs, sums + m * groups, floats + m * groups, inputs, outputs,
-                                 group / GROUP, y + m * outputs + block * OUTPUTS);
-            });
+        rounded.round(x, rows, matrix);
+        rounded.times(matrix, rows, y, outputs);
     }
 }
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from emu3 import kernels
 from emu3.generation.runtime.attention import Packed, Padded, attend
 from emu3.generation.runtime.cache import SlotCache
+from emu3.generation.runtime.fused import FusedLayers
 from emu3.modeling.parallel import is_split, own_part, summed
 from emu3.quantization import Int8Linear, QuantizedLinear
 
@@ -174,6 +175,7 @@ class Forward:
         cos_LD, sin_LD: of every slot. The sine of the first half of a head is negative, as the rotation needs it.
             None where they change with the length.
         decode: `run_layers` for lanes that decode, compiled if asked for. Prompts use it uncompiled.
+        fused: what `run_packed` uses in their place, if it can be had.
     """
 
     text_model: Emu3TextModel
@@ -181,6 +183,7 @@ class Forward:
     cos_LD: Tensor | None
     sin_LD: Tensor | None
     decode: Callable[..., Tensor]
+    fused: FusedLayers | None
 
     @classmethod
     def pack(cls, text_model: Emu3TextModel, slots: int, compiled: bool = False) -> Forward:
@@ -196,7 +199,8 @@ class Forward:
             Layer.pack(cast("Emu3DecoderLayer", layer), compiled)
             for layer in text_model.layers[: text_model.config.num_hidden_layers]
         )
-        return cls(text_model, layers, None, None, decode).for_slots(slots)
+        fused = FusedLayers.of(text_model) if can_pack(text_model) else None
+        return cls(text_model, layers, None, None, decode, fused).for_slots(slots)
 
     def for_slots(self, slots: int) -> Forward:
         """The same for caches of up to so many slots."""
@@ -267,7 +271,10 @@ class Forward:
         hidden_TE: Tensor = self.text_model.embed_tokens(ids_T).float()
         cos_BTD, sin_BTD = self._angles_of(slots_T[None], hidden_TE)
         tokens = Packed(cos_BTD[0], sin_BTD[0], slots_T, turns_T, lanes_B, starts, cache.turns_BL)
-        hidden_TE = self._run(prompts)(self.layers, hidden_TE, tokens, cache.keys, cache.values)
+        if self.fused is not None:
+            hidden_TE = self.fused(hidden_TE, tokens, cache.keys, cache.values)
+        else:
+            hidden_TE = self._run(prompts)(self.layers, hidden_TE, tokens, cache.keys, cache.values)
         return _normalize(hidden_TE, self.text_model.norm)
 
     @property

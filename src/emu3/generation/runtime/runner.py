@@ -18,6 +18,7 @@ from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.sampling import Sampling, guide
 from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
 from emu3.modeling.parallel import processes_of, whole
+from emu3.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
@@ -103,8 +104,11 @@ class ModelRunner:
 
     @property
     def _cache_dtype(self) -> torch.dtype:
-        """Of keys and values: the kernel reads them in 16 bits too."""
-        return self.head.dtype if self._packs and self.head.dtype == torch.bfloat16 else working_dtype(self.head)
+        """Of keys and values. Beside weights of 16 bits or less the kernel reads them in 16 bits."""
+        quantized = any(isinstance(module, QuantizedLinear) for module in self.text_model.layers.modules())
+        if self._packs and (quantized or self.head.dtype == torch.bfloat16):
+            return torch.bfloat16
+        return working_dtype(self.head)
 
     def make_room(self, lanes: int, slots: int, kept: int, most_lanes: int, most_tokens: int | None) -> None:
         """Give the cache at least so many lanes of so many slots.
