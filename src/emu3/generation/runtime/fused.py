@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from emu3 import kernels
 from emu3.generation.runtime.attention import Packed
-from emu3.quantization import QuantizedLinear
+from emu3.quantization import QuantizedLinear, UnsavedLinear
 
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
@@ -49,7 +49,7 @@ class FusedLayers:
 
 def _is_plain(layer: Any) -> bool:
     linears = _linears(layer)
-    if not all(type(each).__base__ is QuantizedLinear or type(each) is QuantizedLinear for each in linears):
+    if not all(type(each) in (QuantizedLinear, UnsavedLinear) for each in linears):
         return False
     whole = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn, *linears]
     return all(each.bias is None for each in linears) and not any(map(_is_changed, whole))
