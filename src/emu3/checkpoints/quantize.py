@@ -23,6 +23,9 @@ from emu3.quantization import QuantizedLinear, Scheme, quantize_matrix, use_sche
 
 # Of a file of weights, unless one tensor is larger; so much is in memory at a time, beside the files that are mapped.
 _SHARD_BYTES = 5 * 10**8
+# From so many bytes on, the vision tokenizer is stored in float32, as it is computed with, so that it can be mapped.
+_LARGE_VISION = 10**8
+_VISION = "model.vqmodel."
 _PLAN = "quantization_plan.json"
 
 
@@ -60,8 +63,9 @@ def quantize(
 ) -> QuantizeReport:
     """Write the checkpoint in `source` to the new folder `target` with the matrices of its layers in 8 or 4 bits.
 
-    Embedding, head, norms and vision tokenizer keep their bits. Weights are read tensor by tensor. Where it was cut
-    off, the next call with the same arguments goes on behind the last file that is complete.
+    Embedding, head and norms keep their bits; so does a small vision tokenizer. A large one is stored in float32, as it
+    is computed with. Weights are read tensor by tensor. Where it was cut off, the next call with the same
+    arguments goes on behind the last file that is complete.
 
     Args:
         source: a folder in either layout of transformers.
@@ -85,7 +89,11 @@ def quantize(
     use_scheme(model.model.text_model, scheme)
     quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     layers = {name.removesuffix(".weight") for name, header in headers.items() if _is_matrix_of_layer(name, header)}
-    shards = list(_shards(headers, model.state_dict(), quantized))
+    widened = {f"{name}.bias" for name in quantized}
+    vision = {name for name, header in headers.items() if name.startswith(_VISION) and header.dtype in ("BF16", "F16")}
+    if sum(headers[name].bytes for name in vision) >= _LARGE_VISION:
+        widened |= vision
+    shards = list(_shards(headers, model.state_dict(), quantized, widened))
     total = sum(size for _, size in shards)
     # Files that were changed since are others.
     files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(headers)]
@@ -106,7 +114,7 @@ def quantize(
                     tensors: dict[str, Tensor] = {}
                     for name in names:
                         tensor = opened[headers[name].file].get_tensor(headers[name].name)
-                        tensors |= _stored(name, tensor, quantized, scheme)
+                        tensors |= _stored(name, tensor, quantized, widened, scheme)
                     save_file(tensors, file.with_suffix(".part"), metadata={"format": "pt"})
                 file.with_suffix(".part").replace(file)
             with safe_open(file, framework="numpy") as written:
@@ -140,7 +148,7 @@ def _is_matrix_of_layer(name: str, header: TensorHeader) -> bool:
 
 
 def _shards(
-    headers: dict[str, TensorHeader], expected: dict[str, Tensor], quantized: set[str]
+    headers: dict[str, TensorHeader], expected: dict[str, Tensor], quantized: set[str], widened: set[str]
 ) -> Iterator[tuple[list[str], int]]:
     """Names of the source's tensors that go into one file, and how many bytes they take there."""
     names: list[str] = []
@@ -150,7 +158,7 @@ def _shards(
         own = header.bytes
         if module in quantized:
             own = sum(expected[f"{module}.{part}"].nbytes for part in ("weight", "scales"))
-        elif name.removesuffix(".bias") in quantized:
+        elif name in widened:
             own = 4 * header.elements
         if names and size + own > _SHARD_BYTES:
             yield names, size
@@ -160,11 +168,11 @@ def _shards(
     yield names, size
 
 
-def _stored(name: str, tensor: Tensor, quantized: set[str], scheme: Scheme) -> dict[str, Tensor]:
+def _stored(name: str, tensor: Tensor, quantized: set[str], widened: set[str], scheme: Scheme) -> dict[str, Tensor]:
     """What becomes of a tensor, with names of the documented layout."""
     module = name.removesuffix(".weight")
     if module in quantized:
         with torch.inference_mode():
             weight, scales = quantize_matrix(tensor, scheme)
         return {name: weight, f"{module}.scales": scales}
-    return {name: tensor.float() if name.removesuffix(".bias") in quantized else tensor}
+    return {name: tensor.float() if name in widened else tensor}
