@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from emu3.generation.runtime.cache import SlotCache
+from emu3.generation.runtime.drafts import Drafter
 from emu3.generation.runtime.forward import Forward, linear, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.sampling import Sampling, guide
 from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
 
 if TYPE_CHECKING:
+    from emu3.modeling.draft import DraftHead
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
 # The cache grows to a multiple of so many slots.
@@ -49,11 +51,12 @@ class ModelRunner:
 
     Args:
         model: in evaluation mode.
-        compiled: see `Engine`.
+        compiled, draft: see `Engine`.
     """
 
-    def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool) -> None:
+    def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool, draft: DraftHead | None = None) -> None:
         self.model, self.compiled = model, compiled
+        self.drafter = None if draft is None else Drafter(model, draft)
         self.cache: SlotCache | None = None
         self._forward: Forward | None = None
         self._run: Forward | RecordedForward | None = None  # a recording belongs to one cache
