@@ -267,6 +267,7 @@ def test_several_prompts_are_numbered_and_keep_their_settings(
         "device": "cpu",
         "int8": False,
         "compiled": False,
+        "draft": False,
     }
     for number, (record, prompt) in enumerate(zip(drawn, ["a red car", "a cat <image>"], strict=True)):
         with Image.open(record.pop("path")) as written:

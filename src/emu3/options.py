@@ -255,6 +255,7 @@ class Load(_Options):
     )
     int8: bool = _option(False, "Run the layers in 8 bits, on a CPU.", check_flag)
     compiled: bool = _option(False, "Compile the layers first; pays for many pictures.", check_flag)
+    draft: bool = _option(True, "Use the draft head, if the checkpoint has one: fewer steps, as good.", check_flag)
     download: bool = _option(False, "Allow a hub id to be downloaded.", check_flag)
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText
 
 if TYPE_CHECKING:
+    from emu3.modeling.draft import DraftHead
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
@@ -52,12 +53,13 @@ class Emu3Pipeline:
     """A model in evaluation mode and its processor, ready to draw and to answer.
 
     Its engine is made at the first call and kept. Call `engine.refresh()` after you change the model's weights.
-    `compiled` compiles the layers, as `Engine` says.
+    `compiled` compiles the layers, and `draft` is a draft head, as `Engine` says.
     """
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
     compiled: bool = False
+    draft: DraftHead | None = None
 
     def __post_init__(self) -> None:
         ours, theirs = self.processor.image_processor.spatial_factor, self.model.model.vqmodel.spatial_scale_factor
@@ -88,6 +90,7 @@ class Emu3Pipeline:
         if not isinstance(name, str | Path) or not str(name):
             raise ValueError(f'name must be that of a checkpoint, such as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor, pick_device
+        from emu3.modeling.draft import load_draft
 
         device = pick_device(load.device, load.int8)
         folder = resolve(name, download=load.download)
@@ -95,14 +98,15 @@ class Emu3Pipeline:
             check_fits(folder, load.dtype, load.int8, device)
         processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
         model = load_model(folder, dtype=load.dtype, device=device, int8=load.int8, device_map=load.device_map)
-        return cls(model, processor, compiled=load.compiled)
+        draft = load_draft(folder, model) if load.draft else None
+        return cls(model, processor, compiled=load.compiled, draft=draft)
 
     @property
     def engine(self) -> Engine:
         """Runs the requests; threads may share it. Its cache takes at most half of the memory that is free."""
         with _MAKING_ENGINE:
             if "_engine" not in self.__dict__:
-                engine = Engine(self.model, compiled=self.compiled)
+                engine = Engine(self.model, compiled=self.compiled, draft=self.draft)
                 weight = self.model.lm_head.weight
                 room = free_memory(weight.device) // 2 // engine.bytes_per_token
                 # Processes that share a model must admit the same requests.

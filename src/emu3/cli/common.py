@@ -50,6 +50,8 @@ def _parameter(option: Any) -> inspect.Parameter:
     """The parameter from which typer makes the option."""
     type_ = option.metadata["type"] if option.default is not None else option.metadata["type"] | None
     name = f"--{option.name.replace('_', '-')}"
+    if option.default is True:
+        name = f"{name}/--no-{name.removeprefix('--')}"
     how = typer.Option(name, *option.metadata["flags"], help=option.metadata["help"])
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(option.name, kind, default=option.default, annotation=Annotated[type_, how])

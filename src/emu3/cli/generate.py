@@ -46,7 +46,7 @@ def image(
 
     weight = pipeline.model.lm_head.weight
     loaded: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "device": str(weight.device)}
-    loaded |= {"int8": load.int8, "compiled": load.compiled}
+    loaded |= {"int8": load.int8, "compiled": load.compiled, "draft": pipeline.draft is not None}
     records: dict[int, dict[str, Any]] = {}
     drawn, in_all = 0, 0
     with progress("drawing") as report:

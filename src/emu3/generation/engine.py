@@ -11,6 +11,7 @@ An engine lives as long as its model. Requests come and go while others run, eac
     4. forward    all of that at once
     5. draw       logits of the legal ids, guided; targets that choose alike together
     6. accept     each decoder decides; the request reports, goes on to its next part, or ends
+    7. draft      a draft head, if there is one, guesses ahead for the decoders that want it
 
 Shapes: B lanes, S tokens of a lane, E model width.
 """
@@ -37,6 +38,7 @@ from emu3.generation.stream import Stream
 from emu3.options import check_whole
 
 if TYPE_CHECKING:
+    from emu3.modeling.draft import DraftHead
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
 # A forward of up to about so many tokens takes as long as one of few, so guesses are free. Above, wrong ones cost time.
@@ -66,6 +68,7 @@ class Engine:
             while at first, and needs a C++ compiler on a CPU.
         for_answers: so many lanes are not for pictures, which take long. Answers may use them while pictures wait that
             came earlier. 0: all wait in one queue.
+        draft: a head of this model, for decoders that verify drafts; see `emu3.modeling.draft`.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Engine:
         chunk: int = 512,
         compiled: bool = False,
         for_answers: int = 0,
+        draft: DraftHead | None = None,
     ) -> None:
         for name, value in (("lanes", lanes), ("tokens", 1 if tokens is None else tokens), ("chunk", chunk)):
             check_whole(name, value)
         self.for_answers = check_whole("for_answers", for_answers, 0, lanes - 1)
         self.model, self.lanes, self.tokens, self.chunk, self.compiled = model, lanes, tokens, chunk, compiled
-        self._runner = ModelRunner(model, compiled)
+        self.draft = draft
+        self._runner = ModelRunner(model, compiled, draft)
         self._waiting: deque[Sequence] = deque()
         # Their lanes in the cache are 0, 1, ... in this order, those that decode first. The runner relies on it.
         self._decoding: list[Sequence] = []
@@ -207,7 +212,7 @@ class Engine:
         with self._lock:
             if not self.idle:
                 raise RuntimeError("requests are under way; run or cancel them before refresh()")
-            self._runner = ModelRunner(self.model, self.compiled)
+            self._runner = ModelRunner(self.model, self.compiled, self.draft)
 
     @property
     def _admitted(self) -> list[Sequence]:
@@ -278,7 +283,7 @@ class Engine:
             self._decoding.append(self._prefilling.pop(0))
 
     def _decode(self) -> Iterator[Event]:
-        """3. to 6. One forward of all sequences that decode. What fails in one of them ends that one."""
+        """3. to 7. One forward of all sequences that decode. What fails in one of them ends that one."""
         planned: list[tuple[Sequence, Plan]] = []
         failed: list[Failed] = []
         most = max(1, _MOST_TOKENS // max(1, sum(len(sequence.lanes) for sequence in self._decoding)))
@@ -299,6 +304,10 @@ class Engine:
         events: list[Event] = []
         for (sequence, plan), drawn in zip(planned, self._runner.draw(hidden, planned), strict=True):
             events += self._accept(sequence, plan, drawn)
+        if self._runner.drafter is not None:
+            ended = {event.request for event in events if isinstance(event, Finished | Failed)}
+            going_on = [(sequence, plan) for sequence, plan in planned if sequence.number not in ended]
+            events += self._runner.drafter.serve(hidden, going_on, most)
         decided = sum(len(event.ids) for event in events if isinstance(event, Tokens))
         yield Stepped(len(inputs), len(hidden.rows), decided, prefill=False)
         yield from events

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
+from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step, Wanted
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.events import Event, FrameDone, Reason, RowDone, Tokens
 from emu3.generation.grammar import Grammar, Grid, is_forced
@@ -49,6 +49,22 @@ class Inputs(NamedTuple):
     ids: list[int]
     slots: list[int]
     turns: list[int]
+
+
+class Hidden(NamedTuple):
+    """Hidden states after the last norm, of tokens that went in.
+
+    Attributes:
+        rows: (T, E), the tokens of all lanes, one lane behind the other.
+        starts: the row of each lane's first token; there may be one more.
+    """
+
+    rows: Tensor
+    starts: list[int]
+
+    def at(self, lanes: list[int], places: list[int]) -> Tensor:
+        """Those (B, E) of B lanes, each at a place among the inputs of its lane."""
+        return self.rows[[self.starts[lane] + place for lane, place in zip(lanes, places, strict=True)]]
 
 
 Draw = Callable[[Tensor, Sampling, Tensor], Tensor]
@@ -229,6 +245,14 @@ class Sequence:
             self._begin_part(then, pending=not_fed - 1, turn=part.turn + part.last_turn)
             events += self.report_opening()
         return events, None
+
+    def wanted_drafts(self, most: int) -> Wanted | None:
+        """What the part's decoder wants drafts of; see `Decoder.wanted_drafts`."""
+        part = self.part
+        wanted: Wanted | None = part.decoder.wanted_drafts(part.state, self._ids_of_part(), most)
+        if wanted is None or wanted.noise is not None:
+            return wanted
+        return wanted._replace(noise=self.noise[part.start + wanted.positions])
 
     def _may_end(self) -> bool:
         """Whether the part may end here: one without a length after any id, one with a length when it is complete."""

@@ -1,22 +1,34 @@
-"""nano's recipes: its vision tokenizer, its language model, and the checkpoint assembled from both."""
+"""nano's recipes: vision tokenizer, language model, the checkpoint assembled from both, and a draft head for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.icons.design import Design
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
-from emu3.icons.sequences import ENCODED_AT_ONCE, IconLanguageRecipe, SceneSequences, write_corpus
+from emu3.icons.sequences import (
+    ENCODED_AT_ONCE,
+    IconDraftRecipe,
+    IconLanguageRecipe,
+    SceneDrafts,
+    SceneSequences,
+    SceneSource,
+    check_sources,
+    write_corpus,
+)
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.tokenization import train_tokenizer, vocabulary_map
-from emu3.training import language, vision
+from emu3.training import draft, language, vision
 from emu3.training.assemble import AssembleRecipe, assemble
 from emu3.training.codes import encode, to_pixels
 from emu3.training.loop import training_device
@@ -79,17 +91,32 @@ def train_language(recipe: IconLanguageRecipe, folder: Path) -> None:
 
     `ValueError` where a step has no source of scenes, or where there is no vision tokenizer yet.
     """
-    for step in range(recipe.steps):
-        if not any(source.covers(step) for source in recipe.sources):
-            raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
+    check_sources(recipe.sources, recipe.steps)
     tokenizer = Emu3VQVAE.from_pretrained(require_output(folder / recipe.vision)).to(training_device())
     text_tokenizer = train_text_tokenizer(recipe, folder, tokenizer.config.codebook_size)
-    codes = [
-        encode(tokenizer, source.pictures, range(0, source.count, ENCODED_AT_ONCE), source.name, folder / "codes")
-        for source in recipe.sources
-    ]
+    codes = encode_sources(recipe.sources, tokenizer, folder)
     builder = SequenceBuilder(text_tokenizer, Vocabulary.from_map(vocabulary_map(text_tokenizer)))
     language.train(recipe, folder, text_tokenizer, SceneSequences(recipe, builder, codes).batch)
+
+
+def train_draft(recipe: IconDraftRecipe, folder: Path) -> None:
+    """Trains a draft head for a checkpoint that draws icons; see `emu3.training.draft.train`.
+
+    `ValueError` where a step has no source of scenes, or where the checkpoint cannot be loaded.
+    """
+    check_sources(recipe.sources, recipe.steps)
+    model = load_model(recipe.checkpoint, dtype=torch.float32).to(training_device())
+    codes = encode_sources(recipe.sources, model.model.vqmodel, folder)
+    builder = SequenceBuilder(load_processor(recipe.checkpoint).tokenizer, model.model.vocabulary)
+    draft.train(recipe, folder, model, SceneDrafts(recipe, builder, codes).batch)
+
+
+def encode_sources(sources: Sequence[SceneSource], tokenizer: Emu3VQVAE, folder: Path) -> list[NDArray[Any]]:
+    """The codes (scenes, H, W) of each source, kept in the output folder."""
+    return [
+        encode(tokenizer, source.pictures, range(0, source.count, ENCODED_AT_ONCE), source.name, folder / "codes")
+        for source in sources
+    ]
 
 
 def train_text_tokenizer(recipe: IconLanguageRecipe, folder: Path, codebook_size: int) -> PreTrainedTokenizerBase:
@@ -102,6 +129,7 @@ KINDS = {
     "vision": Kind(IconVisionRecipe, train_vision),
     "language": Kind(IconLanguageRecipe, train_language),
     "checkpoint": Kind(AssembleRecipe, assemble),
+    "draft": Kind(IconDraftRecipe, train_draft),
 }
 """The kinds of recipe that `emu3 train` knows."""
 

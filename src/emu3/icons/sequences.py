@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
 from emu3.icons.scenes import TASKS, Scene, Task, cells_of, render, sample_scene
+from emu3.training.draft import DraftBatch, DraftRecipe
 from emu3.training.language import LanguageRecipe, SequenceBatch
 from emu3.training.sequences import SYSTEM, Sample, SequenceBuilder, collate
 
@@ -128,8 +129,7 @@ class SceneSequences:
         recipe = self.recipe
         rng = np.random.default_rng([recipe.seed, step])
         task = "draw" if rng.random() < recipe.draw_share else "read"
-        shares = np.array([source.share if source.covers(step) else 0.0 for source in recipe.sources])
-        number = rng.choice(len(shares), p=shares / shares.sum())
+        number = pick_source(recipe.sources, step, rng)
         source, codes = recipe.sources[number], self.codes[number]
         samples = []
         for index in rng.integers(source.count, size=recipe.batch_size):
@@ -154,6 +154,54 @@ class SceneSequences:
         turns = [asked[index] for index in rng.permutation(len(asked))[: self.recipe.turns]]
         weights = self.recipe.weights
         return self.builder.reading(codes_HW, turns, weights.read_visual, weights.answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconDraftRecipe(DraftRecipe):
+    """A draft head for drawings of the icon world; further fields are those of `DraftRecipe`.
+
+    Attributes:
+        sources: of the scenes. All pictures of a batch are of one source.
+    """
+
+    sources: tuple[SceneSource, ...] = ()
+
+
+@dataclass(frozen=True)
+class SceneDrafts:
+    """Makes the batches of a draft head's recipe. `codes` are (scenes, H, W) for each of its sources."""
+
+    recipe: IconDraftRecipe
+    builder: SequenceBuilder
+    codes: Sequence[NDArray[Any]]
+
+    def batch(self, step: int) -> DraftBatch:
+        """The batch of a step."""
+        rng = np.random.default_rng([self.recipe.seed, step])
+        number = pick_source(self.recipe.sources, step, rng)
+        source, codes = self.recipe.sources[number], self.codes[number]
+        with_words, without = [], []
+        for index in rng.integers(source.count, size=self.recipe.batch_size):
+            task, scene = source.scene(int(index))
+            plain = np.ones(codes[index].shape)
+            words = source.prompt(scene, task, rng)
+            with_words.append(self.builder.drawing(words, codes[index], 1.0, plain))
+            without.append(self.builder.drawing(None, codes[index], 1.0, plain))
+        ids_BS, _ = collate([*with_words, *without], self.builder.vocabulary.pad)
+        return DraftBatch(ids_BS, *codes.shape[1:])
+
+
+def pick_source(sources: Sequence[SceneSource], step: int, rng: np.random.Generator) -> int:
+    """The number of one of the sources that a step uses, by their shares."""
+    shares = np.array([source.share if source.covers(step) else 0.0 for source in sources])
+    return int(rng.choice(len(shares), p=shares / shares.sum()))
+
+
+def check_sources(sources: Sequence[SceneSource], steps: int) -> None:
+    """ValueError where a step has no source of scenes."""
+    for step in range(steps):
+        if not any(source.covers(step) for source in sources):
+            raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
 
 
 def write_corpus() -> Iterator[str]:

@@ -106,6 +106,16 @@ def guess_from_neighbour(
     return int(ids[neighbour] if ids[neighbour] != UNDECIDED else guesses[neighbour])
 
 
+def known_or_guessed(
+    grid: Grid, positions: NDArray[np.int64], ids: NDArray[np.int64], guesses: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The ids with the guesses where nothing is decided; at `positions`, where there is no guess, one is made."""
+    known = np.where(ids == UNDECIDED, guesses, ids)
+    for k in positions[known[positions] == UNDECIDED]:
+        known[k] = guess_from_neighbour(grid, int(k), ids, known)
+    return known
+
+
 @dataclass(eq=False)
 class Guesses:
     """What a picture or clip keeps between steps.

@@ -9,7 +9,12 @@
    they are not decided, but are the drafts of the next step. After step 3 they are distributed as p, kept or replaced.
    So the next step takes that p as their q. With their old q, the picture's distribution would drift.
 
-Step 3 replaces few drafts. So the next step starts from nearly the same window, and usually many pass.
+Where the model has a draft head, step 4 leaves nothing: the head drafts all of the window anew. It knows the token
+that was decided last, which those drafts did not see. Each is drawn from the head's q by a fresh random number, and q
+depends on no fresh numbers but those of the drafts before it. So given those, a draft is distributed as its q, which is
+what step 3 needs.
+
+Without one, step 3 replaces few drafts. So the next step starts from nearly the same window, and usually many pass.
 
 Lossless: the tokens have the distribution of raster decoding with the same guidance and sampling, but a seed gives
 another picture. At temperature 0 it is the same picture.
@@ -29,8 +34,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emu3.generation.decoders.guesses import grid_of, guess_from_neighbour
-from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step
+from emu3.generation.decoders.guesses import grid_of, guess_from_neighbour, known_or_guessed
+from emu3.generation.decoders.protocol import UNDECIDED, Decoder, Step, Wanted
+from emu3.generation.decoders.protocol import Drafts as Drafted
 from emu3.generation.grammar import Grammar, Grid
 from emu3.generation.sampling import Sampling, probabilities
 from emu3.options import check_whole
@@ -131,3 +137,15 @@ class JacobiDecoder(Decoder[Drafts]):
         state.next_input = step.targets[passed - 1]  # a replacement, or the window's last; neither is in the cache
         state.ids, state.proposals_SV = ids[passed:], drawn[passed:]
         return list(zip(step.targets[:passed], ids[:passed], strict=True))
+
+    def wanted_drafts(self, state: Drafts, ids: NDArray[np.int64], most: int) -> Wanted | None:
+        positions = (ids == UNDECIDED).nonzero()[0][: self.window]
+        if not len(positions):
+            return None
+        guesses = np.full(len(ids), UNDECIDED)
+        guesses[positions[: len(state.ids)]] = state.ids
+        noise = torch.rand(len(positions), generator=state.random).numpy()
+        return Wanted(positions, known_or_guessed(state.grid, positions, ids, guesses), noise)
+
+    def take_drafts(self, state: Drafts, wanted: Wanted, drafts: Drafted) -> None:
+        state.ids, state.proposals_SV = drafts.ids, drafts.proposals_SV

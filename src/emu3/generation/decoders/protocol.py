@@ -50,6 +50,33 @@ class Step(NamedTuple):
     turns: Sequence[int] | None = None
 
 
+class Wanted(NamedTuple):
+    """Of which positions a decoder wants drafts from the model's draft head.
+
+    Attributes:
+        positions: undecided visual ones behind the newest decided one, ascending.
+        ids: one for each position of the part: decided, guessed, or UNDECIDED.
+        noise: a number in [0, 1) for each position, by which its draft is drawn. None: the position's own.
+    """
+
+    positions: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    noise: NDArray[np.float32] | None = None
+
+
+class Drafts(NamedTuple):
+    """Drafts of the wanted positions.
+
+    Attributes:
+        ids: one for each.
+        proposals_SV: the distribution from which each was drawn. It depends on drafts before the position, not on its
+            own number or on those behind it.
+    """
+
+    ids: list[int]
+    proposals_SV: Tensor
+
+
 class Decoder(ABC, Generic[State]):
     """A way to decode. Its state belongs to one part of one answer, and changes in place."""
 
@@ -98,3 +125,13 @@ class Decoder(ABC, Generic[State]):
         Returns:
             Positions, ascending, each with its id; at least one.
         """
+
+    def wanted_drafts(self, state: State, ids: NDArray[np.int64], most: int) -> Wanted | None:
+        """What the next step should get drafts of; None for a decoder that takes none, or where nothing is left.
+
+        Asked after `accept`, of a picture that goes on, if the model has a draft head. Arguments as for `propose`.
+        """
+        return None
+
+    def take_drafts(self, state: State, wanted: Wanted, drafts: Drafts) -> None:
+        """Keep the drafts that were wanted."""

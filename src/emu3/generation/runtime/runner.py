@@ -13,30 +13,20 @@ import torch
 from torch import Tensor
 
 from emu3.generation.runtime.cache import SlotCache
+from emu3.generation.runtime.drafts import Drafter
 from emu3.generation.runtime.forward import Forward, can_pack, linear, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.sampling import Sampling, guide
-from emu3.generation.sequence import Draw, Inputs, Plan, Sequence
+from emu3.generation.sequence import Draw, Hidden, Inputs, Plan, Sequence
 from emu3.modeling.parallel import processes_of, whole
 from emu3.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
+    from emu3.modeling.draft import DraftHead
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 
 # The cache grows to a multiple of so many slots.
 _SLOT_STEP = 64
-
-
-class Hidden(NamedTuple):
-    """Hidden states after the last norm.
-
-    Attributes:
-        rows: (T, E), the tokens of all lanes, one lane behind the other.
-        starts: the row of each lane's first token; there may be one more.
-    """
-
-    rows: Tensor
-    starts: list[int]
 
 
 class Drawn(NamedTuple):
@@ -63,15 +53,16 @@ class ModelRunner:
 
     Args:
         model: in evaluation mode.
-        compiled: see `Engine`.
+        compiled, draft: see `Engine`.
 
     Attributes:
         head: the weight of the output layer, (V, E), also where the model's own is split over processes.
     """
 
-    def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool) -> None:
+    def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool, draft: DraftHead | None = None) -> None:
         self.model, self.compiled = model, compiled
         self.head = whole(model.lm_head.weight)
+        self.drafter = None if draft is None else Drafter(model, draft)
         self.cache: SlotCache | None = None
         self._packs = can_pack(self.text_model)
         self._forward: Forward | None = None
@@ -202,8 +193,7 @@ class ModelRunner:
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
         head_VE = self.head[slice(*span)]  # a view
-        rows = [hidden.starts[lane] + place for lane, place in zip(lanes, places, strict=True)]
-        logits_BV = linear(hidden.rows[rows], head_VE).float()
+        logits_BV = linear(hidden.at(lanes, places), head_VE).float()
         if scale is None:
             return logits_BV
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
