@@ -44,7 +44,7 @@ class Edit:
 
 def edits(source: Path, seed: int, count: int) -> Iterator[Edit]:
     """The first `count` edits of a seed; every file of `source` has its turn."""
-    files = sorted(source.iterdir())
+    files = sorted(file for file in source.iterdir() if file.is_file())
     for number in range(count):
         chance = random.Random(f"{seed}:{number}")
         file = files[number % len(files)]

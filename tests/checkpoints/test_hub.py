@@ -26,17 +26,20 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int
     shutil.copytree(NANO, folder)
     sizes: list[int] = []
 
+    def stored() -> list[Path]:
+        return sorted(file for file in folder.iterdir() if file.is_file())
+
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self, body: bool = True) -> None:
             path = self.path.split("?")[0]
             if re.match(r"/api/models/owner/nano(/revision/\w+)?$", path):
-                files = [{"rfilename": file.name, "size": file.stat().st_size} for file in sorted(folder.iterdir())]
+                files = [{"rfilename": file.name, "size": file.stat().st_size} for file in stored()]
                 content = json.dumps({"id": "owner/nano", "sha": "a" * 40, "siblings": files}).encode()
                 return self.answer(200, content, body)
             if found := re.match(r"/api/models/owner/nano/tree/\w+$", path):
                 files = [
                     {"type": "file", "oid": "0" * 40, "path": file.name, "size": file.stat().st_size}
-                    for file in sorted(folder.iterdir())
+                    for file in stored()
                 ]
                 return self.answer(200, json.dumps(files).encode(), body)
             found = re.match(r"/owner/nano/resolve/\w+/(.+)$", path)

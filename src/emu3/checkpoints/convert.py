@@ -46,7 +46,7 @@ from emu3.processing import Emu3Processor
 MAX_SHARD_BYTES = 2 * 10**9
 
 # The files of transformers' layouts besides weights; config.json is written apart.
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
+_COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*", "draft/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in ("config.json", INDEX):
-                shutil.copyfile(file, target / file.name)
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _write_companions(source: _Source, folders: Mapping[str, Path]) -> None:
