@@ -160,6 +160,7 @@ def test_the_command(tmp_path, capsys):
     report = json.loads(said.out)
     assert report["matrices"] == 42 and report["group"] == 32 and report["kept"] == []
     assert report["bytes_after"] < 0.6 * report["bytes_before"]
+    assert (tmp_path / "q/draft/head.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
