@@ -32,7 +32,13 @@ def plain(x, keys, values, scaling, cos, sin, slots, turns, lanes, starts, turns
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "lengths", "length"),
-    [(2, 1, 32, (1, 1, 1), 150), (1, 4, 128, (3, 1), 70), (3, 3, 16, (7, 64, 2), 130), (2, 2, 80, (90,), 100)],
+    [
+        (2, 1, 32, (1, 1, 1), 150),
+        (1, 4, 128, (3, 1), 70),
+        (3, 3, 16, (7, 64, 2), 130),
+        (2, 2, 80, (90,), 100),
+        (1, 3, 96, (7, 3), 1200),  # so long that products in bfloat16 are worth it
+    ],
 )
 def test_it_is_the_plain_formula(heads, groups, width, lengths, length, dtype):
     """Lanes out of order; slots that are skipped, filled late, or of a later turn; tiles that are full and are not."""
@@ -53,7 +59,9 @@ def test_it_is_the_plain_formula(heads, groups, width, lengths, length, dtype):
     rest = 3 * width**-0.5, normal(tokens, width), normal(tokens, width), slots, turns, lanes, starts, turns_of_slots
     x = normal(tokens, (groups + 2) * heads * width)
     mixed, expected = kernels.attend(x, *caches, *rest), plain(x, *expected_caches, *rest)
-    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=2e-5)
+    if length < 1000 or dtype == torch.float32:
+        torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=2e-5)
+    assert float((mixed - expected).norm() / expected.norm()) < 0.01
     tolerance = 1e-6 if dtype == torch.float32 else 0.02  # a product may be fused, which may round to the next value
     for cache, expected_cache in zip(caches, expected_caches, strict=True):
         torch.testing.assert_close(cache, expected_cache, rtol=tolerance, atol=tolerance)

@@ -22,7 +22,7 @@ from emu3.quantization import Int8Linear, QuantizedLinear
 
 # Of what is read, far above any cache; a multiple of what the kernel takes at a time.
 _READ_BYTES = 2**29
-# What the C++ kernels are compiled for: the first that the processor has all of; see `emu3/kernels/cpu.cpp`.
+# What the C++ kernels are compiled for: the first that the processor has all of; see `emu3/kernels/linear.cpp`.
 _INSTRUCTIONS = {"AVX512-VNNI": {"avx512_vnni", "avx512bw", "avx512vl"}, "AVX2": set[str]()}
 
 Linear = nn.Linear | Int8Linear | QuantizedLinear

@@ -13,6 +13,10 @@
 #include <limits>
 #include <vector>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -22,6 +26,8 @@ constexpr int LANES = 8;
 #endif
 constexpr int64_t SLOTS = 64;
 constexpr int64_t ROWS = 64;
+// From so many slots on, attention in bfloat16 is where the time goes, and queries are rounded to it, too.
+constexpr int64_t MANY_SLOTS = 1024;
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t Whole __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -147,9 +153,10 @@ inline void rotate(const float* x, const float* cos, const float* sin, float sca
 
 struct Work {  // of a thread
     std::vector<float> queries, scores, sums, keys, values, largest, total;
+    std::vector<uint16_t> rounded, rounded_weights;
     explicit Work(int64_t width)
         : queries(ROWS * width), scores(ROWS * SLOTS), sums(ROWS * width), keys(SLOTS * width), values(SLOTS * width),
-          largest(ROWS), total(ROWS) {}
+          largest(ROWS), total(ROWS), rounded(ROWS * width), rounded_weights(ROWS * SLOTS) {}
 };
 
 // `count` slots as floats, and zeros up to a whole tile.
@@ -209,18 +216,95 @@ void weigh(Work& work, int64_t r, int64_t start, int64_t count, int64_t slot, in
     for (int i = 0; i < LANES; i++) work.total[r] += sum[i];
 }
 
+#if defined(__AVX512BF16__)
+// Many queries on keys and values in bfloat16: products of pairs in 16 bits, added in 32, twice as many at a time.
+constexpr bool PAIRS = true;
+
+inline __m512bh load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+void multiply_pairs_of_keys(Work& work, int64_t rows, const uint16_t* keys, int64_t width) {
+    const uint16_t* queries = work.rounded.data();
+    for (int64_t r = 0; r < rows; r += 4)
+        for (int64_t slot = 0; slot < SLOTS; slot += 4) {
+            Vector sums[16] = {};
+            for (int64_t d = 0; d < width; d += 32) {
+                __m512bh q[4];
+                for (int i = 0; i < 4; i++) q[i] = load_pairs(queries + (r + i) * width + d);
+                for (int j = 0; j < 4; j++) {
+                    const __m512bh k = load_pairs(keys + (slot + j) * width + d);
+                    for (int i = 0; i < 4; i++)
+                        sums[i * 4 + j] = (Vector)_mm512_dpbf16_ps((__m512)sums[i * 4 + j], q[i], k);
+                }
+            }
+            const Vector found = sums_of(sums);
+            for (int i = 0; i < 4; i++)
+                std::memcpy(work.scores.data() + (r + i) * SLOTS + slot, (const float*)&found + i * 4, 16);
+        }
+}
+
+// Four rows from r on, VECTORS vectors from d on.
+template <int VECTORS>
+void add_pairs(Work& work, int64_t r, const uint32_t* values, int64_t d, int64_t width) {
+    __m512 found[4][VECTORS];
+    float* sums = work.sums.data() + r * width + d;
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < VECTORS; j++) found[i][j] = (__m512)load(sums + i * width + j * LANES);
+    for (int64_t slot = 0; slot < SLOTS; slot += 2) {
+        __m512bh v[VECTORS];
+        for (int j = 0; j < VECTORS; j++) v[j] = load_pairs(values + slot / 2 * width + j * LANES);
+        for (int i = 0; i < 4; i++) {
+            int32_t two;
+            std::memcpy(&two, work.rounded_weights.data() + (r + i) * SLOTS + slot, 4);
+            const __m512bh w = (__m512bh)_mm512_set1_epi32(two);
+            for (int j = 0; j < VECTORS; j++) found[i][j] = _mm512_dpbf16_ps(found[i][j], w, v[j]);
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < VECTORS; j++) store(sums + i * width + j * LANES, (Vector)found[i][j]);
+}
+
+void add_pairs_of_values(Work& work, int64_t rows, const uint16_t* values, int64_t width) {
+    uint32_t* both = (uint32_t*)work.values.data();  // (SLOTS / 2, width), two neighbours in each
+    for (int64_t slot = 0; slot < SLOTS; slot += 2)
+        for (int64_t d = 0; d < width; d += LANES) {
+            const Whole first = __builtin_convertvector(*(const Halves*)(values + slot * width + d), Whole);
+            const Whole second = __builtin_convertvector(*(const Halves*)(values + (slot + 1) * width + d), Whole);
+            *(Whole*)(both + slot / 2 * width + d) = first | second << 16;
+        }
+    uint16_t* weights = work.rounded_weights.data();
+    for (int64_t i = 0; i < rows * SLOTS; i += LANES) store(weights + i, load(work.scores.data() + i));
+    for (int64_t r = 0; r < rows; r += 4) {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= width; d += 4 * LANES) add_pairs<4>(work, r, both + d, d, width);
+        for (; d < width; d += LANES) add_pairs<1>(work, r, both + d, d, width);
+    }
+}
+#else
+constexpr bool PAIRS = false;
+void multiply_pairs_of_keys(Work&, int64_t, const uint16_t*, int64_t) {}
+void add_pairs_of_values(Work&, int64_t, const uint16_t*, int64_t) {}
+#endif
+
 // Queries `first` and so on over slots 0 to end - 1 of one lane and head; each belongs to its number % `tokens`.
 template <typename Element>
 void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64_t* slots, const int64_t* turns,
             const int64_t* turns_of_slots, const Element* keys, const Element* values, int64_t end, int64_t width) {
     for (int64_t r = 0; r < rows; r++) work.largest[r] = -std::numeric_limits<float>::infinity(), work.total[r] = 0;
-    std::memset(work.sums.data(), 0, rows * width * sizeof(float));
+    std::memset(work.sums.data(), 0, work.sums.size() * sizeof(float));
+    const bool in_pairs = PAIRS && sizeof(Element) == 2 && rows > 8 && end >= MANY_SLOTS && width % 32 == 0;
+    const int64_t whole_rows = (rows + 3) / 4 * 4;
+    if (in_pairs)
+        for (int64_t i = 0; i < whole_rows * width; i += LANES)
+            store(work.rounded.data() + i, load(work.queries.data() + i));
     for (int64_t start = 0; start < end; start += SLOTS) {
         const int64_t count = end - start < SLOTS ? end - start : SLOTS;
         const Element *k = keys + start * width, *v = values + start * width;
+        const bool pairs = in_pairs && count == SLOTS;
         // Worth a copy where many queries read it; and a part of a tile is copied, as what follows it may not be ours.
         const bool copied = count < SLOTS || (sizeof(Element) < sizeof(float) && rows > 8);
-        if (copied) {
+        if (pairs) {
+            multiply_pairs_of_keys(work, whole_rows, (const uint16_t*)k, width);
+        } else if (copied) {
             convert(k, count, width, work.keys.data());
             convert(v, count, width, work.values.data());
             multiply_all_keys(work, rows, (const float*)work.keys.data(), width);
@@ -234,7 +318,9 @@ void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64
             const int64_t token = (first + r) % tokens;
             weigh(work, r, start, count, slots[token], turns[token], latest, turns_of_slots, width);
         }
-        if (copied)
+        if (pairs)
+            add_pairs_of_values(work, whole_rows, (const uint16_t*)v, width);
+        else if (copied)
             add_values_of_all(work, rows, (const float*)work.values.data(), width);
         else
             add_values_of_all(work, rows, v, width);
