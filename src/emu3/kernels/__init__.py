@@ -33,7 +33,8 @@ GROUP = 32
 FLOATS = 16
 """Of a vector; the width of a head is a multiple of it."""
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("layers.cpp", "attention.cpp", "linear.cpp")]  # includes others
+# The first is compiled, and includes the others.
+_SOURCES = [Path(__file__).with_name(name) for name in ("layers.cpp", "attention.cpp", "linear.cpp", "vectors.h")]
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120
 

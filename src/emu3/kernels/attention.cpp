@@ -7,11 +7,10 @@
 //
 // T tokens of all lanes, one lane behind the other; N query heads, K key-value heads, D width of a head, L slots.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
+
+#include "vectors.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -19,79 +18,10 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;  // floats of a vector
-#else
-constexpr int LANES = 8;
-#endif
 constexpr int64_t SLOTS = 64;
 constexpr int64_t ROWS = 64;
 // From so many slots on, attention in bfloat16 is where the time goes, and queries are rounded to it, too.
 constexpr int64_t MANY_SLOTS = 1024;
-
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef int32_t Whole __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Whole){__VA_ARGS__})
-#endif
-
-inline Vector load(const float* p) { return *(const Vector*)p; }
-// A bfloat16 is the upper half of a float.
-inline Vector load(const uint16_t* p) { return (Vector)(__builtin_convertvector(*(const Halves*)p, Whole) << 16); }
-inline void store(float* p, Vector x) { *(Vector*)p = x; }
-inline void store(uint16_t* p, Vector x) {
-    const Whole bits = (Whole)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-    const Whole kept = x != x ? bits | 0x400000 : rounded;                       // NaN stays NaN
-    *(Halves*)p = __builtin_convertvector(kept >> 16 & 0xffff, Halves);
-}
-
-// e^x for x <= 0; 0 where that is no normal float.
-inline Vector exponential(Vector x) {
-    const Vector shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;  // rounds to a whole number
-    const Vector rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Vector y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    const Whole power = ((Whole)shifted - 0x4b400000) << 23;
-    y = (Vector)((Whole)y + power);
-    return x < -87.0f ? Vector{} : y;
-}
-
-// The sums of as many vectors as one has floats, in order. Neighbours are added until each vector is one float.
-#if defined(__AVX512F__)
-inline Vector sums_of(const Vector (&x)[16]) {
-    Vector a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++)
-        a[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               SHUFFLE(x[2 * i], x[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    for (int i = 0; i < 4; i++)
-        b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    for (int i = 0; i < 2; i++)
-        c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               SHUFFLE(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    return SHUFFLE(c[0], c[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           SHUFFLE(c[0], c[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-#else
-inline Vector sums_of(const Vector (&x)[8]) {
-    Vector a[4], b[2];
-    for (int i = 0; i < 4; i++)
-        a[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
-               SHUFFLE(x[2 * i], x[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-    for (int i = 0; i < 2; i++)
-        b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return SHUFFLE(b[0], b[1], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(b[0], b[1], 4, 5, 6, 7, 12, 13, 14, 15);
-}
-#endif
 
 // Scores of QUERIES queries with all slots of a tile, LANES at a time: (QUERIES, SLOTS).
 template <int QUERIES, typename Element>
@@ -108,7 +38,8 @@ void multiply_keys(const float* queries, const Element* keys, int64_t width, flo
             }
         }
         const Vector found = sums_of(sums);
-        for (int i = 0; i < QUERIES; i++) std::memcpy(scores + i * SLOTS + slot, (const float*)&found + i * EACH, 4 * EACH);
+        for (int i = 0; i < QUERIES; i++)
+            std::memcpy(scores + i * SLOTS + slot, (const float*)&found + i * EACH, 4 * EACH);
     }
 }
 
@@ -405,8 +336,9 @@ void attend_all(Work& work, const Tokens& tokens, const float* x, void* keys, vo
 extern "C" {
 
 // x (T, (N + 2 K) * D): queries, keys and values of T tokens; cos, sin (T, D). Lane `lanes[b]` of the cache has the
-// tokens starts[b] to starts[b + 1] - 1, with their `slots` and `turns` (T). turns_of_slots (lanes, L) holds these already.
-// Keys and values (lanes, K, L, D) in float, or in bfloat16 if `halves`. D is a multiple of 16. To y (T, N * D).
+// tokens starts[b] to starts[b + 1] - 1, with their `slots` and `turns` (T). turns_of_slots (lanes, L) holds these
+// already. Keys and values (lanes, K, L, D) in float, or in bfloat16 if `halves`. D is a multiple of 16. To y
+// (T, N * D).
 void emu3_attend(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
                  const int64_t* lanes, const int64_t* starts, const int64_t* turns_of_slots, int64_t count,
                  int64_t halves, int64_t length, int64_t heads, int64_t groups, int64_t width, void* keys, void* values,

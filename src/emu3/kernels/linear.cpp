@@ -97,7 +97,8 @@ inline void add(Sums& to, const Sums& other) {
 }
 inline Floats to_floats(const Sums& sums) { return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)}; }
 inline Floats load_16_bits(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline Floats load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Floats times(const Floats& a, const Floats& b) {
@@ -285,8 +286,8 @@ struct Rounded {
 extern "C" {
 
 // x (rows, inputs) times a matrix to y (rows, outputs); see `Matrix`.
-void emu3_linear(const float* x, const uint8_t* weights, const void* scales, int64_t group, int64_t rows, int64_t inputs,
-                 int64_t outputs, float* y) {
+void emu3_linear(const float* x, const uint8_t* weights, const void* scales, int64_t group, int64_t rows,
+                 int64_t inputs, int64_t outputs, float* y) {
     const Matrix matrix{weights, scales, inputs, outputs, group};
     Rounded rounded(rows, inputs);
 #pragma omp parallel
