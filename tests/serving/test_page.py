@@ -158,7 +158,7 @@ def test_four_decoders_race(page):
         for number in range(4)
     }
     assert steps["raster"] == 144
-    assert steps["zipar"] < steps["predictive"] < 60
+    assert max(steps[name] for name in ("zipar", "predictive", "jacobi")) < 60
     expect(page.get_by_test_id("race-verdict")).to_contain_text("first")
 
 
