@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedTokenizerBase
 
 from emu3 import Emu3Config, Emu3ForConditionalGeneration, Emu3ImageProcessor, Emu3Processor
-from emu3.tokenization import RELEASED_TOKENS, read_tiktoken, visual_token
+from emu3.tokenization import RELEASED_TOKENS, read_tiktoken, visual_token, vocabulary_map
 
 RANKS = 151_643
 CODES = 32_768
@@ -35,10 +35,15 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True)
-    text = {"num_hidden_layers": arguments.layers}
-    config = Emu3Config(text_config=text, architectures=["Emu3ForConditionalGeneration"], dtype="bfloat16")
+    tokenizer = write_tokenizer()
+    config = Emu3Config(
+        text_config={"num_hidden_layers": arguments.layers},
+        vocabulary_map=vocabulary_map(tokenizer),
+        architectures=["Emu3ForConditionalGeneration"],
+        dtype="bfloat16",
+    )
     pictures = Emu3ImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    Emu3Processor(pictures, write_tokenizer(), image_area=720 * 720).save_pretrained(folder)
+    Emu3Processor(pictures, tokenizer, image_area=720 * 720).save_pretrained(folder)
     write_weights(config, folder)
     config.save_pretrained(folder)
 
