@@ -16,7 +16,7 @@ from statistics import mean, median
 import torch
 
 from emu3 import Emu3Pipeline
-from emu3.evaluation.speed import processor_name
+from emu3.evaluation.machine import processor_name
 from emu3.generation.engine import Engine
 from emu3.generation.events import Finished, Stepped
 from emu3.generation.request import Request

@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor, nn
 
 from emu3.configuration import Emu3Config
-from emu3.evaluation.speed import processor_name
+from emu3.evaluation.machine import processor_name
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.engine import Engine
 from emu3.generation.events import Failed, Finished, Stepped

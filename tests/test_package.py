@@ -1,4 +1,5 @@
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -84,3 +85,14 @@ def test_constraints_pin_every_dependency_of_the_core() -> None:
     wanted = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
     names = {re.split(r"\[|>=", each)[0].lower().replace("_", "-") for each in wanted} - {"emu3"}
     assert names <= pinned
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_scripts_import_what_is_there(script: Path) -> None:
+    """Nothing else runs the benchmarks, some of which need a GPU or a large checkpoint."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("emu3"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
