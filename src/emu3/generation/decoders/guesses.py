@@ -64,8 +64,8 @@ def grid_of(grammar: Grammar) -> Grid:
 def turns_of(grid: Grid, lag: int) -> NDArray[np.int64]:
     """The turn of every position, and of one more behind the last: `turns[j]`.
 
-    Forced tokens delay nothing: EOL counts as one more column of its row, EOF as the first place of the next frame, and
-    EOI and EOS as the first two places of a further frame.
+    Forced tokens delay nothing. EOL counts as one more column of its row, and EOF as the first place of the next frame.
+    EOI and EOS are the first two places of a further frame.
 
     Args:
         grid: frames follow one another.

@@ -3,12 +3,13 @@
 A step of a small batch is mostly the overhead of its operations. So, compared with `emu3.modeling.text`:
 
 - Linear layers that share their input are one product (`fuse_linears`).
-- Cosines and sines are computed once for all slots, then looked up. Queries and keys are rotated together.
-- Query heads that share a key-value head become further queries of that head. So no key is copied.
-- On a CPU with 16-bit weights only products with weights use 16 bits; all else is faster in float32.
+- Cosines and sines are computed once for all slots, then looked up.
+- Attention is one kernel on a CPU; see `attention.py`. All quantized layers are one there; see `fused.py`.
+- On a CPU with 16-bit weights, products with weights use 16 bits, and so do keys and values, where the kernel reads
+  them. All else is faster in float32.
 
 Hooks are called on the embeddings, the activation and special linear layers only. Small matrices on a CPU, and fused
-ones in 8 bits, are copies. So after a change of the model's weights `Engine.refresh` must pack them anew.
+ones in 8 or 4 bits, are copies. So after a change of the model's weights `Engine.refresh` must pack them anew.
 
 Tests compare the two: greedy decoding by the engine and by `generate`, token for token.
 
@@ -137,7 +138,7 @@ def _onednn_supports(weight: Tensor) -> bool:
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of everything between the products with weights like this one, keys and values included."""
+    """The dtype of all between the products with weights like this one; of keys and values, see `ModelRunner`."""
     return torch.float32 if weight.device.type == "cpu" and weight.dtype.itemsize < 4 else weight.dtype
 
 
