@@ -298,7 +298,8 @@ class Engine:
         yield from failed
         if not planned:
             return
-        self._make_room(self._admitted)  # for texts that grew
+        if not all(sequence.request.has_length for sequence in self._decoding):
+            self._make_room(self._admitted)  # for texts that grew
         inputs = [own for _, plan in planned for own in plan.inputs]
         hidden = self._runner.feed(inputs)
         events: list[Event] = []
