@@ -4,9 +4,9 @@ A weight matrix has one scale for each output, computed once. Activations have o
 call. Embeddings, head and vision tokenizer are not quantized.
 
 `int8=True` quantizes a model while it is loaded, and what it makes is not saved. Products are computed by
-`emu3.kernels`, where these can be had and take the size; else by oneDNN's integer kernels, which are fast with
-AVX512-VNNI or AMX. Without these they add two products in 16 bits; weights then use only 7 bits, so that no sum
-overflows. `emu3 quantize` writes checkpoints whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
+`emu3.kernels`, where these can be had and take the size; else by oneDNN's integer kernels, which need AVX512-VNNI, as
+others add two products in 16 bits and overflow; else in float32. All give the same. `emu3 quantize` writes checkpoints
+whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from emu3 import kernels
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
 
-# Activations are unsigned and reach 255: without VNNI, 255 * 63 * 2 must stay below 2**15.
-_LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63
-# The kernels take unsigned activations: -127..127 plus this.
+# Whether oneDNN multiplies in 8 bits without overflow.
+_VNNI = torch.cpu._is_vnni_supported()
+# oneDNN's kernels take unsigned activations: -127..127 plus this.
 _ACTIVATION_OFFSET = 128
 # Elements of a matrix. Up to here `_int_mm` is faster than oneDNN on a matrix packed in the order its kernels read, and
 # fused layers are stored a second time.
@@ -61,9 +61,9 @@ class Int8Linear(nn.Module):
         step = max(1, _CHUNK // source.shape[1])
         for start in range(0, len(source), step):
             rows = source[start : start + step].float()
-            scales[start : start + step] = rows.abs().amax(1).clamp_min(1e-12) / _LARGEST_WEIGHT
+            scales[start : start + step] = rows.abs().amax(1).clamp_min(1e-12) / 127
             weight[start : start + step] = (rows / scales[start : start + step, None]).round_()
-        self.packed = weight.numel() > _LARGEST_UNPACKED
+        self.packed = _VNNI and weight.numel() > _LARGEST_UNPACKED
         if self.packed:
             weight = torch.ops.onednn.qlinear_prepack(weight, None)
         self.register_buffer("weight", weight, persistent=False)
@@ -79,9 +79,9 @@ class Int8Linear(nn.Module):
     def fuse(cls, modules: Sequence[Int8Linear]) -> Int8Linear | None:
         """One layer that computes the concatenated outputs of several from the same input.
 
-        None if one has a bias or a packed matrix, which is too large to store twice.
+        None if one has a bias or a matrix that is too large to store twice.
         """
-        if any(module.packed or module.bias is not None for module in modules):
+        if any(module.weight.numel() > _LARGEST_UNPACKED or module.bias is not None for module in modules):
             return None
         fused = deepcopy(modules[0])
         fused.weight = torch.cat([module.weight for module in modules])
@@ -97,7 +97,7 @@ class Int8Linear(nn.Module):
             multiply = _opaque_multiply_packed if torch.compiler.is_compiling() else _multiply_packed
             y = multiply(rows, weight, scales)
         else:
-            y = torch._int_mm(rows.round().to(torch.int8), weight.t()) * scales
+            y = _multiply(rows.round(), weight) * scales
         y = y * row_scales
         if bias is not None:
             y = y + bias
@@ -108,6 +108,14 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         raise ValueError(_NOT_SAVED)
+
+
+def _multiply(rows: Tensor, weight: Tensor) -> Tensor:
+    """Whole rows of -127..127 times a matrix in 8 bits."""
+    if _VNNI:
+        return torch._int_mm(rows.to(torch.int8), weight.t())
+    parts = weight.split(max(1, _CHUNK // weight.shape[1]))
+    return torch.cat([rows @ part.float().T for part in parts], 1)
 
 
 def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

@@ -16,6 +16,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "vectors.h"
+
 namespace {
 
 constexpr int64_t OUTPUTS = 16;  // of a block
@@ -23,10 +25,15 @@ constexpr int64_t GROUP = 32;    // inputs that share a scale of the activations
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
+constexpr int TILE = 8;          // of activations, multiplied at a time: so many sums fit into the registers
+constexpr int CHAINS = 2;        // of additions, as one waits for its last
+constexpr int32_t OFFSET = 128;  // of the weights in 8 bits, as they are multiplied
+
 struct Sums {  // one for each output of a block
     __m512i value;
-    static Sums all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Sums zero() { return {_mm512_setzero_si512()}; }
 };
+using GroupSums = Sums;
 struct Floats {
     __m512 value;
     static Floats zero() { return {_mm512_setzero_ps()}; }
@@ -37,14 +44,19 @@ struct Bytes {
     Bytes low() const { return {_mm512_and_si512(value, _mm512_set1_epi8(15))}; }
     Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(value, 4), _mm512_set1_epi8(15))}; }
 };
-// Adds unsigned weights times four activations. HALVES: no weight is above 15.
-template <bool HALVES>
+// Adds weights times four activations.
 inline void add_products(Sums& sums, const Bytes& weights, const int8_t* activations) {
     int32_t four;
     std::memcpy(&four, activations, 4);
     sums.value = _mm512_dpbusd_epi32(sums.value, weights.value, _mm512_set1_epi32(four));
 }
-inline Floats to_floats(const Sums& sums) { return {_mm512_cvtepi32_ps(sums.value)}; }
+inline void add_products_of_halves(Sums& sums, const Bytes& weights, const int8_t* activations) {
+    add_products(sums, weights, activations);
+}
+inline void add(Sums& to, const Sums& other) { to.value = _mm512_add_epi32(to.value, other.value); }
+inline Floats to_floats(const Sums& sums, int32_t more) {
+    return {_mm512_cvtepi32_ps(_mm512_add_epi32(sums.value, _mm512_set1_epi32(more)))};
+}
 inline Floats load_16_bits(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Floats times(const Floats& a, const Floats& b) { return {_mm512_mul_ps(a.value, b.value)}; }
@@ -53,13 +65,21 @@ inline void add_product(Floats& to, const Floats& a, const Floats& b) {
     to.value = _mm512_fmadd_ps(a.value, b.value, to.value);
 }
 inline void store_floats(float* p, const Floats& a) { _mm512_storeu_ps(p, a.value); }
-inline void add(Sums& to, const Sums& other) { to.value = _mm512_add_epi32(to.value, other.value); }
 
 #else
 
+constexpr int TILE = 4;
+constexpr int CHAINS = 1;
+constexpr int32_t OFFSET = 0;
+
 struct Sums {
     __m256i low, high;
-    static Sums all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+    static Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+};
+// Of products of a group in 4 bits, in 16 bits: 2 * 8 products of at most 15 * 127 do not reach 2^15.
+struct GroupSums {
+    __m256i low, high;
+    static GroupSums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 };
 struct Floats {
     __m256 low, high;
@@ -75,27 +95,40 @@ struct Bytes {
     Bytes low() const { return {low_halves(first), low_halves(second)}; }
     Bytes high() const { return {high_halves(first), high_halves(second)}; }
 };
-// Two products are added in 16 bits, where those of weights above 128 could overflow. So a weight is split in halves.
-inline __m256i dot_halves(__m256i weights, __m256i four) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(weights, four), _mm256_set1_epi16(1));
+inline __m256i four_times(const int8_t* activations) {
+    int32_t four;
+    std::memcpy(&four, activations, 4);
+    return _mm256_set1_epi32(four);
 }
+inline __m256i in_32_bits(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+// The instruction takes one side as unsigned, and adds two products in 16 bits. Magnitudes of weights, at most 128,
+// times activations with the sign of the weight stay below 2^15; weights plus 128 would not.
 inline __m256i dot(__m256i weights, __m256i four) {
-    const __m256i high = _mm256_slli_epi32(dot_halves(high_halves(weights), four), 4);
-    return _mm256_add_epi32(dot_halves(low_halves(weights), four), high);
+    const __m256i whole = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));  // minus 128
+    return in_32_bits(_mm256_maddubs_epi16(_mm256_abs_epi8(whole), _mm256_sign_epi8(four, whole)));
 }
-template <bool HALVES>
 inline void add_products(Sums& sums, const Bytes& weights, const int8_t* activations) {
-    int32_t packed;
-    std::memcpy(&packed, activations, 4);
-    const __m256i four = _mm256_set1_epi32(packed);
-    sums.low = _mm256_add_epi32(sums.low, HALVES ? dot_halves(weights.first, four) : dot(weights.first, four));
-    sums.high = _mm256_add_epi32(sums.high, HALVES ? dot_halves(weights.second, four) : dot(weights.second, four));
+    const __m256i four = four_times(activations);
+    sums.low = _mm256_add_epi32(sums.low, dot(weights.first, four));
+    sums.high = _mm256_add_epi32(sums.high, dot(weights.second, four));
+}
+inline void add_products_of_halves(GroupSums& sums, const Bytes& weights, const int8_t* activations) {
+    const __m256i four = four_times(activations);
+    sums.low = _mm256_add_epi16(sums.low, _mm256_maddubs_epi16(weights.first, four));
+    sums.high = _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(weights.second, four));
 }
 inline void add(Sums& to, const Sums& other) {
     to.low = _mm256_add_epi32(to.low, other.low);
     to.high = _mm256_add_epi32(to.high, other.high);
 }
-inline Floats to_floats(const Sums& sums) { return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)}; }
+inline Floats to_floats(const Sums& sums, int32_t more) {
+    const __m256i each = _mm256_set1_epi32(more);
+    return {_mm256_cvtepi32_ps(_mm256_add_epi32(sums.low, each)),
+            _mm256_cvtepi32_ps(_mm256_add_epi32(sums.high, each))};
+}
+inline Floats to_floats(const GroupSums& sums, int32_t more) {
+    return to_floats(Sums{in_32_bits(sums.low), in_32_bits(sums.high)}, more);
+}
 inline Floats load_16_bits(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
@@ -123,70 +156,65 @@ inline void ask_for(const uint8_t* p) {
     for (int64_t line = 0; line < 256; line += 64) _mm_prefetch((const char*)(p + AHEAD + line), _MM_HINT_T0);
 }
 
-// ROWS rows of activations times one block in 8 bits.
-template <int ROWS>
+// COUNT rows of activations times one block in 8 bits. `ask`: whether the block is not in a cache yet.
+template <int COUNT>
 void block_8(const uint8_t* weights, const float* scales, const int8_t* activations, const int32_t* sums_of_rows,
-             const float* row_scales, int64_t inputs, int64_t stride, float* y) {
-    Sums sums[ROWS], more[ROWS];
-    for (int m = 0; m < ROWS; m++) {
-        sums[m] = Sums::all(-128 * sums_of_rows[m]);
-        more[m] = Sums::all(0);  // a second chain of additions, as one waits for its last
-    }
+             const float* row_scales, int64_t inputs, int64_t stride, bool ask, float* y) {
+    Sums sums[CHAINS][COUNT];
+    for (auto& chain : sums)
+        for (auto& each : chain) each = Sums::zero();
     for (int64_t k = 0; k < inputs; k += 16) {
-        ask_for(weights);
-        for (int half = 0; half < 16; half += 8) {
-            const Bytes first = Bytes::load(weights), second = Bytes::load(weights + 64);
-            for (int m = 0; m < ROWS; m++) {
-                const int8_t* a = activations + m * inputs + k + half;
-                add_products<false>(sums[m], first, a);
-                add_products<false>(more[m], second, a + 4);
-            }
-            weights += 128;
+        if (ask) ask_for(weights);
+        for (int four = 0; four < 4; four++) {
+            const Bytes bytes = Bytes::load(weights);
+            for (int m = 0; m < COUNT; m++)
+                add_products(sums[four % CHAINS][m], bytes, activations + m * inputs + k + 4 * four);
+            weights += 64;
         }
     }
     const Floats of_outputs = load_floats(scales);
-    for (int m = 0; m < ROWS; m++) {
-        add(sums[m], more[m]);
-        store_floats(y + m * stride, times(times(to_floats(sums[m]), of_outputs), row_scales[m]));
+    for (int m = 0; m < COUNT; m++) {
+        for (int chain = 1; chain < CHAINS; chain++) add(sums[0][m], sums[chain][m]);
+        const Floats found = to_floats(sums[0][m], -OFFSET * sums_of_rows[m]);
+        store_floats(y + m * stride, times(times(found, of_outputs), row_scales[m]));
     }
 }
 
-// ROWS rows of activations times one block in 4 bits. `per_scale`: groups of 32 inputs that share a scale.
-template <int ROWS>
+// COUNT rows of activations times one block in 4 bits. `per_scale`: groups of 32 inputs that share a scale.
+template <int COUNT>
 void block_4(const uint8_t* weights, const uint16_t* scales, const int8_t* activations, const int32_t* sums_of_groups,
-             const float* group_scales, int64_t inputs, int64_t stride, int64_t per_scale, float* y) {
+             const float* group_scales, int64_t inputs, int64_t stride, int64_t per_scale, bool ask, float* y) {
     const int64_t groups = inputs / GROUP;
-    Floats found[ROWS];
-    for (int m = 0; m < ROWS; m++) found[m] = Floats::zero();
+    Floats found[COUNT];
+    for (auto& each : found) each = Floats::zero();
     for (int64_t g = 0; g < groups; g++) {
-        ask_for(weights);
-        Sums sums[ROWS];
-        for (int m = 0; m < ROWS; m++) sums[m] = Sums::all(-8 * sums_of_groups[m * groups + g]);
+        if (ask) ask_for(weights);
+        GroupSums sums[COUNT];
+        for (auto& each : sums) each = GroupSums::zero();
         for (int j = 0; j < 4; j++) {
             const Bytes both = Bytes::load(weights);
             const Bytes low = both.low(), high = both.high();
-            for (int m = 0; m < ROWS; m++) {
+            for (int m = 0; m < COUNT; m++) {
                 const int8_t* a = activations + m * inputs + g * GROUP + 4 * j;
-                add_products<true>(sums[m], low, a);
-                add_products<true>(sums[m], high, a + 16);
+                add_products_of_halves(sums[m], low, a);
+                add_products_of_halves(sums[m], high, a + 16);
             }
             weights += 64;
         }
         const Floats of_outputs = load_16_bits(scales + g / per_scale * OUTPUTS);
-        for (int m = 0; m < ROWS; m++)
-            add_product(found[m], to_floats(sums[m]), times(of_outputs, group_scales[m * groups + g]));
+        for (int m = 0; m < COUNT; m++) {
+            const Floats of_group = to_floats(sums[m], -8 * sums_of_groups[m * groups + g]);
+            add_product(found[m], of_group, times(of_outputs, group_scales[m * groups + g]));
+        }
     }
-    for (int m = 0; m < ROWS; m++) store_floats(y + m * stride, found[m]);
+    for (int m = 0; m < COUNT; m++) store_floats(y + m * stride, found[m]);
 }
 
-// Calls `block` for 8, 4, 2 or 1 rows at a time.
-template <typename Block>
-void in_tiles(int64_t rows, Block block) {
-    int64_t m = 0;
-    for (; m + 8 <= rows; m += 8) block(std::integral_constant<int, 8>(), m);
-    for (; m + 4 <= rows; m += 4) block(std::integral_constant<int, 4>(), m);
-    for (; m + 2 <= rows; m += 2) block(std::integral_constant<int, 2>(), m);
-    for (; m < rows; m++) block(std::integral_constant<int, 1>(), m);
+// Calls `block` for TILE rows at a time, then for half as many, and so on.
+template <int COUNT = TILE, typename Block>
+void in_tiles(int64_t rows, Block block, int64_t m = 0) {
+    for (; m + COUNT <= rows; m += COUNT) block(std::integral_constant<int, COUNT>(), m);
+    if constexpr (COUNT > 1) in_tiles<COUNT / 2>(rows, block, m);
 }
 
 // The largest magnitude of a multiple of 16 numbers: in 16 parts, which the compiler computes at once.
@@ -210,14 +238,15 @@ void round_8(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_
     for (int64_t m = 0; m < rows; m++) {
         const float* row = x + m * inputs;
         const float scale = std::fmax(largest(row, inputs), 1e-12f) / 127;
-        int32_t sum = 0;
-        for (int64_t k = 0; k < inputs; k++) {
-            const int32_t value = (int32_t)(row[k] / scale + 128.5f) - 128;  // cutting off rounds to nearest
-            bytes[m * inputs + k] = (int8_t)value;
+        Whole sum = {};
+        for (int64_t k = 0; k < inputs; k += LANES) {
+            // Cutting off rounds to nearest.
+            const Whole value = __builtin_convertvector(load(row + k) / scale + 128.5f, Whole) - 128;
+            store(bytes + m * inputs + k, value);
             sum += value;
         }
         scales[m] = scale;
-        sums[m] = sum;
+        sums[m] = sum_of(sum);
     }
 }
 
@@ -227,14 +256,14 @@ void round_4(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_
     for (int64_t part = 0; part < rows * (inputs / GROUP); part++) {
         const float* from = x + part * GROUP;
         const float scale = largest(from, GROUP) / 127, inverse = scale > 0 ? 1 / scale : 0;
-        int32_t sum = 0;
-        for (int64_t k = 0; k < GROUP; k++) {
-            const int32_t value = (int32_t)std::nearbyint(from[k] * inverse);
-            bytes[part * GROUP + k] = (int8_t)value;
+        Whole sum = {};
+        for (int64_t k = 0; k < GROUP; k += LANES) {
+            const Whole value = rounded(load(from + k) * inverse);
+            store(bytes + part * GROUP + k, value);
             sum += value;
         }
         scales[part] = scale;
-        sums[part] = sum;
+        sums[part] = sum_of(sum);
     }
 }
 
@@ -256,12 +285,12 @@ void multiply(const Matrix& matrix, int64_t rows, const int8_t* bytes, const int
             if (matrix.group == 0)
                 block_8<count()>(matrix.weights + block * OUTPUTS * inputs,
                                  (const float*)matrix.scales + block * OUTPUTS, bytes + m * inputs, sums + m,
-                                 row_scales + m, inputs, stride, to);
+                                 row_scales + m, inputs, stride, m == 0, to);
             else
                 block_4<count()>(matrix.weights + block * OUTPUTS * inputs / 2,
                                  (const uint16_t*)matrix.scales + block * OUTPUTS * inputs / matrix.group,
                                  bytes + m * inputs, sums + m * groups, row_scales + m * groups, inputs, stride,
-                                 matrix.group / GROUP, to);
+                                 matrix.group / GROUP, m == 0, to);
         });
 }
 

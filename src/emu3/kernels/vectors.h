@@ -16,6 +16,7 @@ constexpr int LANES = 8;
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t Whole __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
+typedef int8_t Quarters __attribute__((vector_size(LANES), aligned(1)));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -31,6 +32,17 @@ inline void store(uint16_t* p, Vector x) {
     const Whole bits = (Whole)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
     const Whole kept = x != x ? bits | 0x400000 : rounded;                       // NaN stays NaN
     *(Halves*)p = __builtin_convertvector(kept >> 16 & 0xffff, Halves);
+}
+
+inline void store(int8_t* p, Whole x) { *(Quarters*)p = __builtin_convertvector(x, Quarters); }
+
+// To nearest, ties to even; below 2^22.
+inline Whole rounded(Vector x) { return (Whole)(x + 12582912.0f) - 0x4b400000; }
+
+inline int32_t sum_of(Whole x) {
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
 }
 
 // e^x for x <= 0; 0 where that is no normal float.
