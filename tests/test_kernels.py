@@ -140,6 +140,142 @@ torch.save([QuantizedLinear.quantize(linear, scheme)(x).detach() for scheme in s
     assert torch.equal(found[0][0], found[1][0])
 
 
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@torch.no_grad()
+def test_what_is_not_finite_shows(scheme, value):
+    torch.manual_seed(0)
+    layer, x = QuantizedLinear.quantize(nn.Linear(256, 48), scheme), torch.randn(6, 256)
+    expected = layer(x)
+    x[3, 77] = value
+    found = layer(x)
+    assert found[3].isnan().all()
+    assert torch.equal(found[[0, 1, 2, 4, 5]], expected[[0, 1, 2, 4, 5]])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@torch.no_grad()
+def test_numbers_too_small_for_a_scale_are_zero(scheme):
+    layer = QuantizedLinear.quantize(nn.Linear(256, 48, bias=False), scheme)
+    x = torch.full((2, 256), 1e-44)
+    x[1, :32] = 1.0
+    found, expected = layer(x), x @ layer.dequantized().T
+    assert float(found[0].abs().max()) < 1e-30
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 0.01
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("inputs", [32, 96, 127, 129, 4096])
+def test_rows_of_another_width_are_refused(scheme, inputs):
+    layer = QuantizedLinear(128, 32, scheme)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"rows of {inputs} numbers, but the matrix has 128 inputs"):
+        layer(torch.zeros(2, inputs))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_gradients_pass_through(scheme):
+    torch.manual_seed(0)
+    layer, x = QuantizedLinear.quantize(nn.Linear(128, 32), scheme), torch.randn(3, 128, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand(3, 128))
+
+
+def test_sums_that_32_bits_do_not_hold_are_not_tried():
+    assert Scheme(8).fits(2**17, 16) and not Scheme(8).fits(2**18, 16)
+
+
+def test_huge_weights_are_cut_off():
+    layer = QuantizedLinear.quantize(nn.Linear(32, 16), Scheme(4, 32))
+    weight = torch.zeros(16, 32)
+    weight[0, 0], weight[1, 1] = 1e6, -3e5
+    layer.weight, layer.scales = quantization.quantize_matrix(weight, Scheme(4, 32))
+    found = layer.dequantized()
+    assert 4e5 < found[0, 0] <= 65504 * 8 and abs(found[1, 1] / -3e5 - 1) < 0.01
+    assert float(found.abs().sum()) == float(found[0, 0] - found[1, 1])
+
+
+@needs_kernels
+def test_memory_that_runs_out_is_an_error_like_any_other():
+    program = """
+import resource, torch
+from emu3 import kernels
+from emu3.quantization import QuantizedLinear, Scheme
+layer, x = QuantizedLinear(2**16, 16, Scheme(8)), torch.zeros(2**13, 2**16)
+kernels.library()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
+try:
+    kernels.linear(x, layer.weight, layer.scales, 8)
+except MemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("no memory is left to compute layers"), done
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A cache of its own, and a compiler that copies what was compiled already and counts its calls."""
+    compiled = kernels.library()
+    if compiled is None:
+        pytest.skip("no kernels for this machine")
+    program = tmp_path / "my compiler"
+    program.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/calls"\nfor last; do :; done\ncp {compiled._name} "$last"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{program}' -m64")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def load():
+        return kernels.library.__wrapped__()
+
+    load.calls = lambda: len((tmp_path / "calls").read_text().split())
+    load.folder = tmp_path / "cache/emu3"
+    return load
+
+
+def test_what_was_compiled_is_kept_and_made_anew_where_it_is_damaged(compiler, tmp_path, monkeypatch):
+    assert compiler() is not None and compiler() is not None and compiler.calls() == 1
+    (file,) = compiler.folder.iterdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "emu3").mkdir(mode=0o700)
+    (tmp_path / "emu3" / file.name).write_bytes(b"not a library")
+    assert compiler() is not None and compiler.calls() == 2
+    assert (tmp_path / "emu3" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_nothing_is_loaded_that_others_could_write(compiler):
+    compiler()
+    (file,) = compiler.folder.iterdir()
+    file.chmod(0o666)
+    assert compiler() is not None and compiler.calls() == 2
+    assert file.stat().st_mode & 0o022 == 0
+    compiler.folder.chmod(0o777)
+    assert compiler() is not None and compiler.calls() == 3
+    assert [each.name for each in compiler.folder.iterdir()] == [file.name]
+
+
+def test_without_a_home_it_is_compiled_each_time(compiler, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernels.Path, "home", no_home)
+    assert compiler() is not None and compiler() is not None and compiler.calls() == 2
+
+
+def test_a_compiler_that_fails_is_told(compiler, tmp_path, monkeypatch, caplog):
+    program = tmp_path / "broken"
+    program.write_text("#!/bin/sh\necho 'no such target' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    assert compiler() is None and "no such target" in caplog.text
+    monkeypatch.setenv("CXX", "'unclosed")
+    assert compiler() is None and "No closing quotation" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("make", [Int8Linear, lambda linear: QuantizedLinear.quantize(linear, Scheme(4, 32))])
 @torch.no_grad()

@@ -5,8 +5,8 @@ call. Embeddings, head and vision tokenizer are not quantized.
 
 `int8=True` quantizes a model while it is loaded, and what it makes is not saved. Products are computed by
 `emu3.kernels`, where these can be had and take the size; else by oneDNN's integer kernels, which need AVX512-VNNI, as
-others add two products in 16 bits and overflow; else in float32. All give the same. `emu3 quantize` writes checkpoints
-whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
+others add two products in 16 bits and overflow; else in float32. All give the same, but for the rounding of long sums.
+`emu3 quantize` writes checkpoints whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _NOT_SAVED = (
     "layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8, or write a quantized "
     "checkpoint with emu3 quantize"
 )
+# Sums of so many products of 8 bits have 32: 128 * 127 each.
+_MOST_INPUTS = 2**17
 # Weights that are quantized at a time, a megabyte in float32: so few stay in the processor's cache.
 _CHUNK = 2**18
 
@@ -92,12 +94,12 @@ class Int8Linear(nn.Module):
         weight, scales, bias = self.weight, self.scales, self.bias
         rows = x.reshape(-1, x.shape[-1]).float()
         row_scales = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        rows = rows / row_scales
+        rows = rows / row_scales + (_ACTIVATION_OFFSET + 0.5)  # positive, so cutting off rounds to nearest
         if self.packed:
             multiply = _opaque_multiply_packed if torch.compiler.is_compiling() else _multiply_packed
             y = multiply(rows, weight, scales)
         else:
-            y = _multiply(rows.round(), weight) * scales
+            y = _multiply(rows, weight) * scales
         y = y * row_scales
         if bias is not None:
             y = y + bias
@@ -111,7 +113,8 @@ class Int8Linear(nn.Module):
 
 
 def _multiply(rows: Tensor, weight: Tensor) -> Tensor:
-    """Whole rows of -127..127 times a matrix in 8 bits."""
+    """Cut rows off to whole numbers, and multiply them less the offset by a matrix."""
+    rows = rows.floor() - _ACTIVATION_OFFSET
     if _VNNI:
         return torch._int_mm(rows.to(torch.int8), weight.t())
     parts = weight.split(max(1, _CHUNK // weight.shape[1]))
@@ -119,8 +122,8 @@ def _multiply(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Round rows of -127..127, and multiply them by a packed matrix."""
-    rows = (rows + (_ACTIVATION_OFFSET + 0.5)).to(torch.uint8)  # positive, so cutting off rounds to nearest
+    """The same with a packed matrix."""
+    rows = rows.to(torch.uint8)
     zeros = torch.zeros(len(scales), dtype=torch.long)
     return torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, _ACTIVATION_OFFSET, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
@@ -156,7 +159,8 @@ class Scheme:
 
     def fits(self, inputs: int, outputs: int) -> bool:
         """Whether a matrix of this size can be stored so. Others stay as they are."""
-        return inputs % (self.group or kernels.GROUP) == 0 and outputs % kernels.OUTPUTS == 0
+        whole_blocks = inputs % (self.group or kernels.GROUP) == 0 and outputs % kernels.OUTPUTS == 0
+        return whole_blocks and inputs <= _MOST_INPUTS
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it, under "quantization_config"."""
@@ -195,7 +199,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("scales", torch.empty(outputs))
         else:
             shape = blocks, inputs // scheme.group, kernels.OUTPUTS
-            self.register_buffer("scales", torch.empty(shape, dtype=torch.float16))
+            self.register_buffer("scales", torch.empty(shape, dtype=kernels.SCALES[4]))
         self.register_buffer("bias", torch.empty(outputs) if bias else None)
 
     @classmethod
@@ -247,6 +251,10 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def use_own_dtypes(self) -> None:
+        """After transformers loaded the scales in the dtype of the model, or in float32."""
+        self.scales = self.scales.to(kernels.SCALES[self.bits])
 
     def dequantized(self) -> Tensor:
         """The matrix (outputs, inputs) in float32."""
@@ -304,7 +312,7 @@ def _scales_of_groups(groups: Tensor) -> Tensor:
     best = torch.full_like(largest, math.inf)
     found = torch.ones_like(largest)
     for values in (-8.0, -7.6, -7.2, -6.8):
-        scale = (largest / values).half().float()
+        scale = (largest / values).clamp_(-65504, 65504).half().float()  # the largest of float16
         scale = torch.where(scale == 0, 1.0, scale)
         error = ((groups / scale).round_().clamp_(-8, 7) * scale - groups).square_().sum(2, keepdim=True)
         better = error < best
@@ -326,7 +334,8 @@ def dequantize_matrix(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _multiply_blocks(rows: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    if rows.device.type == "cpu" and kernels.library() is not None:
+    # Kernels have no gradients.
+    if rows.device.type == "cpu" and kernels.library() is not None and not rows.requires_grad:
         return kernels.linear(rows, weight, scales, bits)
     return rows @ dequantize_matrix(weight, scales, bits).T
 

@@ -1,12 +1,13 @@
 """Checkpoints in 8 and 4 bits: what is written, that it loads by every way, and what happens when it is cut off."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from emu3 import Emu3ForConditionalGeneration, Emu3Pipeline, cli, kernels, quantization
 from emu3.checkpoints import NANO
@@ -41,6 +42,8 @@ def test_it_loads_by_every_way(written, scheme):
         theirs = Emu3ForConditionalGeneration.from_pretrained(written[scheme], dtype=dtype).eval()
         ours = load_model(written[scheme], dtype=dtype)
         assert torch.equal(theirs(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+        for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
     exact = load_model(NANO)(input_ids=IDS).logits
     distance = float((exact.softmax(-1) - logits.softmax(-1)).abs().sum(-1).mean()) / 2
     assert distance < {8: 0.02, 4: 0.35}[scheme[0]]
@@ -107,6 +110,18 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path, written, monkeypatch):
     assert not [each for each in target.iterdir() if "plan" in each.name or each.suffix == ".part"]
     for one, other in zip(load_model(target).buffers(), load_model(written[4, 32]).buffers(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_that_are_not_finite_are_refused(tmp_path, bits):
+    shutil.copytree(NANO, tmp_path / "source")
+    file, name = tmp_path / "source/model.safetensors", "model.text_model.layers.3.self_attn.q_proj.weight"
+    tensors = load_file(file)
+    tensors[name][2, 5] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds NaN or infinite values; get the checkpoint again"):
+        quantize(tmp_path / "source", tmp_path / "out", bits)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_scheme_begins_anew(tmp_path, monkeypatch):

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import flex_attention
 from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
+from emu3.checkpoints import NANO
+from emu3.checkpoints.load import load_model
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration, Emu3Model
 from emu3.modeling.text import Emu3ForCausalLM, Emu3TextModel
 from emu3.modeling.vision import Emu3VQVAE
@@ -179,3 +181,15 @@ def test_what_does_not_belong_to_a_whole_model_is_reported(folder, model, tmp_pa
     model.save_pretrained(tmp_path, state_dict=model.state_dict() | extra)
     _, found = Emu3ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert set(found["unexpected_keys"]) == set(extra)
+
+
+def test_what_is_loaded_in_16_bits_and_saved_loads_again(tmp_path):
+    """Also where transformers saved the counters of the vision tokenizer as floats."""
+    Emu3ForConditionalGeneration.from_pretrained(NANO, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    counters = [name for name in saved if name.endswith("num_batches_tracked")]
+    assert counters and all(saved[name].dtype == torch.int64 for name in counters)
+    save_file(saved | {name: saved[name].float() for name in counters}, tmp_path / "model.safetensors")
+    expected = load_model(NANO, dtype=torch.bfloat16).state_dict()
+    for name, tensor in load_model(tmp_path).state_dict().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name

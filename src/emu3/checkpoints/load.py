@@ -22,7 +22,7 @@ from emu3.checkpoints.config import (
     parts_of,
     vocabulary_of,
 )
-from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json
+from emu3.checkpoints.files import INDEX, TensorHeader, all_finite, read_headers, read_json
 from emu3.checkpoints.memory import own_dtype
 from emu3.checkpoints.settings import (
     PICTURES,
@@ -233,10 +233,7 @@ def _check_finite(name: str, piece: nn.Module, folder: Path) -> None:
     """ValueError where a weight, or a frequency of the rotary embedding, is NaN or infinite."""
     for own, tensor in (*piece.named_parameters(), *piece.named_buffers()):
         # With a device map, tensors that do not fit stay on disk, and are on "meta" here.
-        if tensor.is_meta or not tensor.is_floating_point():
-            continue
-        # The sum needs no memory. It is finite only if all numbers are; but large finite numbers may overflow in it.
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        if not tensor.is_meta and not all_finite(tensor):
             raise ValueError(
                 f"{folder}: {name}.{own} holds NaN or infinite values as {tensor.dtype}; get the checkpoint again, or "
                 "load it in a wider dtype"

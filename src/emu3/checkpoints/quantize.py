@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, expected_tensors
 from emu3.checkpoints.convert import copy_companions, staged_folder
-from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json, write_json
+from emu3.checkpoints.files import INDEX, TensorHeader, all_finite, read_headers, read_json, write_json
 from emu3.checkpoints.settings import read_config
 from emu3.modeling.legacy import documented_name
 from emu3.quantization import QuantizedLinear, Scheme, quantize_matrix, use_scheme
@@ -169,7 +169,9 @@ def _shards(
 
 
 def _stored(name: str, tensor: Tensor, quantized: set[str], widened: set[str], scheme: Scheme) -> dict[str, Tensor]:
-    """What becomes of a tensor, with names of the documented layout."""
+    """What becomes of a tensor, with names of the documented layout. ValueError where it is not finite."""
+    if not all_finite(tensor):
+        raise ValueError(f"{name} holds NaN or infinite values; get the checkpoint again")
     module = name.removesuffix(".weight")
     if module in quantized:
         with torch.inference_mode():

@@ -1,7 +1,8 @@
 """Products with quantized matrices and attention on a CPU, compiled at first use by the machine's own C++ compiler.
 
 Without one, or on another processor than x86-64 with AVX2, `library()` is None and the caller computes with PyTorch.
-`EMU3_KERNELS=0` asks for that. What was compiled is kept in the user's cache folder.
+`EMU3_KERNELS=0` asks for that; `CXX` names a compiler. What was compiled is kept in the user's cache folder, and is
+compiled anew where it is damaged, or for another processor or compiler. Nothing is loaded that others could write.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +32,9 @@ OUTPUTS = 16
 GROUP = 32
 """Inputs that share a scale of the activations; the inputs of a matrix are a multiple of it."""
 
+SCALES = {8: torch.float32, 4: torch.float16}
+"""The dtype of a matrix's scales, by bits."""
+
 FLOATS = 16
 """Of a vector; the width of a head is a multiple of it."""
 
@@ -42,44 +47,76 @@ _SECONDS = 120
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be had."""
-    flags = _cpu_flags()
-    if os.environ.get("EMU3_KERNELS") == "0" or not {"avx2", "fma", "f16c"} <= flags:
+    processor = _processor()
+    needed = {"avx2", "fma", "f16c"}
+    if os.environ.get("EMU3_KERNELS") == "0" or not needed <= set(processor.get("flags", "").split()):
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None
-    key = "\n".join([*(source.read_text() for source in _SOURCES), *_FLAGS, compiler, *sorted(flags)])
-    file = _cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        if not file.is_file():
-            _compile(compiler, file)
-        # torch is loaded, so the library shares its threads: the name of its OpenMP is known already.
-        return ctypes.CDLL(str(file))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("no kernels for this CPU, so quantized layers are slow: %s", error)
-        return None
+        compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+        executable = shutil.which(compiler[0])
+        if executable is None:
+            return None
+        made = Path(executable).stat()
+        sources = [source.read_text() for source in _SOURCES]
+        key = "\n".join([*sources, *_FLAGS, *compiler, str((made.st_size, made.st_mtime_ns)), *processor.values()])
+        return _load(compiler, f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so")
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode(errors="replace")[-500:]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    logger.warning("no kernels for this CPU, so quantized layers are slow: %s", reason)
+    return None
 
 
-def _cpu_flags() -> set[str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return set()
+def _processor() -> dict[str, str]:
+    """What tells processors apart that run other instructions."""
+    file = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not file.is_file():
+        return {}
+    lines = [line.partition(":") for line in file.read_text().split("\n\n")[0].splitlines()]
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    return {name: fields.get(name, "") for name in ("vendor_id", "cpu family", "model", "stepping", "flags")}
+
+
+def _load(compiler: list[str], name: str) -> ctypes.CDLL:
+    """The library of this name, as it is kept or as it is compiled."""
+    # torch is loaded, so the library shares its threads: the name of its OpenMP is known already.
+    folder = _cache_folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as once:
+            _compile(compiler, Path(once) / name)
+            return ctypes.CDLL(str(Path(once) / name))  # it stays loaded when its file is gone
+    file = folder / name
+    if file.is_file() and _is_ours(file):
+        try:
+            return ctypes.CDLL(str(file))
+        except OSError:  # damaged, or of another system that shares the folder
+            pass
+    _compile(compiler, file)
+    return ctypes.CDLL(str(file))
+
+
+def _cache_folder() -> Path | None:
+    """Where compiled libraries are kept; None where nothing can be, or where others can write."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emu3"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    return folder if _is_ours(folder) and os.access(folder, os.W_OK) else None
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emu3"
+def _is_ours(path: Path) -> bool:
+    """Whether only this user can write it."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
-def _compile(compiler: str, file: Path) -> None:
+def _compile(compiler: list[str], file: Path) -> None:
     """Write `file`, wholly or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         unfinished = Path(folder) / file.name
-        command = [compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(unfinished)]
+        command = [*compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(unfinished)]
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
         unfinished.replace(file)
 
@@ -95,16 +132,20 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
     Returns:
         (rows, outputs), float32.
+
+    Raises:
+        ValueError: x has not as many inputs as the matrix.
     """
     compiled = library()
     assert compiled is not None
     # The compiled functions see addresses only, so every tensor must be what they take it for.
-    x, weight = x.float().contiguous(), weight.contiguous()
-    scales = scales.to(torch.float32 if bits == 8 else torch.float16).contiguous()
+    x, weight, scales = x.float().contiguous(), weight.contiguous(), scales.to(SCALES[bits]).contiguous()
     (rows, inputs), outputs = x.shape, OUTPUTS * len(weight)
+    if 32 * weight.shape[1] != inputs * bits:
+        raise ValueError(f"rows of {inputs} numbers, but the matrix has {32 * weight.shape[1] // bits} inputs")
     group = inputs // scales.shape[1] if bits == 4 else 0
     y = x.new_empty(rows, outputs)
-    compiled.emu3_linear(*_addresses(x, weight, scales), *_whole(group, rows, inputs, outputs), *_addresses(y))
+    _call(compiled.emu3_linear, *_addresses(x, weight, scales), *_whole(group, rows, inputs, outputs), *_addresses(y))
     return y
 
 
@@ -145,7 +186,7 @@ def attend(
     tokens = _tokens(keys, values, x.shape[1], cos, sin, slots, turns, lanes, starts, turns_of_slots)
     y = x.new_empty(len(x), x.shape[1] - 2 * keys.shape[1] * keys.shape[3])
     where = _addresses(keys, values)
-    compiled.emu3_attend(*_addresses(x), *tokens, *where, ctypes.c_double(scaling), *_addresses(y))
+    _call(compiled.emu3_attend, *_addresses(x), *tokens, *where, ctypes.c_double(scaling), *_addresses(y))
     return y
 
 
@@ -165,14 +206,15 @@ def run_layers(
         `hidden`.
     """
     compiled = library()
-    assert compiled is not None and hidden.dtype == torch.float32 and hidden.is_contiguous()
+    assert compiled is not None
+    if hidden.dtype != torch.float32 or not hidden.is_contiguous():
+        raise ValueError("hidden states must be contiguous, in float32")
     heads, width = keys[0].shape[1], keys[0].shape[3]
     outputs = layers.view(torch.int64)[4] + 2 * heads * width  # of query, key and value
     where = [(ctypes.c_void_p * count)(*(each.data_ptr() for each in caches)) for caches in (keys, values)]
     arguments = _tokens(keys[0], values[0], int(outputs), *tokens)
-    compiled.emu3_layers(
-        *_addresses(layers), *_whole(count), *_addresses(hidden), *_whole(len(hidden)), *arguments, *where
-    )
+    before = *_addresses(layers), *_whole(count), *_addresses(hidden), *_whole(len(hidden))
+    _call(compiled.emu3_layers, *before, *arguments, *where)
     return hidden
 
 
@@ -190,10 +232,20 @@ def _tokens(
 ) -> list[Any]:
     """The arguments of `attend` that say where tokens stand, as the compiled functions take them."""
     _, heads, length, width = keys.shape
-    assert keys.is_contiguous() and values.is_contiguous() and turns_of_slots.is_contiguous()
-    assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
+    given = keys, values, cos, sin, slots, turns, lanes, starts, turns_of_slots
+    dtypes = [each.dtype for each in given]
+    cached, floats, whole = dtypes[:2], dtypes[2:4], dtypes[4:]
+    if cached not in ([torch.float32] * 2, [torch.bfloat16] * 2) or {*floats, *whole} != {torch.float32, torch.int64}:
+        raise ValueError(f"kernels take no tensors of {dtypes}")
+    if not all(each.is_contiguous() for each in given):
+        raise ValueError("tensors must be contiguous")
     sizes = len(lanes), keys.dtype == torch.bfloat16, length, heads, row_width // (heads * width) - 2, width
     return [*_addresses(cos, sin, slots, turns, lanes, starts, turns_of_slots), *_whole(*sizes)]
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    if function(*arguments):
+        raise MemoryError("no memory is left to compute layers; ask for fewer pictures or shorter prompts at once")
 
 
 def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:

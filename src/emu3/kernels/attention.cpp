@@ -7,6 +7,8 @@
 //
 // T tokens of all lanes, one lane behind the other; N query heads, K key-value heads, D width of a head, L slots.
 
+#include <omp.h>
+
 #include <limits>
 #include <vector>
 
@@ -89,6 +91,17 @@ struct Work {  // of a thread
         : queries(ROWS * width), scores(ROWS * SLOTS), sums(ROWS * width), keys(SLOTS * width), values(SLOTS * width),
           largest(ROWS), total(ROWS), rounded(ROWS * width), rounded_weights(ROWS * SLOTS) {}
 };
+
+// One for each thread of a parallel region; kept for the next call.
+inline std::vector<Work>& works(int64_t width) {
+    thread_local std::vector<Work> kept;
+    thread_local int64_t kept_width = 0;
+    if (kept_width != width || kept.size() < (size_t)omp_get_max_threads()) {
+        kept = std::vector<Work>(omp_get_max_threads(), Work(width));
+        kept_width = width;
+    }
+    return kept;
+}
 
 // `count` slots as floats, and zeros up to a whole tile.
 template <typename Element>
@@ -286,8 +299,9 @@ void attend_all(Work& work, const Tokens& tokens, const float* x, Element* keys,
         const int64_t size = tokens.length * width;
         Element* own_keys = keys + (tokens.lanes[lane] * heads + head) * size;
         Element* own_values = values + (tokens.lanes[lane] * heads + head) * size;
-        if (piece + 1 < pieces) {
-            const int64_t next = (piece + 1) / heads, end = slots[tokens.starts[next + 1] - 1] + 1;
+        const int64_t next = (piece + 1) / heads;
+        if (piece + 1 < pieces && tokens.starts[next + 1] > tokens.starts[next]) {
+            const int64_t end = slots[tokens.starts[next + 1] - 1] + 1;
             const int64_t place = (tokens.lanes[next] * heads + (piece + 1) % heads) * size;
             ask_for(keys + place, end * width);
             ask_for(values + place, end * width);
@@ -338,18 +352,18 @@ extern "C" {
 // x (T, (N + 2 K) * D): queries, keys and values of T tokens; cos, sin (T, D). Lane `lanes[b]` of the cache has the
 // tokens starts[b] to starts[b + 1] - 1, with their `slots` and `turns` (T). turns_of_slots (lanes, L) holds these
 // already. Keys and values (lanes, K, L, D) in float, or in bfloat16 if `halves`. D is a multiple of 16. To y
-// (T, N * D).
-void emu3_attend(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
-                 const int64_t* lanes, const int64_t* starts, const int64_t* turns_of_slots, int64_t count,
-                 int64_t halves, int64_t length, int64_t heads, int64_t groups, int64_t width, void* keys, void* values,
-                 double scaling, float* y) {
-    const Tokens tokens{cos,   sin,    slots,  turns, lanes,  starts, turns_of_slots,
-                        count, halves, length, heads, groups, width};
+// (T, N * D). As `compute` returns.
+int emu3_attend(const float* x, const float* cos, const float* sin, const int64_t* slots, const int64_t* turns,
+                const int64_t* lanes, const int64_t* starts, const int64_t* turns_of_slots, int64_t count,
+                int64_t halves, int64_t length, int64_t heads, int64_t groups, int64_t width, void* keys, void* values,
+                double scaling, float* y) {
+    return compute([&] {
+        const Tokens tokens{cos,   sin,    slots,  turns, lanes,  starts, turns_of_slots,
+                            count, halves, length, heads, groups, width};
+        std::vector<Work>& own = works(width);
 #pragma omp parallel
-    {
-        Work work(width);
-        attend_all(work, tokens, x, keys, values, (float)scaling, y);
-    }
+        attend_all(own[omp_get_thread_num()], tokens, x, keys, values, (float)scaling, y);
+    });
 }
 
 }  // extern "C"

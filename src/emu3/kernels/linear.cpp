@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -217,27 +218,23 @@ void in_tiles(int64_t rows, Block block, int64_t m = 0) {
     if constexpr (COUNT > 1) in_tiles<COUNT / 2>(rows, block, m);
 }
 
-// The largest magnitude of a multiple of 16 numbers: in 16 parts, which the compiler computes at once.
-float largest(const float* x, int64_t count) {
-    float found[16] = {};
-    for (int64_t i = 0; i < count; i += 16)
-        for (int j = 0; j < 16; j++) {
-            const float size = std::fabs(x[i + j]);
-            found[j] = size > found[j] ? size : found[j];
-        }
-    float most = 0;
-    for (float each : found) most = each > most ? each : most;
-    return most;
-}
-
 // All of these run in parallel where they are called in a parallel region, and end together.
+
+// What is not finite has no bytes. Its scale is NaN, and so is what is computed with it.
+inline bool round_unknown(float most, int64_t count, int8_t* bytes, int32_t& sum, float& scale) {
+    if (most <= std::numeric_limits<float>::max()) return false;
+    std::memset(bytes, 0, count);
+    sum = 0;
+    scale = std::numeric_limits<float>::quiet_NaN();
+    return true;
+}
 
 // 8 bits: rows (rows, inputs) to bytes, with the sum of a row's bytes and its scale.
 void round_8(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_t* sums, float* scales) {
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < rows; m++) {
-        const float* row = x + m * inputs;
-        const float scale = std::fmax(largest(row, inputs), 1e-12f) / 127;
+        const float *row = x + m * inputs, most = largest(row, inputs), scale = std::fmax(most, 1e-12f) / 127;
+        if (round_unknown(most, inputs, bytes + m * inputs, sums[m], scales[m])) continue;
         Whole sum = {};
         for (int64_t k = 0; k < inputs; k += LANES) {
             // Cutting off rounds to nearest.
@@ -254,8 +251,9 @@ void round_8(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_
 void round_4(const float* x, int64_t rows, int64_t inputs, int8_t* bytes, int32_t* sums, float* scales) {
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < rows * (inputs / GROUP); part++) {
-        const float* from = x + part * GROUP;
-        const float scale = largest(from, GROUP) / 127, inverse = scale > 0 ? 1 / scale : 0;
+        const float *from = x + part * GROUP, most = largest(from, GROUP), scale = most / 127;
+        if (round_unknown(most, GROUP, bytes + part * GROUP, sums[part], scales[part])) continue;
+        const float inverse = scale > 1e-37f ? 1 / scale : 0;  // finite
         Whole sum = {};
         for (int64_t k = 0; k < GROUP; k += LANES) {
             const Whole value = rounded(load(from + k) * inverse);
@@ -314,16 +312,18 @@ struct Rounded {
 
 extern "C" {
 
-// x (rows, inputs) times a matrix to y (rows, outputs); see `Matrix`.
-void emu3_linear(const float* x, const uint8_t* weights, const void* scales, int64_t group, int64_t rows,
-                 int64_t inputs, int64_t outputs, float* y) {
-    const Matrix matrix{weights, scales, inputs, outputs, group};
-    Rounded rounded(rows, inputs);
+// x (rows, inputs) times a matrix to y (rows, outputs); see `Matrix`. As `compute` returns.
+int emu3_linear(const float* x, const uint8_t* weights, const void* scales, int64_t group, int64_t rows,
+                int64_t inputs, int64_t outputs, float* y) {
+    return compute([&] {
+        const Matrix matrix{weights, scales, inputs, outputs, group};
+        Rounded rounded(rows, inputs);
 #pragma omp parallel
-    {
-        rounded.round(x, rows, matrix);
-        rounded.times(matrix, rows, y, outputs);
-    }
+        {
+            rounded.round(x, rows, matrix);
+            rounded.times(matrix, rows, y, outputs);
+        }
+    });
 }
 
 // The sum of all bytes, in words of 8: how fast memory can be read. `count` is a multiple of 65,536.

@@ -5,8 +5,20 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 namespace {
+
+// Calls a function: 0, or 1 where memory ran out. No exception may leave a function of C or a parallel region.
+template <typename Function>
+int compute(Function function) {
+    try {
+        function();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;  // floats of a vector
@@ -45,7 +57,21 @@ inline int32_t sum_of(Whole x) {
     return sum;
 }
 
-// e^x for x <= 0; 0 where that is no normal float.
+// The largest magnitude of a multiple of LANES numbers; NaN if one is NaN, whose bits are above those of infinity.
+inline float largest(const float* x, int64_t count) {
+    Whole most = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Whole size = (Whole)load(x + i) & 0x7fffffff;
+        most = size > most ? size : most;
+    }
+    int32_t found = 0;
+    for (int i = 0; i < LANES; i++) found = most[i] > found ? most[i] : found;
+    float as_float;
+    std::memcpy(&as_float, &found, 4);
+    return as_float;
+}
+
+// e^x for x <= 0; 0 where that is no normal float, NaN for NaN.
 inline Vector exponential(Vector x) {
     const Vector shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;  // rounds to a whole number
     const Vector rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -57,7 +83,8 @@ inline Vector exponential(Vector x) {
     y = y * rest * rest + rest + 1.0f;
     const Whole power = ((Whole)shifted - 0x4b400000) << 23;
     y = (Vector)((Whole)y + power);
-    return x < -87.0f ? Vector{} : y;
+    const Vector known = x == x ? y : x;
+    return x < -87.0f ? Vector{} : known;
 }
 
 // The sums of as many vectors as one has floats, in order. Neighbours are added until each vector is one float.

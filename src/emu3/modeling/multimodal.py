@@ -115,8 +115,9 @@ class Emu3Model(Emu3PreTrainedModel):
 
     config: Emu3Config
     renamed_weights: ClassVar[dict[str, str]] = {r"^text_model\.model\.": "text_model."}
-    # Codes must not depend on the precision of the language model.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel", "scales"]  # scales: of layers in 8 bits
+    # Codes must not depend on the precision of the language model; nor scales of quantized layers, which get their own
+    # dtype back in `from_pretrained`.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel", "scales"]
     # Quantizers leave these modules as they are. The pattern matches from the beginning of a name. It differs from the
     # entry above because transformers wants no entry in both lists.
     _keep_in_fp32_modules: ClassVar[list[str]] = [r"(?:model\.)?vqmodel"]

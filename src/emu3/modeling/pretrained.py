@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import TransformersKwargs
 
 from emu3.options import check_folder_or_id
+from emu3.quantization import QuantizedLinear
 
 # transformers' own tests read a forward's further arguments from its signature. For type checkers they are Any.
 if TYPE_CHECKING:
@@ -56,7 +58,14 @@ class AnyLayoutModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`. A `key_mapping` replaces `renamed_weights`."""
         check_folder_or_id(*args[:1])
-        return super().from_pretrained(*args, **{"key_mapping": cls.renamed_weights, **kwargs})
+        loaded = super().from_pretrained(*args, **{"key_mapping": cls.renamed_weights, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.use_own_dtypes()
+            elif isinstance(getattr(module, "num_batches_tracked", None), Tensor):
+                module.num_batches_tracked = module.num_batches_tracked.long()  # transformers made it a float, too
+        return loaded
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

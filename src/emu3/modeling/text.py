@@ -29,6 +29,9 @@ from emu3.modeling.parallel import processes_of
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, pick_cache
 from emu3.quantization import QuantizedLinear
 
+SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}
+"""Types of the modules that compute the default activation."""
+
 
 class RMSNorm(nn.Module):
     """Divides by the root mean square over the last dimension, computed in float32."""

@@ -12,6 +12,7 @@ from emu3.generation.runtime.cache import SlotCache
 from emu3.generation.runtime.forward import Forward
 from emu3.generation.runtime.fused import FusedLayers
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.modeling.text import RMSNorm
 from emu3.quantization import QuantizedLinear, Scheme, quantize_int8
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
@@ -57,6 +58,16 @@ def test_it_computes_what_the_layers_do_one_by_one(tiny_config, scheme, dtype):
         assert float((ours - expected).norm() / expected.norm()) < (0.003 if dtype == torch.float32 else 0.03)
 
 
+class Double(RMSNorm):
+    """Twice what it was made from."""
+
+    def __init__(self, norm):
+        super().__init__(len(norm.weight), norm.variance_epsilon)
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def test_what_is_more_than_plain_is_run_by_itself(tiny_config):
     plain = quantized(tiny_config, Scheme(8))
     assert FusedLayers.of(plain) is not None
@@ -65,6 +76,14 @@ def test_what_is_more_than_plain_is_run_by_itself(tiny_config):
         "a hook of a matrix": lambda layer: layer.mlp.up_proj.register_forward_pre_hook(lambda *arguments: None),
         "a forward of its own": lambda layer: setattr(layer.input_layernorm, "forward", layer.input_layernorm.forward),
         "a bias": lambda layer: setattr(layer.mlp.up_proj, "bias", torch.zeros(256)),
+        "another activation": lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()),
+        "a norm of another kind": lambda layer: setattr(layer, "input_layernorm", Double(layer.input_layernorm)),
+        "scales of another dtype": lambda layer: setattr(
+            layer.self_attn.q_proj, "scales", layer.self_attn.q_proj.scales.half()
+        ),
+        "two schemes for one input": lambda layer: setattr(
+            layer.self_attn, "k_proj", QuantizedLinear.quantize(nn.Linear(128, 64, bias=False), Scheme(4, 32))
+        ),
         "another layer": lambda layer: setattr(layer.mlp, "up_proj", nn.Linear(128, 256, bias=False)),
     }
     for name, change in changes.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from emu3 import kernels
 from emu3.generation.runtime.attention import Packed
+from emu3.modeling.text import SILU, RMSNorm
 from emu3.quantization import QuantizedLinear, UnsavedLinear
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class FusedLayers:
     def of(cls, text_model: Emu3TextModel) -> FusedLayers | None:
         """None where a part is not quantized or is more than itself, such as one with a bias or a hook."""
         layers = text_model.layers[: text_model.config.num_hidden_layers]
-        if text_model.config.hidden_act not in ("silu", "swish") or not all(map(_is_plain, layers)):
+        if not all(map(_is_plain, layers)):
             return None
         tensors: list[Tensor] = []
         packed = b"".join(_packed(layer, tensors) for layer in layers)
@@ -48,11 +49,25 @@ class FusedLayers:
 
 
 def _is_plain(layer: Any) -> bool:
-    linears = _linears(layer)
-    if not all(type(each) in (QuantizedLinear, UnsavedLinear) for each in linears):
+    linears, norms = _linears(layer), [layer.input_layernorm, layer.post_attention_layernorm]
+    if not all(type(each) in (QuantizedLinear, UnsavedLinear) and _is_stored_well(each) for each in linears):
         return False
-    whole = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn, *linears]
-    return all(each.bias is None for each in linears) and not any(map(_is_changed, whole))
+    *query_key_value, _, gate, up, _ = (each.scheme for each in linears)
+    return (
+        all(each.bias is None for each in linears)
+        # Rounded once for all that share an input.
+        and len(set(query_key_value)) == 1
+        and gate == up
+        and type(layer.mlp.act_fn) in SILU
+        and all(type(norm) is RMSNorm and norm.weight.device.type == "cpu" for norm in norms)
+        and not any(map(_is_changed, [*norms, layer.mlp.act_fn, *linears]))
+    )
+
+
+def _is_stored_well(linear: QuantizedLinear) -> bool:
+    """Whether its tensors are what the compiled function takes them for."""
+    weight, scales = linear.weight, linear.scales
+    return weight.dtype == torch.uint8 and scales.dtype == kernels.SCALES[linear.bits] and weight.device.type == "cpu"
 
 
 def _is_changed(module: nn.Module) -> bool:
