@@ -62,7 +62,7 @@ def test_kernels_of_other_layers():
 
 def test_weights_and_bytes_are_counted_by_part_and_kernel(monkeypatch):
     measured = []
-    monkeypatch.setattr("emu3.evaluation.machine._peak", lambda module: measured.append(module) or 7.0)
+    monkeypatch.setattr("emu3.evaluation.machine._peak", lambda module, is_head: measured.append(module) or 7.0)
     quantized = QuantizedLinear.quantize(nn.Linear(64, 32, bias=False), Scheme(4, 32))
     layers = nn.ModuleList([nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False), quantized])
     head = nn.Linear(8, 100, bias=False)
