@@ -10,7 +10,7 @@ from torch import nn
 
 from emu3 import kernels
 from emu3.evaluation.machine import Products, kernel_of, products_of, reading
-from emu3.quantization import Int8Linear, QuantizedLinear, Scheme
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear, Scheme
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
 
@@ -40,6 +40,19 @@ def test_kernels_of_quantized_layers_are_those_that_the_processor_has():
         f"emu3 kernels, 4 bits in groups of 32, {instructions}",
         f"emu3 kernels, 4 bits in groups of 128, {instructions}",
     ]
+
+
+@needs_kernels
+def test_kernels_of_heads(monkeypatch):
+    plain = nn.Linear(32, 10, bias=False)
+    assert kernel_of(QuantizedHead.quantize(plain), is_head=True) == "emu3 kernels, 8 bits beside float32"
+    assert kernel_of(plain, is_head=True) == kernel_of(plain)
+    half = nn.Linear(32, 10, bias=False, dtype=torch.bfloat16)
+    for native, expected in ((False, "emu3 kernels, bfloat16 beside float32"), (True, kernel_of(half))):
+        monkeypatch.setattr("emu3.generation.runtime.head._is_native", lambda dtype, native=native: native)
+        assert kernel_of(half, is_head=True) == expected
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert kernel_of(QuantizedHead.quantize(plain)) == "PyTorch, 8 bits made float32 at each call"
 
 
 def test_without_kernels_pytorch_computes():

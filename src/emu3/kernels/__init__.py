@@ -1,7 +1,7 @@
 """Products with quantized matrices and heads, and attention, on a CPU; compiled at first use by its own C++ compiler.
 
-Without a compiler, or on another processor than x86-64 with AVX2, `library()` is None and the caller computes with PyTorch.
-`EMU3_KERNELS=0` asks for that. What was compiled is kept in the user's cache folder.
+Without a compiler, or on another processor than x86-64 with AVX2, `library()` is None and the caller computes with
+PyTorch. `EMU3_KERNELS=0` asks for that. What was compiled is kept in the user's cache folder.
 """
 
 from __future__ import annotations
