@@ -43,7 +43,7 @@ class Head:
     def takes_kernel(self) -> bool:
         """Whether the kernel for weights in 16 bits computes: where oneDNN would make them float32 at each call."""
         plain = type(self.weight) in (Tensor, nn.Parameter) and self.scales is None
-        return plain and not _is_native(self.weight.dtype) and kernels.head_fits(self.weight)
+        return plain and kernels.head_fits(self.weight) and not _is_native(self.weight.dtype)
 
     def logits(self, states_BE: Tensor, span: tuple[int, int]) -> Tensor:
         """Logits (B, V) in float32 of the ids of a span."""
