@@ -270,7 +270,7 @@ def main() -> None:
         "layers": config["text_config"]["num_hidden_layers"],
         "bits": config["quantization_config"]["bits"],
         "group": config["quantization_config"]["group_size"],
-        "kernels": {"layers": kernel_of(layer), "head": kernel_of(ours.model.lm_head)},
+        "kernels": {"layers": kernel_of(layer), "head": kernel_of(ours.model.lm_head, is_head=True)},
         "peer_layers": written.layers,
         "peer_head": written.head,
         "peer_ids": arguments.peer_ids,

@@ -1,8 +1,9 @@
 """A quantized checkpoint as a GGUF file of the same weights, for llama.cpp.
 
 The layers keep their numbers: 4 bits are llama.cpp's Q4_0 in another order, bit for bit, and 8 bits are its Q8_0 but
-for the scales, which are rounded to 16 bits there. The embedding stays in bfloat16. The head is quantized as
-`llama-quantize` would do it: to Q6_K for Q4_0, to Q8_0 for Q8_0. Takes about a gigabyte of memory, whatever the size.
+for the scales, which are rounded to 16 bits there. The embedding stays in bfloat16. The numbers of
+the head are quantized as `llama-quantize` would do it: to Q6_K for Q4_0, to Q8_0 for Q8_0. Takes about a gigabyte of
+memory, whatever the size.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _entries(
     def one(name: str, source: str, as_: str, rows: tuple[int, int] | None = None) -> Entry:
         shape = headers[source].shape
         start, stop = rows or (0, shape[0])
-        return Entry(name, (stop - start, *shape[1:]), as_, lambda: _converted(headers[source], as_, start, stop))
+        return Entry(name, (stop - start, *shape[1:]), as_, lambda: _converted(headers, source, as_, start, stop))
 
     ids = lo, lo + text["vocab_size"]
     yield one("token_embd.weight", "model.text_model.embed_tokens.weight", "BF16", ids)
@@ -170,7 +171,8 @@ def _read(header: TensorHeader) -> Tensor:
         return opened.get_tensor(header.name)
 
 
-def _converted(header: TensorHeader, as_: str, begin: int, end: int) -> Iterator[Tensor]:
+def _converted(headers: dict[str, TensorHeader], name: str, as_: str, begin: int, end: int) -> Iterator[Tensor]:
+    header, scales = headers[name], headers.get(name.removesuffix("weight") + "scales")  # a head in 8 bits has such
     convert = {
         "F32": lambda rows: rows.float(),
         "BF16": lambda rows: rows.bfloat16(),
@@ -180,7 +182,8 @@ def _converted(header: TensorHeader, as_: str, begin: int, end: int) -> Iterator
     with safe_open(header.file, framework="pt") as opened:
         part = opened.get_slice(header.name)
         for start in range(begin, end, ROWS):
-            yield convert(part[start : min(start + ROWS, end)])
+            rows = part[start : min(start + ROWS, end)]
+            yield convert(rows if scales is None else rows * _read(scales)[start : start + len(rows), None])
 
 
 def to_q8_0(rows: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from emu3.checkpoints.files import read_headers
 from emu3.checkpoints.load import load_model
 from emu3.checkpoints.quantize import quantize
-from emu3.quantization import QuantizedLinear, Scheme
+from emu3.quantization import QuantizedLinear, Scheme, dequantize_head
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -75,6 +76,14 @@ def test_the_file_holds_every_tensor_where_it_says(llama_cpp_model, tiny_checkpo
     assert header % 32 == 0 and struct.unpack_from("<4sIQQ", data) == (b"GGUF", 3, 2, 3)
     # Both are padded to 32 bytes, so the second begins there.
     assert data.rstrip(b"\0")[-13:] == struct.pack("<QIQ", 3, 0, 32).rstrip(b"\0")
+
+
+def test_the_head_is_given_as_the_numbers_that_it_has_here(llama_cpp_model, tiny_checkpoint, tmp_path):
+    quantize(tiny_checkpoint, tmp_path / "eight", bits=8)
+    head, headers = load_model(tmp_path / "eight").lm_head, read_headers(tmp_path / "eight")
+    (found,) = llama_cpp_model._converted(headers, "lm_head.weight", "F32", 3, 20)
+    assert torch.equal(found, dequantize_head(head, slice(3, 20)))
+    assert float((found - load_model(tiny_checkpoint).lm_head.weight.detach()[3:20]).norm() / found.norm()) < 0.01
 
 
 def test_our_side_computes_the_logits_of_the_model(monkeypatch, tiny_checkpoint, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from emu3 import kernels, quantization
-from emu3.quantization import Int8Linear, QuantizedLinear, Scheme
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear, Scheme, multiply_head
 
 SCHEMES = [Scheme(8), Scheme(4, 32), Scheme(4, 128)]
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
@@ -92,7 +92,79 @@ def test_it_is_saved_moved_and_copied_like_any_module(tmp_path, scheme):
     assert torch.equal(empty(x), expected)
 
 
-@pytest.mark.parametrize("arguments", [(3,), (8, 32), (4,), (4, 64), ("8",)])
+HEADS = [torch.int8, torch.bfloat16, torch.float16]
+
+
+def head_of(dtype, outputs, inputs):
+    """Weights of a head, and its scales or None."""
+    weight = torch.randn(outputs, inputs)
+    if dtype == torch.int8:
+        return quantization.quantize_head(weight)
+    return weight.to(dtype), None
+
+
+def logits_of(rows, weight, scales):
+    """In float64."""
+    logits = rows.double() @ weight.double().T
+    return logits if scales is None else logits * scales.double()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", HEADS, ids=str)
+@pytest.mark.parametrize("inputs", [16, 48, 256])
+def test_heads_are_exact_to_float32(dtype, inputs):
+    """Of any ids; and a row depends on nothing but itself."""
+    torch.manual_seed(inputs)
+    (weight, scales), x = head_of(dtype, 37, inputs), torch.randn(17, inputs)
+    for start, stop in ((0, 37), (3, 36), (5, 6)):
+        part = weight[start:stop], None if scales is None else scales[start:stop]
+        together = kernels.head(x, *part)
+        expected = logits_of(x, *part)
+        assert float((together - expected).abs().max()) < 1e-6 * float(expected.abs().max()) * inputs**0.5
+        for count in (1, 2, 3, 4, 5, 16):
+            assert torch.equal(kernels.head(x[:count], *part), together[:count])
+
+
+@needs_kernels
+def test_heads_take_the_largest_and_the_smallest_numbers():
+    weight = torch.tensor([[127, -127] * 8, [-128, 0] * 8, [0, 1] * 8], dtype=torch.int8)
+    x = torch.tensor([[1.0, 2.0] * 8, [1e25, 0.0] * 8])
+    found = kernels.head(x, weight, torch.tensor([1.0, 0.5, 1e-6]))
+    expected = torch.tensor([[-127.0 * 8, -64.0 * 8, 16e-6], [127e25 * 8, -64e25 * 8, 0.0]])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        numbers = torch.finfo(dtype)
+        weight = torch.tensor([[numbers.max, 0.0] * 8, [numbers.tiny, -1.0] * 8, [torch.inf, 0.0] * 8]).to(dtype)
+        expected = logits_of(x[:1], weight, None).float()
+        torch.testing.assert_close(kernels.head(x[:1], weight), expected, rtol=1e-6, atol=0)
+
+
+def test_without_kernels_a_head_says_nearly_the_same(monkeypatch):
+    torch.manual_seed(0)
+    weight, scales = quantization.quantize_head(torch.randn(37, 48))
+    x = torch.randn(5, 48)
+    with_kernels = multiply_head(x, weight, scales)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(quantization, "_HEAD_CHUNK", 10 * 48)  # in pieces, of which the last is smaller
+    torch.testing.assert_close(multiply_head(x, weight, scales), with_kernels, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_head_is_saved_and_moved_like_any_module():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 37, bias=False), torch.randn(2, 3, 48)
+    head = QuantizedHead.quantize(linear)
+    expected = head(x)
+    assert float((expected - linear(x)).norm() / linear(x).norm()) < 0.006
+    state = head.to("cpu", torch.bfloat16).state_dict()
+    assert {name: tensor.dtype for name, tensor in state.items()} == {"weight": torch.int8, "scales": torch.float32}
+    with torch.device("meta"):
+        empty = QuantizedHead(48, 37)
+    empty.load_state_dict(state, assign=True)
+    assert torch.equal(empty(x), expected) and empty(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("arguments", [(3,), (8, 32), (4,), (4, 64), ("8",), (8, None, 4)])
 def test_schemes_that_are_none(arguments):
     with pytest.raises(ValueError, match="is no scheme"):
         Scheme(*arguments)
@@ -121,13 +193,16 @@ def test_without_avx512_the_same_numbers(tmp_path):
     program = """
 import sys, torch
 from emu3 import kernels
-from emu3.quantization import QuantizedLinear, Scheme
+from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme
 if sys.argv[2] == "avx2":
     kernels._FLAGS = tuple("-mavx2 -mfma -mf16c".split()) + tuple(f for f in kernels._FLAGS if f != "-march=native")
 torch.manual_seed(0)
 linear, x = torch.nn.Linear(256, 64), torch.randn(11, 256)
 schemes = Scheme(8), Scheme(4, 32), Scheme(4, 128)
-torch.save([QuantizedLinear.quantize(linear, scheme)(x).detach() for scheme in schemes], sys.argv[1])
+found = [QuantizedLinear.quantize(linear, scheme)(x).detach() for scheme in schemes]
+weight = linear.weight.detach()
+found += [kernels.head(x, weight.bfloat16()), kernels.head(x, weight.half()), QuantizedHead.quantize(linear)(x)]
+torch.save(found, sys.argv[1])
 """
     found = []
     for name in ("native", "avx2"):
@@ -180,6 +255,14 @@ def test_gradients_pass_through(scheme):
     layer, x = QuantizedLinear.quantize(nn.Linear(128, 32), scheme), torch.randn(3, 128, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand(3, 128))
+
+
+@needs_kernels
+def test_a_head_refuses_what_does_not_fit():
+    weight, scales = torch.zeros(6, 32, dtype=torch.int8), torch.ones(6)
+    for x, given in ((torch.zeros(1, 48), scales), (torch.zeros(1, 32), None), (torch.zeros(1, 32), scales[:5])):
+        with pytest.raises(ValueError, match=r"no head of \(6, 32\) in torch.int8 for rows of"):
+            kernels.head(x, weight, given)
 
 
 def test_sums_that_32_bits_do_not_hold_are_not_tried():
@@ -277,7 +360,9 @@ def test_a_compiler_that_fails_is_told(compiler, tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
-@pytest.mark.parametrize("make", [Int8Linear, lambda linear: QuantizedLinear.quantize(linear, Scheme(4, 32))])
+@pytest.mark.parametrize(
+    "make", [Int8Linear, QuantizedHead.quantize, lambda linear: QuantizedLinear.quantize(linear, Scheme(4, 32))]
+)
 @torch.no_grad()
 def test_the_compiler_takes_any_number_of_rows_at_once(monkeypatch, make):
     """Guessing decoders feed another number at each step, and each compilation takes half a minute."""

@@ -27,12 +27,13 @@ from emu3.generation.engine import Engine
 from emu3.generation.events import Event, Failed, Finished
 from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
+from emu3.generation.runtime.head import Head
 from emu3.generation.sampling import Sampling, guide, probabilities
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
-from emu3.modeling.parallel import least, whole
+from emu3.modeling.parallel import least
 from emu3.options import Answer, Draw, Load, check_ability, check_words, make, takes
-from emu3.quantization import Int8Linear, QuantizedLinear
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
 from emu3.results import Pictures, Result, Stream
 from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText
@@ -71,9 +72,12 @@ class Emu3Pipeline:
 
     def __repr__(self) -> str:
         # The tensors of quantized layers are buffers, which `num_parameters` does not count.
-        quantized = [each for each in self.model.modules() if isinstance(each, Int8Linear | QuantizedLinear)]
-        count = self.model.num_parameters() + sum(each.parameters_in_all for each in quantized)
-        weight, bits = self.model.lm_head.weight, f", layers in {quantized[0].bits} bits" if quantized else ""
+        layers = [each for each in self.model.modules() if isinstance(each, Int8Linear | QuantizedLinear)]
+        heads = [each for each in (self.model.lm_head,) if isinstance(each, QuantizedHead)]
+        count = self.model.num_parameters() + sum(each.parameters_in_all for each in (*layers, *heads))
+        weight = self.model.model.text_model.embed_tokens.weight
+        parts = (("layers", layers), ("head", heads))
+        bits = "".join(f", {name} in {part[0].bits} bits" for name, part in parts if part)
         return f"Emu3Pipeline({count:,} parameters, {weight.dtype}{bits}, on {weight.device})"
 
     @classmethod
@@ -337,7 +341,7 @@ class Emu3Pipeline:
 
         In raster order they are those with which the ids were drawn.
         """
-        grammar, head = request.grammar, whole(self.model.lm_head.weight)
+        grammar, head = request.grammar, Head(self.model.lm_head)
         lo, hi = (np.broadcast_to(bound, len(ids)) for bound in grammar.span(np.arange(len(ids))))
         free = (hi > lo + 1).nonzero()[0]
         states = []
@@ -348,11 +352,11 @@ class Emu3Pipeline:
         found = np.ones(len(ids), dtype=np.float32)
         sampling = request.sampling_of(grammar.kind)
         for k in free.tolist():  # one by one, because the logits of all would take much memory
-            logits_BV = torch.stack([state[k] for state in states]) @ head[lo[k] : hi[k]].mT
+            logits_BV = head.logits(torch.stack([state[k] for state in states]), (int(lo[k]), int(hi[k])))
             scale = request.guidance_at(grammar, k)
-            guided_BV = logits_BV[:1].float()
+            guided_BV = logits_BV[:1]
             if scale is not None:
-                guided_BV = guide(guided_BV, logits_BV[1:].float(), scale)
+                guided_BV = guide(guided_BV, logits_BV[1:], scale)
             found[k] = probabilities(guided_BV, sampling)[0, ids[k] - int(lo[k])]
         return found
 

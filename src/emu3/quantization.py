@@ -1,12 +1,14 @@
 """Linear layers in 8 bits, for CPUs: a quarter of the memory of float32, and several times as fast.
 
 A weight matrix has one scale for each output, computed once. Activations have one scale for each row, computed at every
-call. Embeddings, head and vision tokenizer are not quantized.
+call. Embeddings and vision tokenizer are not quantized.
 
-`int8=True` quantizes a model while it is loaded, and what it makes is not saved. Products are computed by
+`int8=True` quantizes the layers of a model while it is loaded, and what it makes is not saved. Products are computed by
 `emu3.kernels`, where these can be had and take the size; else by oneDNN's integer kernels, which need AVX512-VNNI, as
 others add two products in 16 bits and overflow; else in float32. All give the same, but for the rounding of long sums.
-`emu3 quantize` writes checkpoints whose matrices are those of `emu3.kernels`, in 8 or 4 bits.
+
+`emu3 quantize` writes checkpoints whose matrices are those of `emu3.kernels`, in 8 or 4 bits. Their head is in 8 bits,
+its activations in float32: each logit is as exact as its weights.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ _NOT_SAVED = (
 _MOST_INPUTS = 2**17
 # Weights that are quantized at a time, a megabyte in float32: so few stay in the processor's cache.
 _CHUNK = 2**18
+# Weights of a head that are in float32 at a time, where there are no kernels.
+_HEAD_CHUNK = 2**22
 
 
 class Int8Linear(nn.Module):
@@ -143,19 +147,23 @@ _opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empt
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the matrices of the decoder layers are stored in a quantized checkpoint.
+    """How the matrices of the decoder layers, and the head, are stored in a quantized checkpoint.
 
     Args:
         bits: of a weight, 8 or 4.
         group: inputs that share a scale; None: all inputs of an output do. 32 or 128 in 4 bits, None in 8.
+        head_bits: 8; None: the head is not quantized.
     """
 
     bits: int
     group: int | None = None
+    head_bits: int | None = None
 
     def __post_init__(self) -> None:
         if (self.bits, self.group) not in ((8, None), (4, 32), (4, 128)):
             raise ValueError(f"bits={self.bits!r} with group={self.group!r} is no scheme; 8 bits, or 4 with 32 or 128")
+        if self.head_bits not in (None, 8):
+            raise ValueError(f"head_bits={self.head_bits!r} is no scheme; a head has 8 bits, or is not quantized")
 
     def fits(self, inputs: int, outputs: int) -> bool:
         """Whether a matrix of this size can be stored so. Others stay as they are."""
@@ -164,14 +172,15 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it, under "quantization_config"."""
-        return {"quant_method": _METHOD, "bits": self.bits, "group_size": self.group}
+        head = {} if self.head_bits is None else {"head_bits": self.head_bits}
+        return {"quant_method": _METHOD, "bits": self.bits, "group_size": self.group, **head}
 
     @classmethod
     def of(cls, config: Any) -> Scheme | None:
         """What a config says under "quantization_config"; None where it is nothing, or a scheme of transformers."""
         if not isinstance(config, dict) or config.get("quant_method") != _METHOD:
             return None
-        return cls(config.get("bits", 0), config.get("group_size"))
+        return cls(config.get("bits", 0), config.get("group_size"), config.get("head_bits"))
 
 
 class QuantizedLinear(nn.Module):
@@ -271,6 +280,93 @@ class UnsavedLinear(QuantizedLinear):
         raise ValueError(_NOT_SAVED)
 
 
+class QuantizedHead(nn.Module):
+    """An output head whose matrix is stored in 8 bits: (..., inputs) to (..., outputs), in the dtype of its input.
+
+    It lies row by row, so that the weights of some ids are a view. Activations are not rounded.
+
+    Attributes:
+        weight: (outputs, inputs), int8, -127 to 127.
+        scales: (outputs,), float32.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bits = 8
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(outputs))
+
+    @classmethod
+    def quantize(cls, linear: nn.Linear) -> Self:
+        """The nearest head."""
+        outputs, inputs = linear.weight.shape
+        made = cls(inputs, outputs)
+        made.weight, made.scales = quantize_head(linear.weight.detach())
+        return made
+
+    @staticmethod
+    def fits(head: nn.Linear, tied: bool) -> bool:
+        """Whether it can be stored so. One that is tied to the embeddings stays as these are."""
+        return not tied and head.bias is None and head.in_features % kernels.FLOATS == 0
+
+    @property
+    def parameters_in_all(self) -> int:
+        """Weights, as they are counted before they are quantized."""
+        return self.in_features * self.out_features
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        multiply = _opaque_multiply_head if torch.compiler.is_compiling() else multiply_head
+        y = multiply(x.reshape(-1, x.shape[-1]).float(), self.weight, self.scales)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(partial(_keep_dtype, fn), recurse)
+
+
+def quantize_head(source: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and scales of a matrix (outputs, inputs); see `QuantizedHead`."""
+    scales, weight = torch.empty(len(source)), torch.empty(source.shape, dtype=torch.int8)
+    step = max(1, _CHUNK // source.shape[1])
+    for start in range(0, len(source), step):
+        rows = source[start : start + step].float()
+        found = rows.abs().amax(1).clamp_min(1e-12) / 127
+        scales[start : start + step] = found
+        weight[start : start + step] = (rows / found[:, None]).round_()
+    return weight, scales
+
+
+def dequantize_head(head: nn.Linear | QuantizedHead, ids: slice) -> Tensor:
+    """Weights (ids, inputs) of a head, for what computes with floating-point numbers only; a view if it has such."""
+    if isinstance(head, QuantizedHead):
+        return head.weight[ids] * head.scales[ids, None]
+    return head.weight[ids]
+
+
+def multiply_head(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """Rows (rows, inputs) in float32 times the weights of some ids of a `QuantizedHead`: (rows, ids) in float32."""
+    if kernels.head_fits(weight) and not rows.requires_grad:  # kernels have no gradients
+        return kernels.head(rows, weight, scales)
+    step = max(1, _HEAD_CHUNK // weight.shape[1])
+    return torch.cat([rows @ part.T.float() for part in weight.split(step)], 1) * scales
+
+
+_opaque_multiply_head = torch.library.custom_op(
+    "emu3::multiply_head",
+    multiply_head,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
+)
+_opaque_multiply_head.register_fake(lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]))
+
+
 def quantize_matrix(source: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Blocks and scales of a matrix (outputs, inputs); see `QuantizedLinear`."""
     outputs, inputs = source.shape
@@ -357,9 +453,13 @@ def _keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
-def use_scheme(text_model: nn.Module, scheme: Scheme) -> None:
-    """Replace the linear modules of all layers by empty ones of a scheme, where they fit it."""
-    for layer in cast(Any, text_model).layers:
+def use_scheme(model: nn.Module, scheme: Scheme) -> None:
+    """Replace the linear modules of all layers, and the head, by empty ones of a scheme, where they fit it."""
+    whole = cast(Any, model)
+    if scheme.head_bits is not None and QuantizedHead.fits(whole.lm_head, whole.config.tie_word_embeddings):
+        with whole.lm_head.weight.device:
+            whole.lm_head = QuantizedHead(whole.lm_head.in_features, whole.lm_head.out_features)
+    for layer in whole.model.text_model.layers:
         for parent in layer.children():
             for name, module in list(parent.named_children()):
                 if isinstance(module, nn.Linear) and scheme.fits(module.in_features, module.out_features):
@@ -379,7 +479,7 @@ def check_int8(device: torch.device | str) -> None:
 def quantize_int8(text_model: Emu3TextModel) -> None:
     """Replace the linear modules of all layers by 8-bit ones, for inference. ValueError as in `check_int8`.
 
-    The result cannot be saved.
+    The head stays as it is. The result cannot be saved.
     """
     check_int8(text_model.embed_tokens.weight.device)
     for layer in text_model.layers:

@@ -10,7 +10,7 @@ from torch import nn
 
 from emu3 import kernels, quantization
 from emu3.evaluation.machine import Products, kernel_of, products_of, reading
-from emu3.quantization import Int8Linear, QuantizedLinear, Scheme
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear, Scheme
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
 
@@ -42,6 +42,19 @@ def test_kernels_of_quantized_layers_are_those_that_the_processor_has():
     ]
 
 
+@needs_kernels
+def test_kernels_of_heads(monkeypatch):
+    plain = nn.Linear(32, 10, bias=False)
+    assert kernel_of(QuantizedHead.quantize(plain), is_head=True) == "emu3 kernels, 8 bits beside float32"
+    assert kernel_of(plain, is_head=True) == kernel_of(plain)
+    half = nn.Linear(32, 10, bias=False, dtype=torch.bfloat16)
+    for native, expected in ((False, "emu3 kernels, bfloat16 beside float32"), (True, kernel_of(half))):
+        monkeypatch.setattr("emu3.generation.runtime.head._is_native", lambda dtype, native=native: native)
+        assert kernel_of(half, is_head=True) == expected
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert kernel_of(QuantizedHead.quantize(plain)) == "PyTorch, 8 bits made float32 at each call"
+
+
 def test_without_kernels_pytorch_computes():
     code = (
         "from emu3.evaluation.machine import kernel_of; from emu3.quantization import *; from torch import nn;"
@@ -62,7 +75,7 @@ def test_kernels_of_other_layers():
 
 def test_weights_and_bytes_are_counted_by_part_and_kernel(monkeypatch):
     measured = []
-    monkeypatch.setattr("emu3.evaluation.machine._peak", lambda module: measured.append(module) or 7.0)
+    monkeypatch.setattr("emu3.evaluation.machine._peak", lambda module, is_head: measured.append(module) or 7.0)
     quantized = QuantizedLinear.quantize(nn.Linear(64, 32, bias=False), Scheme(4, 32))
     layers = nn.ModuleList([nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False), quantized])
     head = nn.Linear(8, 100, bias=False)

@@ -11,6 +11,7 @@ from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
+from emu3.quantization import QuantizedHead
 
 DECODERS = ["raster", "predictive", "jacobi", "zipar:2"]
 
@@ -53,6 +54,14 @@ def test_a_weight_that_is_no_number_is_named(model, vocabulary, text, decoding, 
     request = requests(vocabulary, text, Sampling(temperature), decoding)[kind]
     expected = f"the model gives no finite logits for token 0: {name} holds NaN or infinite values"
     assert error_of(broken, request).startswith(expected)
+
+
+def test_a_scale_of_a_quantized_head_is_named(model, vocabulary, text):
+    broken = copy.deepcopy(model)
+    broken.lm_head = QuantizedHead.quantize(broken.lm_head)
+    broken.lm_head.scales[:] = torch.inf
+    error = error_of(broken, requests(vocabulary, text, Sampling())["picture"])
+    assert "lm_head.scales holds NaN or infinite values" in error
 
 
 @pytest.mark.parametrize("eps", [float("nan"), -1.0])

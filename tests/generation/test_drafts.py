@@ -17,6 +17,7 @@ from emu3.generation.events import Failed, Finished, Stepped
 from emu3.generation.grammar import GridGrammar, PinnedGrid, TextGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.runtime.drafts import Asked, Drafter
+from emu3.generation.runtime.head import Head
 from emu3.generation.sampling import GREEDY, Sampling, probabilities
 from emu3.generation.sequence import Sequence
 from emu3.modeling.draft import DraftHead, around
@@ -127,7 +128,7 @@ def test_good_drafts_save_forwards(model, draft, vocabulary, monkeypatch):
 def test_drafts_depend_on_what_stands_before_them(model, draft, vocabulary):
     """As `jacobi` needs it: not on their own number, nor on those behind. And each is drawn by its number."""
     sequence = Sequence.begin(Request((vocabulary.img,), GridGrammar(3, 4, vocabulary=vocabulary), WARM), 0, 99)
-    drafter = Drafter(model, draft)
+    drafter = Drafter(model, draft, Head(model.lm_head))
     lo, _ = vocabulary.visual_span
     ids = sequence.ids.copy()
     positions = np.array([2, 3, 5, 6, 7])

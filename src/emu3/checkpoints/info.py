@@ -36,7 +36,7 @@ class CheckpointInfo:
     Attributes:
         memory_bfloat16: with the vision tokenizer in float32, as `load_model` keeps it.
         memory_int8: the same with the matrices of the decoder layers in 8 bits.
-        quantized: how the matrices of the decoder layers are stored, such as "4 bits, groups of 32".
+        quantized: how the matrices of the decoder layers are stored, such as "4 bits, groups of 32"; and the head.
         abilities: what config.json says that the weights were trained for, of "draw" and "read"; None for unknown.
         missing: what must be added before the checkpoint loads: "language model" or "vision tokenizer".
     """
@@ -159,11 +159,11 @@ def _summarize(
     for part, header in tensors:
         if scheme and header.name.endswith(".scales"):
             continue  # no parameters
-        # Of weights in 4 bits, two are in a byte.
-        packed = scheme and header.dtype == "U8"
-        count = header.elements * 8 // scheme["bits"] if packed else header.elements
+        # Of weights in 4 bits, two are in a byte. The head's are one by one.
+        bits = {"U8": scheme["bits"], "I8": 8}.get(header.dtype) if scheme else None
+        count = header.elements * 8 // bits if bits else header.elements
         by_part[part] += count
-        by_dtype[f"int{scheme['bits']}" if packed else header.dtype] += count
+        by_dtype[f"int{bits}" if bits else header.dtype] += count
     if "" in folders:
         text, vision = config.get("text_config") or {}, config.get("vq_config") or {}
     else:
@@ -204,8 +204,9 @@ def _summarize(
 def _in_words(scheme: Mapping[str, Any]) -> str | None:
     if not scheme:
         return None
-    group = scheme.get("group_size")
-    return f"{scheme['bits']} bits, {f'groups of {group}' if group else 'a scale for each output'}"
+    group, head = scheme.get("group_size"), scheme.get("head_bits")
+    scales = f"groups of {group}" if group else "a scale for each output"
+    return f"{scheme['bits']} bits, {scales}" + (f", the head in {head} bits" if head else "")
 
 
 def tensors_by_part(path: str, folder: str, headers: Mapping[str, TensorHeader]) -> list[tuple[str, TensorHeader]]:

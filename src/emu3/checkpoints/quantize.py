@@ -1,11 +1,11 @@
-"""Writes a checkpoint whose layers are in 8 or 4 bits, as they are computed with: mapped files are used as they are."""
+"""Writes a checkpoint in 8 or 4 bits, as these are computed with: mapped files are used as they are."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from emu3.checkpoints.convert import copy_companions, staged_folder
 from emu3.checkpoints.files import INDEX, TensorHeader, all_finite, read_headers, read_json, write_json
 from emu3.checkpoints.settings import read_config
 from emu3.modeling.legacy import documented_name
-from emu3.quantization import QuantizedLinear, Scheme, quantize_matrix, use_scheme
+from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme, quantize_head, quantize_matrix, use_scheme
 
 # Of a file of weights, unless one tensor is larger; so much is in memory at a time, beside the files that are mapped.
 _SHARD_BYTES = 5 * 10**8
 # From so many bytes on, the vision tokenizer is stored in float32, as it is computed with, so that it can be mapped.
 _LARGE_VISION = 10**8
 _VISION = "model.vqmodel."
+_HEAD, _LAYERS = "lm_head", "model.text_model.layers."
 _PLAN = "quantization_plan.json"
 
 
@@ -35,15 +36,16 @@ class QuantizeReport:
 
     Attributes:
         target: the folder.
-        bits, group: the scheme.
-        matrices: how many are quantized.
-        kept: matrices of the layers that are not, because their size does not fit the scheme.
+        bits, group, head_bits: the scheme.
+        matrices: of the layers, how many are quantized.
+        kept: matrices that are not, because their size does not fit the scheme, or the head is tied to the embedding.
         bytes_before, bytes_after: of all tensors.
     """
 
     target: str
     bits: int
     group: int | None
+    head_bits: int | None
     matrices: int
     kept: tuple[str, ...]
     bytes_before: int
@@ -63,9 +65,9 @@ def quantize(
 ) -> QuantizeReport:
     """Write the checkpoint in `source` to the new folder `target` with the matrices of its layers in 8 or 4 bits.
 
-    Embedding, head and norms keep their bits; so does a small vision tokenizer. A large one is stored in float32, as it
-    is computed with. Weights are read tensor by tensor. Where it was cut off, the next call with the same
-    arguments goes on behind the last file that is complete.
+    The head is in 8 bits either way, unless it is tied to the embedding. Embedding and norms keep their bits; so does a
+    small vision tokenizer. A large one is stored in float32, as it is computed with. Weights are read tensor by tensor.
+    Where it was cut off, the next call with the same arguments goes on behind the last file that is complete.
 
     Args:
         source: a folder in either layout of transformers.
@@ -77,7 +79,7 @@ def quantize(
     Raises:
         ValueError: the source has a fault or is quantized already, the target exists, or an argument is wrong.
     """
-    scheme = Scheme(bits, 32 if bits == 4 and group is None else group)
+    scheme = Scheme(bits, 32 if bits == 4 and group is None else group, head_bits=8)
     folder, target = Path(source), Path(target)
     raw = read_config(folder)
     if raw.get("quantization_config") is not None:
@@ -86,9 +88,12 @@ def quantize(
     headers = {documented_name(name): header for name, header in read_headers(folder).items()}
     model = build_on_meta(config, headers, folder / "config.json")
     check_tensors(str(folder), expected_tensors(model, headers), headers)
-    use_scheme(model.model.text_model, scheme)
-    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    layers = {name.removesuffix(".weight") for name, header in headers.items() if _is_matrix_of_layer(name, header)}
+    use_scheme(model, scheme)
+    kinds = QuantizedHead | QuantizedLinear
+    quantized = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    if _HEAD not in quantized:
+        scheme = replace(scheme, head_bits=None)
+    matrices = {name.removesuffix(".weight") for name, header in headers.items() if _is_matrix(name, header)}
     widened = {f"{name}.bias" for name in quantized}
     vision = {name for name, header in headers.items() if name.startswith(_VISION) and header.dtype in ("BF16", "F16")}
     if sum(headers[name].bytes for name in vision) >= _LARGE_VISION:
@@ -127,7 +132,14 @@ def quantize(
         write_json(staged / "config.json", {**raw, "quantization_config": scheme.to_dict()})
     before = sum(header.bytes for header in headers.values())
     return QuantizeReport(
-        str(target), scheme.bits, scheme.group, len(quantized), tuple(sorted(layers - quantized)), before, total
+        target=str(target),
+        bits=scheme.bits,
+        group=scheme.group,
+        head_bits=scheme.head_bits,
+        matrices=len(quantized - {_HEAD}),
+        kept=tuple(sorted(matrices - quantized)),
+        bytes_before=before,
+        bytes_after=total,
     )
 
 
@@ -143,8 +155,9 @@ def _files(headers: dict[str, TensorHeader]) -> list[Path]:
     return sorted({header.file for header in headers.values()})
 
 
-def _is_matrix_of_layer(name: str, header: TensorHeader) -> bool:
-    return name.startswith("model.text_model.layers.") and name.endswith(".weight") and len(header.shape) == 2
+def _is_matrix(name: str, header: TensorHeader) -> bool:
+    """Whether it is one of a layer or of the head."""
+    return name.startswith((_LAYERS, f"{_HEAD}.")) and name.endswith(".weight") and len(header.shape) == 2
 
 
 def _shards(
@@ -175,6 +188,6 @@ def _stored(name: str, tensor: Tensor, quantized: set[str], widened: set[str], s
     module = name.removesuffix(".weight")
     if module in quantized:
         with torch.inference_mode():
-            weight, scales = quantize_matrix(tensor, scheme)
+            weight, scales = quantize_head(tensor) if module == _HEAD else quantize_matrix(tensor, scheme)
         return {name: weight, f"{module}.scales": scales}
     return {name: tensor.float() if name in widened else tensor}

@@ -123,6 +123,7 @@ SCHEME: Mapping[str, Kind] = {
     "quant_method": _one_of("emu3"),
     "bits": _one_of(8, 4),
     "group_size": _one_of(32, 128) | _NULL,
+    "head_bits": _one_of(8) | _NULL,
 }
 """`quantization_config`, which `emu3 quantize` writes."""
 

@@ -103,7 +103,7 @@ def quantize(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint with its layers in 8 or 4 bits, for CPUs; it loads as any other. Goes on where it was cut."""
+    """Write a checkpoint with layers in 8 or 4 bits, for CPUs; it loads as any other. Goes on where it was cut."""
     from emu3.checkpoints import resolve
 
     check_choice("--bits", str(bits), ("8", "4"))
@@ -117,9 +117,10 @@ def quantize(
 
     with progress("quantizing", in_bytes=True) as advance:
         report = quantize(folder, target, bits, group, advance)
+    head = f", the head in {report.head_bits}" if report.head_bits else ""
     kept = f", {len(report.kept)} kept as they are" if report.kept else ""
     summary = (
-        f"{report.target}  {report.matrices} matrices in {bits} bits{kept}: "
+        f"{report.target}  {report.matrices} matrices in {bits} bits{head}{kept}: "
         f"{report.bytes_before / 1e6:,.1f} MB to {report.bytes_after / 1e6:,.1f} MB"
     )
     print_out(report.to_dict() if as_json else summary)

@@ -44,7 +44,7 @@ def image(
     from emu3.generation.events import Started, Tokens
     from emu3.results import Result
 
-    weight = pipeline.model.lm_head.weight
+    weight = pipeline.model.model.text_model.embed_tokens.weight
     loaded: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "device": str(weight.device)}
     loaded |= {"int8": load.int8, "compiled": load.compiled, "draft": pipeline.draft is not None}
     records: dict[int, dict[str, Any]] = {}

@@ -18,14 +18,15 @@ import torch
 from torch import nn
 
 from emu3 import kernels
-from emu3.quantization import Int8Linear, QuantizedLinear
+from emu3.generation.runtime.head import Head
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
 
 # Of what is read, far above any cache; a multiple of what the kernel takes at a time.
 _READ_BYTES = 2**29
 # What the C++ kernels are compiled for: the first that the processor has all of; see `emu3/kernels/linear.cpp`.
 _INSTRUCTIONS = {"AVX512-VNNI": {"avx512_vnni", "avx512bw", "avx512vl"}, "AVX2": set[str]()}
 
-Linear = nn.Linear | Int8Linear | QuantizedLinear
+Linear = nn.Linear | Int8Linear | QuantizedHead | QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,13 @@ def reading(device: torch.device) -> tuple[str, Callable[[], Any], int]:
     return "emu3 kernels", lambda: read(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.nbytes)), data.nbytes
 
 
-def kernel_of(module: Linear) -> str:
-    """What computes a linear module."""
+def kernel_of(module: Linear, is_head: bool = False) -> str:
+    """What computes a linear module; the engine has ways of its own for a head."""
     device = module.weight.device.type
+    if isinstance(module, QuantizedHead):
+        if kernels.head_fits(module.weight):
+            return f"emu3 kernels, {module.bits} bits beside float32"
+        return f"PyTorch, {module.bits} bits made float32 at each call"
     if isinstance(module, QuantizedLinear):
         scheme, group = module.scheme, f" in groups of {module.scheme.group}" if module.scheme.group else ""
         if device != "cpu" or kernels.library() is None:
@@ -102,6 +107,8 @@ def kernel_of(module: Linear) -> str:
     if isinstance(module, Int8Linear):
         return f"{'oneDNN' if module.packed else 'PyTorch'}, 8 bits"
     dtype = str(module.weight.dtype).removeprefix("torch.")
+    if is_head and Head(module).takes_kernel:
+        return f"emu3 kernels, {dtype} beside float32"
     return f"{'oneDNN' if _onednn_has(module.weight.dtype) and device == 'cpu' else 'PyTorch'}, {dtype}"
 
 
@@ -117,19 +124,20 @@ def products_of(parts: Iterable[tuple[str, nn.Module, slice]]) -> list[Products]
     `parts`: name, module, and which of its outputs are computed.
     """
     found: dict[tuple[str, str], Products] = {}
-    examples: dict[str, Linear] = {}
+    examples: dict[str, tuple[Linear, bool]] = {}
     for where, whole, outputs in parts:
         for module in whole.modules():
             if not isinstance(module, Linear):
                 continue
-            kernel, (in_all, weights, size) = kernel_of(module), _size_of(module)
+            is_head = where == "head"
+            kernel, (in_all, weights, size) = kernel_of(module, is_head), _size_of(module)
             count = len(range(*outputs.indices(in_all)))
             last = found.get((where, kernel), Products(where, kernel, 0, 0))
             found[where, kernel] = replace(
                 last, weights=last.weights + weights * count // in_all, bytes=last.bytes + size * count // in_all
             )
-            examples[kernel] = module
-    peaks = {kernel: _peak(module) for kernel, module in examples.items()}
+            examples[kernel] = module, is_head
+    peaks = {kernel: _peak(*example) for kernel, example in examples.items()}
     return [replace(each, operations_per_second=peaks[kernel]) for (_, kernel), each in found.items()]
 
 
@@ -143,7 +151,7 @@ def _size_of(module: Linear) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def _peak(module: Linear) -> float:
+def _peak(module: Linear, is_head: bool) -> float:
     """Operations per second of a large product by the kernel of a module."""
     device = module.weight.device
     # Of unpacked matrices in 8 bits, the largest; see `Int8Linear`.
@@ -155,5 +163,10 @@ def _peak(module: Linear) -> float:
         large = QuantizedLinear.quantize(plain, module.scheme)
     elif isinstance(module, Int8Linear):
         large = Int8Linear(plain)
+    elif isinstance(module, QuantizedHead):
+        large = QuantizedHead.quantize(plain).to(device)
     rows = torch.randn(side, side, dtype=dtype, device=device)
+    if is_head:
+        head = Head(large)
+        return 2 * side**3 / best_of(lambda: head.logits(rows, (0, side)), device)
     return 2 * side**3 / best_of(lambda: large(rows), device)

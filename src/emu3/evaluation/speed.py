@@ -200,7 +200,8 @@ def measure(
     # All before the first is drawn, so that what does not fit is told at once.
     wanted = [(name, case.requests(pipeline, name)) for case in cases for name in map(_known, decodings)]
     model = pipeline.model
-    device, dtype = model.lm_head.weight.device, str(model.lm_head.weight.dtype).removeprefix("torch.")
+    weight = model.model.text_model.embed_tokens.weight
+    device, dtype = weight.device, str(weight.dtype).removeprefix("torch.")
     name, read, size = reading(device)
     layers, visual = model.model.text_model.layers, slice(*model.model.vocabulary.visual_span)
     products = products_of([("layers", layers, slice(None)), ("head", model.lm_head, visual)])

@@ -1,8 +1,9 @@
-"""Products with quantized matrices and attention on a CPU, compiled at first use by the machine's own C++ compiler.
+"""Products with quantized matrices and heads, and attention, on a CPU; compiled at first use by its own C++ compiler.
 
-Without one, or on another processor than x86-64 with AVX2, `library()` is None and the caller computes with PyTorch.
-`EMU3_KERNELS=0` asks for that; `CXX` names a compiler. What was compiled is kept in the user's cache folder, and is
-compiled anew where it is damaged, or for another processor or compiler. Nothing is loaded that others could write.
+Without a compiler, or on another processor than x86-64 with AVX2, `library()` is None and the caller computes with
+PyTorch. `EMU3_KERNELS=0` asks for that; `CXX` names a compiler. What was compiled is kept in the user's cache folder,
+and is compiled anew where it is damaged, or for another processor or compiler. Nothing is loaded that others could
+write.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ SCALES = {8: torch.float32, 4: torch.float16}
 """The dtype of a matrix's scales, by bits."""
 
 FLOATS = 16
-"""Of a vector; the width of a head is a multiple of it."""
+"""Of a vector; the width of an attention head and the inputs of an output head are a multiple of it."""
+
+# Of the numbers of an output head, as the compiled function names them.
+_HEAD_NUMBERS = {torch.int8: 8, torch.bfloat16: 16, torch.float16: -16}
 
 # The first is compiled, and includes the others.
-_SOURCES = [Path(__file__).with_name(name) for name in ("layers.cpp", "attention.cpp", "linear.cpp", "vectors.h")]
+_NAMES = "layers.cpp", "attention.cpp", "head.cpp", "linear.cpp", "vectors.h"
+_SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120
 
@@ -146,6 +151,41 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     group = inputs // scales.shape[1] if bits == 4 else 0
     y = x.new_empty(rows, outputs)
     _call(compiled.emu3_linear, *_addresses(x, weight, scales), *_whole(group, rows, inputs, outputs), *_addresses(y))
+    return y
+
+
+def head_fits(weight: Tensor) -> bool:
+    """Whether `head` takes a matrix: on a CPU with kernels, of numbers and inputs that they know."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype in _HEAD_NUMBERS
+    return on_cpu and weight.shape[1] % FLOATS == 0 and library() is not None
+
+
+def head(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Rows times some rows of an output head's matrix, which `head_fits`. Rows are not rounded, sums are in float32.
+
+    Args:
+        x: (rows, inputs), float32.
+        weight: (outputs, inputs), bfloat16, float16 or int8.
+        scales: (outputs,), float32; for int8 only.
+
+    Returns:
+        (rows, outputs), float32.
+
+    Raises:
+        ValueError: x has not as many inputs as the matrix, or scales are missing or too many.
+    """
+    compiled = library()
+    assert compiled is not None
+    needed = len(weight) if weight.dtype == torch.int8 else 0
+    if x.shape[1] != weight.shape[1] or needed != (0 if scales is None else len(scales)):
+        raise ValueError(f"no head of {tuple(weight.shape)} in {weight.dtype} for rows of {x.shape[1]} numbers")
+    x, weight = x.float().contiguous(), weight.contiguous()
+    scales = None if scales is None else scales.float().contiguous()
+    (rows, inputs), outputs = x.shape, len(weight)
+    y = x.new_empty(rows, outputs)
+    scales_address = ctypes.c_void_p(None if scales is None else scales.data_ptr())
+    sizes = _whole(_HEAD_NUMBERS[weight.dtype], rows, inputs, outputs)
+    compiled.emu3_head(*_addresses(x, weight), scales_address, *sizes, *_addresses(y))
     return y
 
 

@@ -2,6 +2,7 @@
 // longer than what they compute.
 
 #include "attention.cpp"
+#include "head.cpp"
 #include "linear.cpp"
 
 namespace {

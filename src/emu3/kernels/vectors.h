@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,8 +39,34 @@ typedef int8_t Quarters __attribute__((vector_size(LANES), aligned(1)));
 #endif
 
 inline Vector load(const float* p) { return *(const Vector*)p; }
-// A bfloat16 is the upper half of a float.
+struct Float16 {
+    uint16_t bits;
+};
+// Of bfloat16, which is the upper half of a float; of float16; and of bytes, in units of BYTE.
+#if defined(__AVX512F__)
 inline Vector load(const uint16_t* p) { return (Vector)(__builtin_convertvector(*(const Halves*)p, Whole) << 16); }
+inline Vector load(const Float16* p) { return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+constexpr float BYTE = 1;
+inline Vector load(const int8_t* p) {
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+#else
+// One shuffle puts each number into the upper bytes of its float: half of what it takes to extend it.
+inline Vector load(const uint16_t* p) {
+    const __m256i to = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1,
+                                        10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), to);
+}
+inline Vector load(const Float16* p) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+constexpr float BYTE = 0x1p-24f;
+inline Vector load(const int8_t* p) {
+    const __m256i to = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1, 4, -1,
+                                        -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
+    int64_t eight;
+    std::memcpy(&eight, p, 8);
+    return (Vector)_mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), to));
+}
+#endif
 inline void store(float* p, Vector x) { *(Vector*)p = x; }
 inline void store(uint16_t* p, Vector x) {
     const Whole bits = (Whole)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even

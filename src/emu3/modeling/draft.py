@@ -123,7 +123,7 @@ def load_draft(folder: Path, model: Emu3ForConditionalGeneration) -> DraftHead |
     Raises:
         ValueError: the file is damaged, or the head is not of such a model.
     """
-    file, head = folder / _FILE, model.lm_head.weight
+    file, embeddings = folder / _FILE, model.model.text_model.embed_tokens.weight
     if not file.is_file():
         return None
     try:
@@ -134,11 +134,12 @@ def load_draft(folder: Path, model: Emu3ForConditionalGeneration) -> DraftHead |
         draft.load_state_dict(tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged or holds no draft head ({error}); get it again or delete it") from error
-    if draft.hidden_size != head.shape[1]:
+    width = embeddings.shape[1]
+    if draft.hidden_size != width:
         raise ValueError(
-            f"{file} is for a model {draft.hidden_size} wide, this one is {head.shape[1]}; train one, or delete it"
+            f"{file} is for a model {draft.hidden_size} wide, this one is {width}; train one, or delete it"
         )
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{file} holds NaN or infinite weights; get it again or delete it")
-    dtype = torch.float32 if head.device.type == "cpu" else head.dtype
-    return draft.to(head.device, dtype).eval().requires_grad_(False)
+    dtype = torch.float32 if embeddings.device.type == "cpu" else embeddings.dtype
+    return draft.to(embeddings.device, dtype).eval().requires_grad_(False)

@@ -288,7 +288,7 @@ class Emu3ForConditionalGeneration(Emu3PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
         if (scheme := Scheme.of(getattr(config, "quantization_config", None))) is not None:
-            use_scheme(self.model.text_model, scheme)
+            use_scheme(self, scheme)
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
     @property

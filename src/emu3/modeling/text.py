@@ -27,7 +27,7 @@ from emu3.configuration import Emu3TextConfig
 from emu3.modeling.attention import AttentionFunction, get_attention
 from emu3.modeling.parallel import processes_of
 from emu3.modeling.pretrained import CACHE, AnyLayoutModel, Kwargs, pick_cache
-from emu3.quantization import QuantizedLinear
+from emu3.quantization import QuantizedHead, QuantizedLinear
 
 SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}
 """Types of the modules that compute the default activation."""
@@ -191,7 +191,7 @@ class Emu3PreTrainedModel(AnyLayoutModel):
             raise ValueError(
                 f"{heads} key-value heads cannot be split over {processes} processes; start as many as divide them"
             )
-        if processes > 1 and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        if processes > 1 and any(isinstance(module, QuantizedHead | QuantizedLinear) for module in model.modules()):
             raise ValueError(
                 f"quantized layers cannot be split over {processes} processes; load the checkpoint they were made of"
             )

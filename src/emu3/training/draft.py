@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from emu3.generation.sampling import guide
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.quantization import dequantize_head
 from emu3.training.language import attend_causally
 from emu3.training.loop import StepResult, autocast, run_loop, training_device
 from emu3.training.recipe import RunSettings
@@ -130,7 +131,7 @@ def draft_loss(
         scale: of guidance.
     """
     lo, hi = model.model.vocabulary.visual_span
-    visual_VE, device = model.lm_head.weight[lo:hi], reading.codes.device
+    visual_VE, device = dequantize_head(model.lm_head, slice(lo, hi)), reading.codes.device
     newest_R, ahead_R = (each.flatten().to(device) for each in pairs)
     own_R = torch.arange(len(pairs.ahead), device=device).repeat_interleave(pairs.ahead.shape[1])
     with torch.no_grad():
@@ -174,7 +175,7 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     model = model.to(training_device()).requires_grad_(False)
-    head = DraftHead(model.lm_head.weight.shape[1], recipe.width, recipe.ahead)
+    head = DraftHead(model.lm_head.in_features, recipe.width, recipe.ahead)
     with torch.no_grad():
         head.norm.weight.copy_(model.model.text_model.norm.weight)  # the scale that the output head is used to
     head.to(training_device())

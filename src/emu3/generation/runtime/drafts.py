@@ -17,6 +17,7 @@ from emu3.generation.decoders.protocol import Drafts, Wanted
 from emu3.generation.events import Failed
 from emu3.generation.grammar import Grid
 from emu3.generation.runtime.forward import Linear, fuse_linears, working_dtype
+from emu3.generation.runtime.head import Head
 from emu3.generation.sampling import Sampling, probabilities
 from emu3.generation.sequence import Hidden, Plan, Sequence
 from emu3.modeling.draft import DraftHead, around
@@ -49,20 +50,18 @@ class Drafter:
     """A draft head beside the model that it drafts for.
 
     Args:
-        model: whose output head and embeddings it shares.
-        head: of this model.
+        model: whose embeddings it shares.
+        draft: of this model.
+        head: the model's own, which it shares, too.
     """
 
-    def __init__(self, model: Emu3ForConditionalGeneration, head: DraftHead) -> None:
+    def __init__(self, model: Emu3ForConditionalGeneration, draft: DraftHead, head: Head) -> None:
         self.lo, self.hi = model.model.vocabulary.visual_span
-        tables = model.lm_head.weight, model.model.text_model.embed_tokens.weight
-        weight, embeddings = (whole(each.detach()) for each in tables)
-        self.dtype = working_dtype(weight)
-        self.head = _packed(head)
-        visual = nn.Linear(weight.shape[1], self.hi - self.lo, bias=False, device="meta")
-        visual.weight = nn.Parameter(weight[self.lo : self.hi], requires_grad=False)  # a view
-        self.to_logits = fuse_linears([visual], weight.dtype, compiled=False)
-        self.table = head.table(embeddings[self.lo : self.hi])
+        embeddings = whole(model.model.text_model.embed_tokens.weight.detach())
+        self.dtype = working_dtype(embeddings)
+        self.head = _packed(draft)
+        self.to_logits = head.of_span((self.lo, self.hi))
+        self.table = draft.table(embeddings[self.lo : self.hi])
 
     def serve(self, hidden: Hidden, planned: list[tuple[Sequence, Plan]], most: int) -> list[Failed]:
         """Give drafts to the decoders that want them, after they decided; a decoder that fails ends its sequence.
@@ -125,7 +124,7 @@ class Drafter:
             before_RN, rows = around_RN, torch.from_numpy(changed).to(device)
             codes_RN = torch.from_numpy(around_RN[changed]).to(device)
             vectors_RE = self.head(prepared_RM[rows], codes_RN, self.table).to(self.dtype)
-            drawn_RV = probabilities(self.to_logits(vectors_RE).float(), sampling)
+            drawn_RV = probabilities(self.to_logits(vectors_RE), sampling)
             # As `choose` draws.
             cumulative_RV = drawn_RV.cumsum(-1)
             drawn_R1 = torch.searchsorted(cumulative_RV, noise_R1[rows] * cumulative_RV[:, -1:], right=True)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from emu3.generation.runtime.cache import SlotCache
 from emu3.generation.runtime.drafts import Drafter
-from emu3.generation.runtime.forward import Forward, can_pack, linear, working_dtype
+from emu3.generation.runtime.forward import Forward, can_pack, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
+from emu3.generation.runtime.head import Head
 from emu3.generation.sampling import Sampling, guide
 from emu3.generation.sequence import Draw, Hidden, Inputs, Plan, Sequence
-from emu3.modeling.parallel import processes_of, whole
+from emu3.modeling.parallel import processes_of
 from emu3.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ class ModelRunner:
         compiled, draft: see `Engine`.
 
     Attributes:
-        head: the weight of the output layer, (V, E), also where the model's own is split over processes.
+        head: the output layer.
     """
 
     def __init__(self, model: Emu3ForConditionalGeneration, compiled: bool, draft: DraftHead | None = None) -> None:
         self.model, self.compiled = model, compiled
-        self.head = whole(model.lm_head.weight)
-        self.drafter = None if draft is None else Drafter(model, draft)
+        self.head = Head(model.lm_head)
+        self.drafter = None if draft is None else Drafter(model, draft, self.head)
         self.cache: SlotCache | None = None
         self._packs = can_pack(self.text_model)
         self._forward: Forward | None = None
@@ -97,9 +98,10 @@ class ModelRunner:
     def _cache_dtype(self) -> torch.dtype:
         """Of keys and values. Beside weights of 16 bits or less the kernel reads them in 16 bits."""
         quantized = any(isinstance(module, QuantizedLinear) for module in self.text_model.layers.modules())
-        if self._packs and (quantized or self.head.dtype == torch.bfloat16):
+        weight = self.text_model.embed_tokens.weight
+        if self._packs and (quantized or weight.dtype == torch.bfloat16):
             return torch.bfloat16
-        return working_dtype(self.head)
+        return working_dtype(weight)
 
     def make_room(self, lanes: int, slots: int, kept: int, most_lanes: int, most_tokens: int | None) -> None:
         """Give the cache at least so many lanes of so many slots.
@@ -192,8 +194,7 @@ class ModelRunner:
         """
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
-        head_VE = self.head[slice(*span)]  # a view
-        logits_BV = linear(hidden.at(lanes, places), head_VE).float()
+        logits_BV = self.head.logits(hidden.at(lanes, places), span)
         if scale is None:
             return logits_BV
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
