@@ -185,7 +185,7 @@ def head(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     y = x.new_empty(rows, outputs)
     scales_address = ctypes.c_void_p(None if scales is None else scales.data_ptr())
     sizes = _whole(_HEAD_NUMBERS[weight.dtype], rows, inputs, outputs)
-    compiled.emu3_head(*_addresses(x, weight), scales_address, *sizes, *_addresses(y))
+    _call(compiled.emu3_head, *_addresses(x, weight), scales_address, *sizes, *_addresses(y))
     return y
 
 

@@ -36,7 +36,7 @@ void multiply_keys(const float* queries, const Element* keys, int64_t width, flo
             for (int i = 0; i < QUERIES; i++) q[i] = load(queries + i * width + d);
             for (int j = 0; j < EACH; j++) {
                 const Vector k = load(keys + (slot + j) * width + d);
-                for (int i = 0; i < QUERIES; i++) sums[i * EACH + j] += q[i] * k;
+                for (int i = 0; i < QUERIES; i++) add_product(sums[i * EACH + j], q[i], k);
             }
         }
         const Vector found = sums_of(sums);
@@ -53,7 +53,7 @@ void add_values(const float* weights, const Element* values, int64_t width, floa
     auto add = [&](int chain, int64_t slot) {
         for (int j = 0; j < VECTORS; j++) {
             const Vector v = load(values + slot * width + j * LANES);
-            for (int i = 0; i < QUERIES; i++) found[chain][i][j] += v * weights[i * SLOTS + slot];
+            for (int i = 0; i < QUERIES; i++) add_product(found[chain][i][j], v, Vector{} + weights[i * SLOTS + slot]);
         }
     };
     for (int64_t slot = 0; slot < SLOTS; slot += CHAINS)

@@ -4,9 +4,11 @@
 // rounded: with few of them, what takes time is to read the matrix. Each sum is added in the same order, however many
 // rows and outputs are computed at once.
 
+#include <omp.h>
 #include <xmmintrin.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "vectors.h"
 
@@ -29,7 +31,7 @@ void head_tile(const float* x, const Number* weights, const float* scales, int64
             for (int m = 0; m < ROWS; m++) from[m] = load(x + m * inputs + k);
             for (int n = 0; n < COUNT; n++) {
                 const Vector weight = load(weights + n * inputs + k);
-                for (int m = 0; m < ROWS; m++) sums[n][m] += weight * from[m];
+                for (int m = 0; m < ROWS; m++) add_product(sums[n][m], weight, from[m]);
             }
         }
     };
@@ -64,18 +66,34 @@ void head_rows(const float* x, const Number* weights, const float* scales, int64
     for (; m < rows; m++) head_tile<1, COUNT>(x + m * inputs, weights, scales, inputs, stride, y + m * stride);
 }
 
+// From so many rows on, numbers of 8 bits are made floats once, and not for each few rows.
+constexpr int64_t MANY_ROWS = 5;
+
 template <typename Number>
 void head(const float* x, const Number* weights, const float* scales, int64_t rows, int64_t inputs, int64_t outputs,
           float* y) {
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < outputs; n += HEAD_TILE) {
-        const float* own = scales == nullptr ? scales : scales + n;
-        if (n + HEAD_TILE <= outputs)
-            head_rows<HEAD_TILE>(x, weights + n * inputs, own, rows, inputs, outputs, y + n);
-        else
-            for (int64_t last = n; last < outputs; last++)
-                head_rows<1>(x, weights + last * inputs, own == nullptr ? own : scales + last, rows, inputs, outputs,
-                             y + last);
+    const bool converts = sizeof(Number) == 1 && rows >= MANY_ROWS;
+    std::vector<std::vector<float>> kept(omp_get_max_threads(), std::vector<float>(converts ? HEAD_TILE * inputs : 0));
+#pragma omp parallel
+    {
+        float* floats = kept[omp_get_thread_num()].data();
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < outputs; n += HEAD_TILE) {
+            const int64_t count = n + HEAD_TILE <= outputs ? HEAD_TILE : outputs - n;
+            const auto multiply = [&](const auto* own) {
+                const float* of_own = scales == nullptr ? scales : scales + n;
+                if (count == HEAD_TILE) return head_rows<HEAD_TILE>(x, own, of_own, rows, inputs, outputs, y + n);
+                for (int64_t i = 0; i < count; i++)
+                    head_rows<1>(x, own + i * inputs, of_own == nullptr ? of_own : of_own + i, rows, inputs, outputs,
+                                 y + n + i);
+            };
+            if (!converts) {
+                multiply(weights + n * inputs);
+                continue;
+            }
+            for (int64_t i = 0; i < count * inputs; i += LANES) store(floats + i, load(weights + n * inputs + i));
+            multiply((const float*)floats);
+        }
     }
 }
 
@@ -84,15 +102,17 @@ void head(const float* x, const Number* weights, const float* scales, int64_t ro
 extern "C" {
 
 // x (rows, inputs) times a matrix (outputs, inputs) to y (rows, outputs). `bits`: 8 with a scale for each output; 16 is
-// bfloat16, and -16 is float16.
-void emu3_head(const float* x, const void* weights, const float* scales, int64_t bits, int64_t rows, int64_t inputs,
-               int64_t outputs, float* y) {
-    if (bits == 8)
-        head(x, (const int8_t*)weights, scales, rows, inputs, outputs, y);
-    else if (bits == 16)
-        head(x, (const uint16_t*)weights, nullptr, rows, inputs, outputs, y);
-    else
-        head(x, (const Float16*)weights, nullptr, rows, inputs, outputs, y);
+// bfloat16, and -16 is float16. As `compute` returns.
+int emu3_head(const float* x, const void* weights, const float* scales, int64_t bits, int64_t rows, int64_t inputs,
+              int64_t outputs, float* y) {
+    return compute([&] {
+        if (bits == 8)
+            head(x, (const int8_t*)weights, scales, rows, inputs, outputs, y);
+        else if (bits == 16)
+            head(x, (const uint16_t*)weights, nullptr, rows, inputs, outputs, y);
+        else
+            head(x, (const Float16*)weights, nullptr, rows, inputs, outputs, y);
+    });
 }
 
 }  // extern "C"

@@ -68,6 +68,16 @@ inline Vector load(const int8_t* p) {
 }
 #endif
 inline void store(float* p, Vector x) { *(Vector*)p = x; }
+
+// Adds a product, rounded once. Compilers choose so for some processors and some loops only.
+inline void add_product(Vector& sum, Vector a, Vector b) {
+#if defined(__AVX512F__)
+    sum = (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#else
+    sum = (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#endif
+}
+
 inline void store(uint16_t* p, Vector x) {
     const Whole bits = (Whole)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
     const Whole kept = x != x ? bits | 0x400000 : rounded;                       // NaN stays NaN
