@@ -25,30 +25,35 @@ constexpr int64_t ROWS = 64;
 // From so many slots on, attention in bfloat16 is where the time goes, and queries are rounded to it, too.
 constexpr int64_t MANY_SLOTS = 1024;
 
-// Scores of QUERIES queries with all slots of a tile, LANES at a time: (QUERIES, SLOTS).
+// Scores of QUERIES queries with `count` slots of a tile, LANES at a time: (QUERIES, SLOTS). The last ones may be
+// followed by scores of no slot.
 template <int QUERIES, typename Element>
-void multiply_keys(const float* queries, const Element* keys, int64_t width, float* scores) {
+void multiply_keys(const float* queries, const Element* keys, int64_t count, int64_t width, float* scores) {
     constexpr int EACH = LANES / QUERIES;
-    for (int64_t slot = 0; slot < SLOTS; slot += EACH) {
+    const auto multiply = [&](int64_t slot, auto slot_of) {
         Vector sums[LANES] = {};
         for (int64_t d = 0; d < width; d += LANES) {
             Vector q[QUERIES];
             for (int i = 0; i < QUERIES; i++) q[i] = load(queries + i * width + d);
             for (int j = 0; j < EACH; j++) {
-                const Vector k = load(keys + (slot + j) * width + d);
+                const Vector k = load(keys + slot_of(j) * width + d);
                 for (int i = 0; i < QUERIES; i++) add_product(sums[i * EACH + j], q[i], k);
             }
         }
         const Vector found = sums_of(sums);
         for (int i = 0; i < QUERIES; i++)
             std::memcpy(scores + i * SLOTS + slot, (const float*)&found + i * EACH, 4 * EACH);
-    }
+    };
+    int64_t slot = 0;
+    for (; slot + EACH <= count; slot += EACH) multiply(slot, [&](int j) { return slot + j; });
+    // What follows the last slot may not be ours, so that one is read again.
+    if (slot < count) multiply(slot, [&](int j) { return slot + j < count ? slot + j : count - 1; });
 }
 
-// Adds weights (QUERIES, SLOTS) times values (SLOTS, width) to sums (QUERIES, width): VECTORS vectors of each. CHAINS
-// slots at a time are summed apart, as an addition waits for the one before.
+// Adds weights (QUERIES, SLOTS) times `count` values (count, width) to sums (QUERIES, width): VECTORS vectors of each.
+// CHAINS slots at a time are summed apart, as an addition waits for the one before.
 template <int QUERIES, int VECTORS, int CHAINS, typename Element>
-void add_values(const float* weights, const Element* values, int64_t width, float* sums) {
+void add_values(const float* weights, const Element* values, int64_t count, int64_t width, float* sums) {
     Vector found[CHAINS][QUERIES][VECTORS] = {};
     auto add = [&](int chain, int64_t slot) {
         for (int j = 0; j < VECTORS; j++) {
@@ -56,8 +61,10 @@ void add_values(const float* weights, const Element* values, int64_t width, floa
             for (int i = 0; i < QUERIES; i++) add_product(found[chain][i][j], v, Vector{} + weights[i * SLOTS + slot]);
         }
     };
-    for (int64_t slot = 0; slot < SLOTS; slot += CHAINS)
+    int64_t slot = 0;
+    for (; slot + CHAINS <= count; slot += CHAINS)
         for (int chain = 0; chain < CHAINS; chain++) add(chain, slot + chain);
+    for (; slot < count; slot++) add(0, slot);
     for (int i = 0; i < QUERIES; i++)
         for (int j = 0; j < VECTORS; j++) {
             Vector sum = load(sums + i * width + j * LANES);
@@ -67,14 +74,14 @@ void add_values(const float* weights, const Element* values, int64_t width, floa
 }
 
 template <int QUERIES, typename Element>
-void add_all_values(const float* weights, const Element* values, int64_t width, float* sums) {
+void add_all_values(const float* weights, const Element* values, int64_t count, int64_t width, float* sums) {
     constexpr int CHAINS = QUERIES == 1 ? 4 : 1;
     int64_t d = 0;
     for (; d + 4 * LANES <= width; d += 4 * LANES)
-        add_values<QUERIES, 4, CHAINS>(weights, values + d, width, sums + d);
+        add_values<QUERIES, 4, CHAINS>(weights, values + d, count, width, sums + d);
     for (; d + 2 * LANES <= width; d += 2 * LANES)
-        add_values<QUERIES, 2, CHAINS>(weights, values + d, width, sums + d);
-    for (; d < width; d += LANES) add_values<QUERIES, 1, CHAINS>(weights, values + d, width, sums + d);
+        add_values<QUERIES, 2, CHAINS>(weights, values + d, count, width, sums + d);
+    for (; d < width; d += LANES) add_values<QUERIES, 1, CHAINS>(weights, values + d, count, width, sums + d);
 }
 
 // Positions in a head are rotated in pairs (d, d + width / 2); the sine of the first half is negative.
@@ -103,27 +110,26 @@ inline std::vector<Work>& works(int64_t width) {
     return kept;
 }
 
-// `count` slots as floats, and zeros up to a whole tile.
+// `count` slots as floats.
 template <typename Element>
 void convert(const Element* from, int64_t count, int64_t width, float* to) {
     for (int64_t i = 0; i < count * width; i += LANES) store(to + i, load(from + i));
-    std::memset(to + count * width, 0, (SLOTS - count) * width * sizeof(float));
 }
 
 template <typename Element>
-void multiply_all_keys(Work& work, int64_t rows, const Element* keys, int64_t width) {
+void multiply_all_keys(Work& work, int64_t rows, const Element* keys, int64_t count, int64_t width) {
     float *queries = work.queries.data(), *scores = work.scores.data();
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) multiply_keys<4>(queries + r * width, keys, width, scores + r * SLOTS);
-    for (; r < rows; r++) multiply_keys<1>(queries + r * width, keys, width, scores + r * SLOTS);
+    for (; r + 4 <= rows; r += 4) multiply_keys<4>(queries + r * width, keys, count, width, scores + r * SLOTS);
+    for (; r < rows; r++) multiply_keys<1>(queries + r * width, keys, count, width, scores + r * SLOTS);
 }
 
 template <typename Element>
-void add_values_of_all(Work& work, int64_t rows, const Element* values, int64_t width) {
+void add_values_of_all(Work& work, int64_t rows, const Element* values, int64_t count, int64_t width) {
     float *weights = work.scores.data(), *sums = work.sums.data();
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_all_values<4>(weights + r * SLOTS, values, width, sums + r * width);
-    for (; r < rows; r++) add_all_values<1>(weights + r * SLOTS, values, width, sums + r * width);
+    for (; r + 4 <= rows; r += 4) add_all_values<4>(weights + r * SLOTS, values, count, width, sums + r * width);
+    for (; r < rows; r++) add_all_values<1>(weights + r * SLOTS, values, count, width, sums + r * width);
 }
 
 // From scores of a row with slots start to start + count - 1 to weights; what was summed before is scaled to them.
@@ -132,13 +138,15 @@ void weigh(Work& work, int64_t r, int64_t start, int64_t count, int64_t slot, in
            const int64_t* turns_of_slots, int64_t width) {
     const float least = -std::numeric_limits<float>::infinity();
     float *row = work.scores.data() + r * SLOTS, *sums = work.sums.data() + r * width;
-    if (count < SLOTS || start + SLOTS - 1 > slot || latest > turn)
-        for (int64_t j = 0; j < SLOTS; j++) {
-            const bool seen = j < count && start + j <= slot && turns_of_slots[start + j] <= turn;
+    if (start + count - 1 > slot || latest > turn)
+        for (int64_t j = 0; j < count; j++) {
+            const bool seen = start + j <= slot && turns_of_slots[start + j] <= turn;
             row[j] = seen ? row[j] : least;
         }
+    const int64_t end = (count + LANES - 1) / LANES * LANES;
+    for (int64_t j = count; j < end; j++) row[j] = least;
     Vector tops = load(row);
-    for (int64_t j = LANES; j < SLOTS; j += LANES) tops = load(row + j) > tops ? load(row + j) : tops;
+    for (int64_t j = LANES; j < end; j += LANES) tops = load(row + j) > tops ? load(row + j) : tops;
     float top = work.largest[r];
     for (int i = 0; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
     if (top == least) {  // nothing is seen so far
@@ -146,7 +154,7 @@ void weigh(Work& work, int64_t r, int64_t start, int64_t count, int64_t slot, in
         return;
     }
     Vector sum = {};
-    for (int64_t j = 0; j < SLOTS; j += LANES) {
+    for (int64_t j = 0; j < end; j += LANES) {
         const Vector weight = exponential(load(row + j) - top);
         store(row + j, weight);
         sum += weight;
@@ -234,7 +242,7 @@ template <typename Element>
 void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64_t* slots, const int64_t* turns,
             const int64_t* turns_of_slots, const Element* keys, const Element* values, int64_t end, int64_t width) {
     for (int64_t r = 0; r < rows; r++) work.largest[r] = -std::numeric_limits<float>::infinity(), work.total[r] = 0;
-    std::memset(work.sums.data(), 0, work.sums.size() * sizeof(float));
+    std::memset(work.sums.data(), 0, (rows + 3) / 4 * 4 * width * sizeof(float));
     const bool in_pairs = PAIRS && sizeof(Element) == 2 && rows > 8 && end >= MANY_SLOTS && width % 32 == 0;
     const int64_t whole_rows = (rows + 3) / 4 * 4;
     if (in_pairs)
@@ -244,16 +252,15 @@ void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64
         const int64_t count = end - start < SLOTS ? end - start : SLOTS;
         const Element *k = keys + start * width, *v = values + start * width;
         const bool pairs = in_pairs && count == SLOTS;
-        // Worth a copy where many queries read it; and a part of a tile is copied, as what follows it may not be ours.
-        const bool copied = count < SLOTS || (sizeof(Element) < sizeof(float) && rows > 8);
+        const bool copied = sizeof(Element) < sizeof(float) && rows > 8;  // worth it where many queries read it
         if (pairs) {
             multiply_pairs_of_keys(work, whole_rows, (const uint16_t*)k, width);
         } else if (copied) {
             convert(k, count, width, work.keys.data());
             convert(v, count, width, work.values.data());
-            multiply_all_keys(work, rows, (const float*)work.keys.data(), width);
+            multiply_all_keys(work, rows, (const float*)work.keys.data(), count, width);
         } else {
-            multiply_all_keys(work, rows, k, width);
+            multiply_all_keys(work, rows, k, count, width);
         }
         int64_t latest = 0;
         for (int64_t j = 0; j < count; j++)
@@ -265,9 +272,9 @@ void attend(Work& work, int64_t rows, int64_t first, int64_t tokens, const int64
         if (pairs)
             add_pairs_of_values(work, whole_rows, (const uint16_t*)v, width);
         else if (copied)
-            add_values_of_all(work, rows, (const float*)work.values.data(), width);
+            add_values_of_all(work, rows, (const float*)work.values.data(), count, width);
         else
-            add_values_of_all(work, rows, v, width);
+            add_values_of_all(work, rows, v, count, width);
     }
 }
 
