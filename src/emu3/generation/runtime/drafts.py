@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from emu3 import kernels
 from emu3.generation.decoders.protocol import Drafts, Wanted
 from emu3.generation.events import Failed
 from emu3.generation.grammar import Grid
-from emu3.generation.runtime.forward import Linear, fuse_linears, working_dtype
+from emu3.generation.runtime.forward import SMALL_MATRIX, Linear, fuse_linears, working_dtype
 from emu3.generation.runtime.head import Head
 from emu3.generation.sampling import Sampling, probabilities
 from emu3.generation.sequence import Hidden, Plan, Sequence
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.parallel import whole
+from emu3.quantization import QuantizedLinear, Scheme
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
@@ -60,7 +62,7 @@ class Drafter:
         embeddings = whole(model.model.text_model.embed_tokens.weight.detach())
         self.dtype = working_dtype(embeddings)
         self.head = _packed(draft)
-        self.to_logits = head.of_span((self.lo, self.hi))
+        self.to_logits = _to_logits(head, (self.lo, self.hi))
         self.table = draft.table(embeddings[self.lo : self.hi])
 
     def serve(self, hidden: Hidden, planned: list[tuple[Sequence, Plan]], most: int) -> list[Failed]:
@@ -146,9 +148,26 @@ class _Function(nn.Module):
 
 
 def _packed(head: DraftHead) -> DraftHead:
-    """A copy whose modules are as fast for a few rows as those of the decoder layers; see `fuse_linears`."""
+    """A copy whose modules are fast for a few rows."""
     packed = copy.deepcopy(head)
     for name in ("hidden", "middle", "output"):
-        module = packed.get_submodule(name)
-        setattr(packed, name, _Function(fuse_linears([module], head.edge.dtype, compiled=False)))
+        setattr(packed, name, _Function(_fast(cast(nn.Linear, packed.get_submodule(name)))))
     return packed
+
+
+def _fast(module: nn.Linear) -> Linear:
+    """In 8 bits on a CPU, as drafts need not be exact; else as `fuse_linears` makes it."""
+    scheme = Scheme(8)
+    small = module.weight.numel() <= SMALL_MATRIX and scheme.fits(module.in_features, module.out_features)
+    if small and module.weight.device.type == "cpu" and kernels.library() is not None:
+        return QuantizedLinear.quantize(module, scheme)
+    return fuse_linears([module], module.weight.dtype, compiled=False)
+
+
+def _to_logits(head: Head, span: tuple[int, int]) -> Linear:
+    weight_VE = head.weight[slice(*span)].detach()
+    if head.scales is not None or weight_VE.numel() > SMALL_MATRIX:
+        return head.of_span(span)
+    part = nn.Linear(weight_VE.shape[1], len(weight_VE), bias=False, device="meta")
+    part.weight = nn.Parameter(weight_VE, requires_grad=False)
+    return _fast(part)

@@ -47,7 +47,7 @@ _MANY_QUERIES = 256
 _FEW_LAYERS = 8
 # Matrices up to this size are stored a second time, in oneDNN's order. Reordering at each call would cost as much as
 # a product of a few rows.
-_SMALL_MATRIX = 2**20
+SMALL_MATRIX = 2**20
 
 
 class Layer(NamedTuple):
@@ -98,7 +98,7 @@ def fuse_linears(modules: Sequence[nn.Module], dtype: torch.dtype, compiled: boo
     weights = [cast(nn.Parameter, module.weight) for module in modules]
     weight = _in_one_piece([own_part(each) for each in weights])
     product: Linear = partial(linear, weight=weight)
-    if not compiled and weight.numel() <= _SMALL_MATRIX and _onednn_supports(weight):
+    if not compiled and weight.numel() <= SMALL_MATRIX and _onednn_supports(weight):
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
         product = partial(_onednn_linear, dtype=weight.dtype, weight=reordered)
     return summed(product, weights[0])
