@@ -43,6 +43,7 @@ from emu3.generation.grammar import TextGrammar
 from emu3.generation.request import GREEDY, Request
 from emu3.generation.runtime.runner import ModelRunner
 from emu3.generation.sequence import Inputs, Plan, Sequence, Target
+from emu3.quantization import Scheme
 
 PACKAGES = ("llama-cpp-python==0.3.36",)
 CMAKE_ARGS = "-DLLAVA_BUILD=OFF"  # its models that read pictures are a third of what is compiled
@@ -62,9 +63,9 @@ def python_of(environment: Path) -> Path:
     """The Python of an environment with llama.cpp, which is made if it is not there."""
     python = environment / "bin" / "python"
     if not python.exists():
-        print(f"making {environment}; compiling llama.cpp takes some minutes", file=sys.stderr)
         venv.create(environment, with_pip=True)
     if subprocess.run([python, "-I", "-c", "import llama_cpp"], capture_output=True).returncode:
+        print(f"compiling llama.cpp for {environment} takes some minutes", file=sys.stderr)
         install = [python, "-I", "-m", "pip", "install", "--quiet", *PACKAGES]
         subprocess.run(install, check=True, stdout=sys.stderr, env=os.environ | {"CMAKE_ARGS": CMAKE_ARGS})
     return python
@@ -247,7 +248,10 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3, help="of each kind in a round")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config = json.loads((arguments.checkpoint / "config.json").read_text())
+    file = arguments.checkpoint / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    if Scheme.of(config.get("quantization_config")) is None:
+        parser.error(f"{arguments.checkpoint} is no folder that `emu3 quantize` wrote")
     spans = {
         "all": (0, config["text_config"]["vocab_size"]),
         "pictures": vocabulary_of(Emu3Config(**config)).visual_span,

@@ -134,6 +134,7 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["convert", "nano", "new", "--to", "gguf"], "--to must be one of documented, legacy, baai, got 'gguf'"),
         (["convert", "nano", "new", "--abilities", "fly"], "--abilities must be one of draw, read, got 'fly'"),
         (["convert", "nano", "new", "--abilities", ""], "--abilities must be one of draw, read, got ''"),
+        (["quantize", "nano", "nano"], "nano means the shipped checkpoint; name another folder, such as my-nano"),
         (["convert", "nano", "empty", "--to", "legacy"], "empty is there already; remove it, or name another folder"),
         (["convert", "nano", "file/new", "--to", "legacy"], "file' is no folder"),
         (["convert", "nano", "new", "--vision", "reads"], "is not needed"),

@@ -37,13 +37,14 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
-def test_it_loads_by_every_way(written, scheme):
+def test_it_loads_by_every_way(written, scheme, capfd):
     model = load_model(written[scheme])
     layers = [each for each in model.modules() if isinstance(each, QuantizedLinear)]
     assert len(layers) == 42 and {(each.bits, each.scheme.group) for each in layers} == {scheme}
     logits = model(input_ids=IDS).logits
     for dtype in (torch.float32, torch.bfloat16):
         theirs = Emu3ForConditionalGeneration.from_pretrained(written[scheme], dtype=dtype).eval()
+        assert "quantization type" not in capfd.readouterr().err
         ours = load_model(written[scheme], dtype=dtype)
         assert torch.equal(theirs(input_ids=IDS).logits, ours(input_ids=IDS).logits)
         for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):

@@ -175,6 +175,15 @@ def expected_tensors(model: Emu3ForConditionalGeneration, headers: Mapping[str, 
     return tensors
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    tensor = tensor.half() if tensor.dtype.itemsize == 1 else tensor  # 8 bits have no sum
+    # The sum needs no memory. It is finite only if all numbers are; but large finite numbers may overflow in it.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
 def check_tensors(source: str, expected: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]) -> None:
     """Compare the tensors that a checkpoint should have with those that it has, before any of them is read.
 

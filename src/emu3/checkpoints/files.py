@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 """The file that says which shard holds which tensor."""
@@ -40,15 +39,6 @@ class TensorHeader:
     def bytes(self) -> int:
         bits = re.search(r"\d+", self.dtype)
         return self.elements * (int(bits[0]) if bits else 8) // 8  # only BOOL has no number
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite."""
-    if not tensor.is_floating_point():
-        return True
-    tensor = tensor.half() if tensor.dtype.itemsize == 1 else tensor  # 8 bits have no sum
-    # The sum needs no memory. It is finite only if all numbers are; but large finite numbers may overflow in it.
-    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from emu3.checkpoints.config import (
+    all_finite,
     build_config,
     build_on_meta,
     check_factor,
@@ -22,7 +23,7 @@ from emu3.checkpoints.config import (
     parts_of,
     vocabulary_of,
 )
-from emu3.checkpoints.files import INDEX, TensorHeader, all_finite, read_headers, read_json
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json
 from emu3.checkpoints.memory import own_dtype
 from emu3.checkpoints.settings import (
     PICTURES,
@@ -116,7 +117,7 @@ def load_model(
     _check_generation(folder, parts_of(config)[0].vocab_size)
     wanted = _dtype_named(own_dtype(raw, headers, device) if dtype == "auto" else dtype)
     if Scheme.of(raw.get("quantization_config")) is not None and (int8 or device_map is not None):
-        raise ValueError(f"{folder} is quantized already; load it without int8 and device_map")
+        raise ValueError(f"{folder} is quantized already; load it without {'int8' if int8 else 'device_map'}")
     if int8:
         if device_map is not None:
             raise ValueError("int8 is for one CPU; leave out device_map")

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, expected_tensors
+from emu3.checkpoints.config import all_finite, build_config, build_on_meta, check_tensors, expected_tensors
 from emu3.checkpoints.convert import copy_companions, staged_folder
-from emu3.checkpoints.files import INDEX, TensorHeader, all_finite, read_headers, read_json, write_json
+from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json, write_json
 from emu3.checkpoints.settings import read_config
 from emu3.modeling.legacy import documented_name
 from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme, quantize_head, quantize_matrix, use_scheme

@@ -31,13 +31,16 @@ def info(
         return f"{count / 1e6:,.1f} MB"
 
     side, other = found.pixels_per_token_side, f" together with the {found.missing[0]}" if found.missing else ""
-    dtypes, verbs = ("float32", "bfloat16", "int8"), {"draw": "draws pictures", "read": "reads pictures"}
+    dtypes, verbs = (
+        ("float32", "bfloat16", "int8")[: 2 if found.quantized else 3],
+        {"draw": "draws pictures", "read": "reads pictures"},
+    )
     rows = {
         "layout": found.layout,
         "parameters": f"{found.parameters:,} in {found.tensors} tensors",
         **{f"  {part}": f"{count:,}" for part, count in found.parameters_by_part.items()},
         "stored as": ", ".join(f"{dtype} {count:,}" for dtype, count in found.parameters_by_dtype.items()),
-        "layers": found.quantized,
+        "layers in": found.quantized,
         "on disk": megabytes(found.bytes_on_disk),
         "in memory": ", ".join(f"{megabytes(getattr(found, f'memory_{dtype}'))} {dtype}" for dtype in dtypes),
         "context": found.context and f"{found.context:,} tokens",
@@ -96,7 +99,9 @@ def convert(
 
 def quantize(
     source: Annotated[str, typer.Argument(help="Checkpoint to read: nano, a folder, or a hub id in the local cache.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(help="Folder to write; it must not exist, and is there when all is.", show_default=False)
+    ],
     bits: Annotated[int, typer.Option(help="Of a weight of the layers: 8 or 4.")] = 8,
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale, 32 or 128; for 4 bits.", show_default="32")
@@ -115,8 +120,12 @@ def quantize(
     check_folder(target, is_new=True)
     from emu3.checkpoints.quantize import quantize
 
-    with progress("quantizing", in_bytes=True) as advance:
-        report = quantize(folder, target, bits, group, advance)
+    try:
+        with progress("quantizing", in_bytes=True) as advance:
+            report = quantize(folder, target, bits, group, advance)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on", err=True)
+        raise
     head = f", the head in {report.head_bits}" if report.head_bits else ""
     kept = f", {len(report.kept)} kept as they are" if report.kept else ""
     summary = (

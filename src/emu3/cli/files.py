@@ -49,7 +49,9 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def check_folder(folder: Path, is_new: bool = False) -> None:
-    """ValueError where no files can be written into a folder, or a new one is there already."""
+    """ValueError where no files can be written into a folder, or a new one is there already or could not be named."""
+    if is_new and str(folder) == "nano":
+        raise ValueError("nano means the shipped checkpoint; name another folder, such as my-nano")
     if is_new and folder.exists():
         raise ValueError(f"{folder} is there already; remove it, or name another folder")
     if problem := _why_not_written(folder / "config.json"):

@@ -93,7 +93,9 @@ def bench(
     from emu3.evaluation.speed import Case, cases_of, measure
 
     case = Case((*numbers["pictures"], 1)[0], height, width)
-    speed = measure(pipeline, decoding.split(","), cases_of(pipeline, sweep, numbers[sweep], case), rounds)
+    cases = cases_of(pipeline, sweep, numbers[sweep], case)
+    with progress("drawing") as advance:
+        speed = measure(pipeline, decoding.split(","), cases, rounds, advance)
     _write_plot(plot, lambda: speed.to_svg(sweep))
     print_out(speed.to_dict() if as_json else speed.to_table())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -136,7 +136,7 @@ class Speed:
             )
         lines += [
             "",
-            "| decoding | at once | pixels | prompt | seconds | tokens/s | forwards | one reads | one computes |",
+            "| decoding | at once | pixels | prompt | seconds | tokens/s | forwards | each reads | each computes |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for run in self.runs:
@@ -192,8 +192,12 @@ def measure(
     decodings: Sequence[str] = ("predictive", "raster"),
     cases: Sequence[Case] = (),
     rounds: int = 3,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Speed:
-    """Draws each of these cases in each order; one round more than counted warms up."""
+    """Draws each of these cases in each order; one round more than counted warms up.
+
+    `on_progress` is called after each round with the rounds so far and in all.
+    """
     cases = cases or cases_of(pipeline, "pictures", (), Case())
     if rounds < 1 or min(case.pictures for case in cases) < 1:
         raise ValueError(f"rounds and pictures count from 1, got {rounds} and {[case.pictures for case in cases]}")
@@ -214,11 +218,12 @@ def measure(
         products=products,
     )
     del read  # what it reads is large
-    for name, requests in wanted:
+    for number, (name, requests) in enumerate(wanted):
         seconds = []
-        for _ in range(rounds + 1):
+        for round_ in range(rounds + 1):
             start, events = time.perf_counter(), list(pipeline.engine.stream(requests))
             seconds.append(time.perf_counter() - start)
+            on_progress(number * (rounds + 1) + round_ + 1, len(wanted) * (rounds + 1))
         speed.runs.append(_run(pipeline, speed, name, requests, events, tuple(seconds[1:])))
     return speed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from torch import Tensor
@@ -39,6 +40,12 @@ def pick_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[
     if past_key_values is None or cache is None or cache is past_key_values:
         return past_key_values if cache is None else cache
     raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+
+
+# transformers warns that it does not know the scheme of `emu3 quantize`, and advises to delete what says it.
+logging.getLogger("transformers.quantizers.auto").addFilter(
+    lambda record: "type, got emu3 -" not in record.getMessage()
+)
 
 
 class AnyLayoutModel(PreTrainedModel):
