@@ -92,8 +92,9 @@ def ceilings(device: torch.device) -> float:
         bandwidth = 2 * source.nbytes / timed(lambda: target.copy_(source), device)
     else:  # weights are only read, and a CPU's copy also reads what it overwrites
         bandwidth = source.nbytes / timed(source.sum, device)
-    side = 8192 if on_gpu else 2048
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    # Not every CPU has products in bfloat16; without them one takes a minute.
+    side, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
+    a = torch.randn(side, side, device=device, dtype=dtype)
     product = timed(lambda: a @ a, device)
     report(measured="ceilings", bytes_per_second=bandwidth, flop_per_second=2 * side**3 / product)
     return bandwidth
