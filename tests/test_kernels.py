@@ -99,7 +99,7 @@ def head_of(dtype, outputs, inputs):
     """Weights of a head, and its scales or None."""
     weight = torch.randn(outputs, inputs)
     if dtype == torch.int8:
-        return quantization.quantize_head(weight)
+        return quantization.quantize_rows(weight)
     return weight.to(dtype), None
 
 
@@ -141,7 +141,7 @@ def test_heads_take_the_largest_and_the_smallest_numbers():
 
 def test_without_kernels_a_head_says_nearly_the_same(monkeypatch):
     torch.manual_seed(0)
-    weight, scales = quantization.quantize_head(torch.randn(37, 48))
+    weight, scales = quantization.quantize_rows(torch.randn(37, 48))
     x = torch.randn(5, 48)
     with_kernels = multiply_head(x, weight, scales)
     monkeypatch.setattr(kernels, "library", lambda: None)

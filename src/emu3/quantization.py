@@ -62,13 +62,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        source = linear.weight.detach()
-        scales, weight = torch.empty(len(source)), torch.empty(source.shape, dtype=torch.int8)
-        step = max(1, _CHUNK // source.shape[1])
-        for start in range(0, len(source), step):
-            rows = source[start : start + step].float()
-            scales[start : start + step] = rows.abs().amax(1).clamp_min(1e-12) / 127
-            weight[start : start + step] = (rows / scales[start : start + step, None]).round_()
+        weight, scales = quantize_rows(linear.weight.detach())
         self.packed = _VNNI and weight.numel() > _LARGEST_UNPACKED
         if self.packed:
             weight = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -305,7 +299,7 @@ class QuantizedHead(nn.Module):
         """The nearest head."""
         outputs, inputs = linear.weight.shape
         made = cls(inputs, outputs)
-        made.weight, made.scales = quantize_head(linear.weight.detach())
+        made.weight, made.scales = quantize_rows(linear.weight.detach())
         return made
 
     @staticmethod
@@ -331,8 +325,8 @@ class QuantizedHead(nn.Module):
         return super()._apply(partial(_keep_dtype, fn), recurse)
 
 
-def quantize_head(source: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and scales of a matrix (outputs, inputs); see `QuantizedHead`."""
+def quantize_rows(source: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (outputs, inputs) in int8 and scales (outputs,) in float32 of a matrix."""
     scales, weight = torch.empty(len(source)), torch.empty(source.shape, dtype=torch.int8)
     step = max(1, _CHUNK // source.shape[1])
     for start in range(0, len(source), step):

@@ -19,7 +19,7 @@ from emu3.checkpoints.convert import copy_companions, staged_folder
 from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json, write_json
 from emu3.checkpoints.settings import read_config
 from emu3.modeling.legacy import documented_name
-from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme, quantize_head, quantize_matrix, use_scheme
+from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme, quantize_matrix, quantize_rows, use_scheme
 
 # Of a file of weights, unless one tensor is larger; so much is in memory at a time, beside the files that are mapped.
 _SHARD_BYTES = 5 * 10**8
@@ -188,6 +188,6 @@ def _stored(name: str, tensor: Tensor, quantized: set[str], widened: set[str], s
     module = name.removesuffix(".weight")
     if module in quantized:
         with torch.inference_mode():
-            weight, scales = quantize_head(tensor) if module == _HEAD else quantize_matrix(tensor, scheme)
+            weight, scales = quantize_rows(tensor) if module == _HEAD else quantize_matrix(tensor, scheme)
         return {name: weight, f"{module}.scales": scales}
     return {name: tensor.float() if name in widened else tensor}
