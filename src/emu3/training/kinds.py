@@ -1,0 +1,12 @@
+"""The kinds of recipe, for people's own data."""
+
+from emu3.training.assemble import AssembleRecipe, assemble
+from emu3.training.language import FinetuneRecipe, LoraRecipe, PretrainRecipe, finetune, lora, pretrain
+from emu3.training.recipe import Kind
+
+KINDS = {
+    "pretrain": Kind(PretrainRecipe, pretrain),
+    "finetune": Kind(FinetuneRecipe, finetune),
+    "lora": Kind(LoraRecipe, lora),
+    "checkpoint": Kind(AssembleRecipe, assemble),
+}
