@@ -94,10 +94,10 @@ def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:
                 tokenizer=tokenizer_hash(tokenizer),
                 codebook_size=tokenizer.config.codebook_size,
                 settings="icons",
-                source=f"{source.name}-{use}",
+                source=f"{source.name_with_captions}-{use}",
             )
             for number, start in enumerate(range(0, len(own), SAMPLES_OF_A_SHARD)):
-                path = folder / f"{source.name}-{use}" / f"{number:05d}.parquet"
+                path = folder / f"{source.name_with_captions}-{use}" / f"{number:05d}.parquet"
                 write_shard(path, info, own[start : start + SAMPLES_OF_A_SHARD])
 
 

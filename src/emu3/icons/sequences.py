@@ -38,7 +38,7 @@ class SceneSource(Checked):
             teach that a held-out colour never occurs.
     """
 
-    share: float
+    share: float = 1.0
     seed: int
     count: int
     height: int = 48
@@ -53,6 +53,11 @@ class SceneSource(Checked):
         """Names the file of its codes."""
         tasks = "all" if self.tasks == TASKS else "-".join(self.tasks)
         return f"{self.height}x{self.width}-{tasks}-{self.count}-{self.seed}"
+
+    @property
+    def name_with_captions(self) -> str:
+        """Names its shards."""
+        return f"{self.name}-{self.full_captions:g}-{self.colored_captions:g}"
 
     def covers(self, step: int) -> bool:
         """Whether it is used in a step."""
@@ -118,7 +123,7 @@ def samples_of(
         task, scene = source.scene(index)
         for visit in range(visits):
             rng = np.random.default_rng([source.seed, source.height, source.width, index, visit])
-            key = f"{source.name}-{index}-{visit}"
+            key = f"{index}-{visit}"
             drawn.append(draw_sample(key, codes_NHW[index], source.prompt(scene, task, rng)))
             read.append(read_sample(key, codes_NHW[index], scene, turns, rng))
     return drawn, read
@@ -156,7 +161,8 @@ class SceneDrafts:
             without.append(self.builder.build(sample, without_prompt=True).ids)
         rows = [torch.from_numpy(ids) for ids in (*with_words, *without)]
         ids_BS = pad_sequence(rows, batch_first=True, padding_value=self.builder.vocabulary.pad)
-        return DraftBatch(ids_BS, *codes.shape[1:], number=step)
+        height, width = codes.shape[1:]
+        return DraftBatch(ids_BS, height, width, step)
 
 
 def pick_source(sources: Sequence[SceneSource], step: int, rng: np.random.Generator) -> int:

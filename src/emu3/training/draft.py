@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from emu3.generation.sampling import guide
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.quantization import dequantize_head
-from emu3.training.objective import attend_causally
 from emu3.training.loop import StepResult, run_loop
 from emu3.training.machine import autocast, training_device
+from emu3.training.objective import attend_causally
 from emu3.training.recipe import RunSettings
 
 

@@ -38,7 +38,7 @@ from emu3.training.sequences import SequenceBuilder, Weights
 from emu3.training.state import require_output
 from emu3.vocabulary import Vocabulary
 
-PICTURES = {"min_pixels": int, "max_pixels": int}
+MOST_TEXTS = 100_000  # different ones, that train a text tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,14 @@ class MixedShards(Checked):
     path: Path
     weight: float = 1.0
     steps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(Checked):
+    """The smallest and the largest area of pictures that are read, as of `Emu3ImageProcessor`."""
+
+    min_pixels: int = 512 * 512
+    max_pixels: int = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +111,7 @@ class PretrainRecipe(LanguageRecipe):
         texts: files that train it too.
         code_factors: sizes of the factors whose product is the size of the codebook; see `share_factors`.
         image_area: size of drawn pictures in pixels, unless a request names another.
-        image_processor: `min_pixels` and `max_pixels` of `Emu3ImageProcessor`.
+        image_processor: for pictures that are read.
     """
 
     model: Annotated[dict[str, Any], Arguments(Emu3TextConfig, rope_theta=float)]
@@ -113,7 +121,7 @@ class PretrainRecipe(LanguageRecipe):
     texts: tuple[Path, ...] = ()
     code_factors: tuple[int, ...] | None = None
     image_area: int
-    image_processor: Annotated[dict[str, Any], Arguments(Emu3ImageProcessor, **PICTURES)] = field(default_factory=dict)
+    image_processor: PictureSettings = field(default_factory=PictureSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,7 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     if recipe.code_factors is not None:
         share_factors(model, vocabulary, recipe.code_factors)
     pictures = Emu3ImageProcessor(
-        spatial_factor=vision.spatial_scale_factor, image_mean=[0.5] * 3, image_std=[0.5] * 3, **recipe.image_processor
+        spatial_factor=vision.spatial_scale_factor, image_mean=[0.5] * 3, image_std=[0.5] * 3, **vars(recipe.image_processor)
     )
     processor = Emu3Processor(pictures, tokenizer, image_area=recipe.image_area)
     processor.save_pretrained(folder)
@@ -225,10 +233,12 @@ def open_mixture(recipe: LanguageRecipe, tokenizer: Emu3VQVAE) -> list[list[Shar
 
 def make_rows(recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder: SequenceBuilder) -> Rows:
     """The rows of a run. Samples that are not of the recipe's task have no length, and are left out."""
-    sources = []
+    lengths: dict[Path, np.ndarray[Any, Any]] = {}  # a folder may be there for several spans of steps
     for each, opened in zip(recipe.data, shards, strict=True):
-        lengths = [_length(sample, builder, recipe) for shard in opened for sample in shard.outlines()]
-        sources.append(MixedSource(str(each.path), np.array(lengths), each.weight, each.steps))
+        if each.path not in lengths:
+            found = [_length(sample, builder, recipe) for shard in opened for sample in shard.outlines()]
+            lengths[each.path] = np.array(found)
+    sources = [MixedSource(str(each.path), lengths[each.path], each.weight, each.steps) for each in recipe.data]
     schedule = Schedule(sources, recipe.length, recipe.parts, recipe.seed, recipe.steps)
     for source, count in zip(sources, schedule.left_out, strict=True):
         if count:
@@ -261,17 +271,14 @@ def _text_tokenizer(
 ) -> PreTrainedTokenizerBase:
     if recipe.tokenizer is not None:
         return AutoTokenizer.from_pretrained(recipe.tokenizer.resolve())
-    texts = [
-        part.content.text
-        for each in shards
-        for shard in each
-        for sample in shard.outlines()
-        for part in sample.parts
-        if isinstance(part.content, Text)
-    ]
-    return train_tokenizer(
-        [*texts, *(path.read_text() for path in recipe.texts)], recipe.text_entries, codebook_size
-    )
+    texts: dict[str, None] = {}
+    for shard in (shard for each in shards for shard in each):
+        for sample in shard.outlines():
+            texts |= {part.content.text: None for part in sample.parts if isinstance(part.content, Text)}
+            if len(texts) > MOST_TEXTS:
+                break
+    files = [path.read_text() for path in recipe.texts]
+    return train_tokenizer([*texts, *files], recipe.text_entries, codebook_size)
 
 
 @torch.no_grad()

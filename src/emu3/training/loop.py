@@ -3,13 +3,12 @@
     for each step:  for each part of this process:  batch -> objective -> StepResult -> gradients of a sum
                     gradients / sum of weights over all parts and processes -> cut -> optimizers -> average of weights
 
-What is trained is an objective: a module whose `forward(batch)` returns a `StepResult`. One process trains on a GPU or a
-CPU; several, started by `accelerate launch` or `torchrun`, share out weights, gradients and optimizers (FSDP2). A step
-has the same parts, and each part the same batch and random numbers, whatever the number of processes.
+What is trained is an objective: a module whose `forward(batch)` returns a `StepResult`. One process trains on a GPU or
+a CPU; several, started by `accelerate launch` or `torchrun`, share out weights, gradients and optimizers (FSDP2). A
+step has the same parts, and each part the same batch and random numbers, whatever the number of processes.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from emu3.modeling.text import Emu3DecoderLayer
+from emu3.modeling.text import Emu3DecoderLayer, Emu3TextModel
 from emu3.training.machine import autocast, computes_in, training_device
 from emu3.training.recipe import RunSettings
 from emu3.training.report import write_report
@@ -127,10 +127,10 @@ def run_loop(
             totals = _sum_up(results, accelerator.device)
             loss = totals.loss / totals.weight
             if stopped := _is_wrong(loss, recent):
-                state = saved_states(folder)
+                state = ["none", *map(str, saved_states(folder))][-1]
                 raise TrainingStopped(
-                    f"loss is {loss:.4g} in step {step}, {stopped}; samples: {', '.join(keys[:8]) or 'not known'}; last "
-                    f"good state: {state[-1] if state else 'none'}; lower learning_rate, or leave these samples out"
+                    f"loss is {loss:.4g} in step {step}, {stopped}; samples: {', '.join(keys[:8]) or 'not known'}; "
+                    f"last good state: {state}; lower learning_rate, or leave these samples out"
                 )
             recent = [*recent[1 - RECENT_STEPS :], loss]
             trained = [each for each in objective.parameters() if each.grad is not None]
@@ -141,7 +141,7 @@ def run_loop(
                 optimizer.step()
             averages.update()
             step += 1
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             display.add(loss, float(norm), totals.metrics, totals.size, totals.flops)
             if step % settings.report_every == 0:
                 report = display.report(step, means=report_means)
@@ -179,9 +179,8 @@ def share_out(objective: nn.Module, settings: RunSettings, processes: int) -> No
     """Moves the objective to this process's device; among several processes, shares its weights out, layer by layer."""
     if settings.recompute_layers:
         for module in objective.modules():
-            if hasattr(module, "gradient_checkpointing_enable"):
+            if isinstance(module, Emu3TextModel):
                 module.gradient_checkpointing_enable({"use_reentrant": False})
-                break
     device = training_device()
     if processes == 1:
         objective.to(device)

@@ -1,4 +1,4 @@
-"""The machine that trains: its device, the dtype of its products, and their rate, which a run's own is compared with."""
+"""The machine that trains: its device, the dtype of its products, and their rate, to compare a run's with."""
 
 import os
 import time

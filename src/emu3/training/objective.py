@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -112,12 +112,12 @@ class PackedAttention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """query (1, N, S, D), key and value (1, K, S, D) -> (1, S, N, D); arguments as of `get_attention`'s functions."""
+        """query (1, N, S, D), key and value (1, K, S, D) -> (1, S, N, D); as `get_attention`'s functions."""
         attend = attend_causally if query.device.type == "cpu" else _attend_by_sdpa
         mixed = []
         for place in self.places:
-            own = (each[0][:, place].transpose(0, 1) for each in (query, key, value))  # (samples, heads, longest, D)
-            mixed.append(attend(*own, scaling).flatten(0, 1))
+            own = [each[0][:, place].transpose(0, 1) for each in (query, key, value)]  # (samples, heads, longest, D)
+            mixed.append(attend(own[0], own[1], own[2], scaling).flatten(0, 1))
         return torch.cat(mixed)[self.back][None], None
 
 
@@ -153,6 +153,11 @@ class NextTokenLoss(nn.Module):
         self.model = model
 
     @property
+    def head(self) -> nn.Linear:
+        """States to logits."""
+        return cast(nn.Linear, self.model.lm_head)
+
+    @property
     def text_model(self) -> Any:
         """Embeddings and layers."""
         return getattr(self.model.model, "text_model", self.model.model)
@@ -164,7 +169,7 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, row: Row) -> StepResult:
         """The sum of losses by weight; the mean loss of each kind of target that counts."""
-        text_model, head = self.text_model, self.model.lm_head
+        text_model, head = self.text_model, self.head
         device = text_model.embed_tokens.weight.device
         ids_S, weights_S, kinds_S = (each.to(device, non_blocking=True) for each in row[:3])
         counts_S = weights_S > 0
@@ -186,10 +191,10 @@ class NextTokenLoss(nn.Module):
         embeds = text_model.embed_tokens(ids_S)[None]
         hidden_SE = text_model.run_layers(embeds, None, positions.to(ids_S.device)[None], attend=attend)[0]
         before = hidden_SE[:-1][counts_S[1:]]
-        return _cross_entropy(before, self.model.lm_head, ids_S[counts_S])
+        return _cross_entropy(before, self.head, ids_S[counts_S])
 
 
-def _cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def _cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """Of each state (targets, E) with its target; logits are held for some targets at a time."""
 
     def compute(states: Tensor, wanted: Tensor) -> Tensor:

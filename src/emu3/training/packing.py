@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +79,7 @@ class Schedule:
         return self._current[row]
 
     def _restart(self) -> None:
-        self._step = -1
-        self._current: list[tuple[Place, ...]] = []
+        self._step, self._current = -1, cast(list[tuple[Place, ...]], [])
         self._orders = [self._shuffled(number) for number in range(len(self.sources))]
         self._waiting: Place | None = None
 

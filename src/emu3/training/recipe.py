@@ -64,12 +64,13 @@ class RunSettings(Checked):
 class Arguments:
     """Marks a table that holds arguments of a configuration class: those that the class itself declares."""
 
-    def __init__(self, config: type, **others: type) -> None:
+    def __init__(self, config: type, **others: Any) -> None:
         types = inspect.get_annotations(config, eval_str=True)
         self.types = {each.name: types[each.name] for each in fields(cast(Any, config)) if each.name in types} | others
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        table = TypedDict("Arguments", self.types, total=False)  # type: ignore[operator]
+        make = cast(Callable[..., Any], TypedDict)
+        table = make("Arguments", self.types, total=False)
         table.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}
         return handler(table)
 

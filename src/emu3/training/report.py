@@ -13,7 +13,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937 }}
 img {{ max-width: 100%; image-rendering: pixelated }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
 pre {{ background: #f3f4f6; padding: 1rem; overflow-x: auto }}
 </style></head><body><h1>{title}</h1>
 {body}

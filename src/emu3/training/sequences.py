@@ -68,9 +68,7 @@ class TokenSequence:
 class SequenceBuilder:
     """Spells samples for one checkpoint's tokenizer and chat template; picklable."""
 
-    def __init__(
-        self, processor: Emu3Processor, vocabulary: Vocabulary, weights: Weights | None = None
-    ) -> None:
+    def __init__(self, processor: Emu3Processor, vocabulary: Vocabulary, weights: Weights | None = None) -> None:
         self.processor, self.vocabulary, self.weights = processor, vocabulary, weights or Weights()
         self._ids_of_text: dict[str, list[int]] = {}
 

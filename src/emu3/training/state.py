@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 # Frozen weights are those of a checkpoint, which the recipe names.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -42,7 +43,7 @@ def save_state(
     _wait()
     tensors, _ = _tensors(model, optimizers, averages)
     writer = HuggingFaceStorageWriter(str(fresh), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     if _is_first():
         (fresh / "progress.json").write_text(json.dumps({"step": step}))
         shutil.rmtree(path, ignore_errors=True)
@@ -61,7 +62,7 @@ def load_state(
         return 0
     tensors, others = _tensors(model, optimizers, averages)
     reader = HuggingFaceStorageReader(str(states[-1]))
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": dict(others), "average": {}}
     for name, tensor in tensors.items():
         part, own = name.split(".", 1)
@@ -87,8 +88,9 @@ def _tensors(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], averages: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All that a state holds, by name; and the optimizers' settings, which the recipe gives."""
-    own, of_optimizers = get_state_dict(model, list(optimizers), options=_OPTIONS)
-    tensors = {f"model.{name}": tensor for name, tensor in own.items()}
+    own, found = get_state_dict(model, list(optimizers), options=_OPTIONS)
+    of_optimizers: dict[str, Any] = dict(found)
+    tensors: dict[str, Any] = {f"model.{name}": tensor for name, tensor in own.items()}
     tensors |= {f"optimizer.{name}": value for name, value in of_optimizers.items() if isinstance(value, Tensor)}
     tensors |= {f"average.{name}": tensor for name, tensor in averages.items()}
     return tensors, {name: value for name, value in of_optimizers.items() if not isinstance(value, Tensor)}

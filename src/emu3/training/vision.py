@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.codebook import CodebookAverages, k_means
-from emu3.training.loop import StepResult, autocast, run_loop, training_device
-from emu3.training.recipe import RunSettings, arguments_of
+from emu3.training.loop import StepResult, run_loop
+from emu3.training.machine import autocast, training_device
+from emu3.training.recipe import Arguments, RunSettings
 from emu3.training.state import write_log
 
-PictureBatch = tuple[Tensor, Tensor | None]
-"""Pictures (B, C, H, W) in [-1, 1], and their codes (B, H, W) where the codebook is given."""
-
-PictureSource = Callable[[int, int, int], PictureBatch]
-"""(count, seed, step) -> a batch of so many pictures of one size; a pure function, picklable."""
+PictureSource = Callable[[int, int, int], "tuple[Tensor, Tensor | None]"]
+"""(count, seed, number) -> pictures (B, C, H, W) in [-1, 1] of one size, and their codes (B, H, W) where the codebook
+is given; a pure function, picklable."""
 
 WARMUP_STEPS = 100
 CODEBOOK_BATCHES = 64  # whose latents give k-means the first codebook
@@ -42,6 +41,7 @@ class VisionRecipe(RunSettings):
 
     Attributes:
         model: arguments of `Emu3VQVAEConfig`.
+        batch_size: pictures of a part.
         continuous_steps: steps without quantization at the start, where the codebook is learned.
         learning_rate: the highest; it rises over 100 steps, then falls as a cosine to a twentieth.
         commitment: weight of the pull of latents towards their codes.
@@ -49,12 +49,27 @@ class VisionRecipe(RunSettings):
         restart_below: a code whose average use a batch falls below this is restarted, where the codebook is learned.
     """
 
-    model: Annotated[dict[str, Any], arguments_of(Emu3VQVAEConfig)]
+    model: Annotated[dict[str, Any], Arguments(Emu3VQVAEConfig)]
+    batch_size: int = 32
     continuous_steps: int = 1500
     learning_rate: float = 1e-3
     commitment: float = 0.25
     codebook_decay: float = 0.99
     restart_below: float = 0.02
+
+
+class PictureBatch(NamedTuple):
+    """Pictures of one size, and what training knows of them.
+
+    Attributes:
+        pixels_BCHW: in [-1, 1].
+        codes_BHW: where the codebook is given.
+        step: of the run.
+    """
+
+    pixels_BCHW: Tensor
+    codes_BHW: Tensor | None
+    step: int
 
 
 class VQTrainer(nn.Module):
@@ -82,7 +97,7 @@ class VQTrainer(nn.Module):
         self.codebook.data.copy_(codebook)
 
     @torch.no_grad()
-    def start_codebook(self, pictures: Callable[[int], PictureBatch]) -> None:
+    def start_codebook(self, pictures: Callable[[int], tuple[Tensor, Tensor | None]]) -> None:
         """Replaces the codebook by k-means of the latents of the first batches of `pictures`."""
         found = []
         for index in range(CODEBOOK_BATCHES):
@@ -139,25 +154,43 @@ def train(recipe: VisionRecipe, folder: Path, trainer: VQTrainer, source: Pictur
 
     `trainer` has its first weights and, where the source gives codes, their codebook.
     """
-    device = training_device()
-    tokenizer = trainer.to(device).tokenizer
-    learned = [parameter for name, parameter in tokenizer.named_parameters() if not name.startswith("quantize.")]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-
-    def compute(batch: PictureBatch, step: int) -> StepResult:
-        pixels, codes = batch[0].to(device), None if batch[1] is None else batch[1].to(device)
-        if codes is None and step == recipe.continuous_steps:
-            trainer.start_codebook(partial(source, recipe.batch_size, recipe.seed + 1))
-        loss, output = trainer.reconstruct(pixels, recipe, step >= recipe.continuous_steps, codes)
-        metrics = {"loss": float(loss.detach()), "psnr": psnr(output.detach(), pixels)}
-        if codes is None:
-            metrics["codes_in_use"] = int((trainer.averages.uses > recipe.restart_below).sum())
-        return StepResult(loss, metrics, len(pixels))
-
-    rates, make_batch = partial(learning_rates, recipe), partial(source, recipe.batch_size, recipe.seed)
-    run_loop(recipe, folder, trainer, [optimizer], rates, make_batch, compute, unit="pictures", report_means=False)
-    tokenizer.save_pretrained(folder / "vision")
+    objective = VisionLoss(recipe, trainer, source)
+    rates = partial(learning_rates, recipe)
+    make = partial(_make_batch, recipe, source)
+    run_loop(recipe, folder, objective, _make_optimizers, rates, make, unit="pictures", report_means=False)
+    trainer.tokenizer.save_pretrained(folder / "vision")
     with torch.no_grad():
-        pixels = source(EVALUATION_PICTURES, recipe.seed + 2, 0)[0].to(device)
+        pixels = source(EVALUATION_PICTURES, recipe.seed + 2, 0)[0].to(training_device())
         _, output = trainer.reconstruct(pixels, recipe, True)
-        write_log(folder, step=recipe.steps, evaluation_psnr=psnr(output, pixels))
+        print(write_log(folder, step=recipe.steps, evaluation_psnr=psnr(output, pixels)))
+
+
+class VisionLoss(nn.Module):
+    """The objective of a vision tokenizer."""
+
+    def __init__(self, recipe: VisionRecipe, trainer: VQTrainer, source: PictureSource) -> None:
+        super().__init__()
+        self.recipe, self.trainer, self.source = recipe, trainer, source
+
+    def forward(self, batch: PictureBatch) -> StepResult:
+        """The mean loss of the pictures, which counts as one."""
+        recipe, device = self.recipe, self.trainer.codebook.device
+        pixels = batch.pixels_BCHW.to(device)
+        codes = None if batch.codes_BHW is None else batch.codes_BHW.to(device)
+        if codes is None and batch.step == recipe.continuous_steps:
+            self.trainer.start_codebook(partial(self.source, recipe.batch_size, recipe.seed + 1))
+        loss, output = self.trainer.reconstruct(pixels, recipe, batch.step >= recipe.continuous_steps, codes)
+        one = torch.ones((), device=device)
+        metrics = {"psnr": (torch.tensor(psnr(output.detach(), pixels)), one)}
+        if codes is None:
+            metrics["codes_in_use"] = ((self.trainer.averages.uses > recipe.restart_below).sum(), one)
+        return StepResult(loss, one, metrics, len(pixels))
+
+
+def _make_batch(recipe: VisionRecipe, source: PictureSource, step: int, part: int) -> PictureBatch:
+    return PictureBatch(*source(recipe.batch_size, recipe.seed, step * recipe.parts + part), step)
+
+
+def _make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    learned = [parameter for name, parameter in model.named_parameters() if ".quantize." not in name]
+    return [torch.optim.AdamW(learned, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]

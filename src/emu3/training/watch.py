@@ -50,9 +50,7 @@ class Display:
     ) -> None:
         self._bar.stop()
 
-    def add(
-        self, loss: float, norm: float, metrics: dict[str, tuple[float, float]], size: int, flops: float
-    ) -> None:
+    def add(self, loss: float, norm: float, metrics: dict[str, tuple[float, float]], size: int, flops: float) -> None:
         """What one step came to."""
         self._losses.append(loss)
         self._norms.append(norm)
