@@ -171,9 +171,8 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     model.generation_config = GenerationConfig(**ids)
     if recipe.code_factors is not None:
         share_factors(model, vocabulary, recipe.code_factors)
-    pictures = Emu3ImageProcessor(
-        spatial_factor=vision.spatial_scale_factor, image_mean=[0.5] * 3, image_std=[0.5] * 3, **vars(recipe.image_processor)
-    )
+    factor, areas = vision.spatial_scale_factor, vars(recipe.image_processor)
+    pictures = Emu3ImageProcessor(spatial_factor=factor, image_mean=[0.5] * 3, image_std=[0.5] * 3, **areas)
     processor = Emu3Processor(pictures, tokenizer, image_area=recipe.image_area)
     processor.save_pretrained(folder)
     train(recipe, folder, model, processor, shards)

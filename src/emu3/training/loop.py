@@ -221,7 +221,8 @@ def _sum_up(results: Sequence[StepResult], device: torch.device) -> _Totals:
         ]
         for result in results
     ]
-    total = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64).sum(0)
+    numbers = [[float(torch.as_tensor(value).detach()) for value in row] for row in rows]
+    total = torch.tensor(numbers, dtype=torch.float64).sum(0)
     if dist.is_initialized():
         total = total.to(device)
         dist.all_reduce(total)

@@ -10,13 +10,16 @@ number of processes a run goes on bit for bit.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -43,7 +46,8 @@ def save_state(
     _wait()
     tensors, _ = _tensors(model, optimizers, averages)
     writer = HuggingFaceStorageWriter(str(fresh), save_distributed=True)
-    save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    with _alone():
+        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     if _is_first():
         (fresh / "progress.json").write_text(json.dumps({"step": step}))
         shutil.rmtree(path, ignore_errors=True)
@@ -62,7 +66,14 @@ def load_state(
         return 0
     tensors, others = _tensors(model, optimizers, averages)
     reader = HuggingFaceStorageReader(str(states[-1]))
-    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    try:
+        with _alone():
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{states[-1]} is of another model or recipe ({str(error).splitlines()[-1]:.200}); give another output "
+            "folder, or remove this one"
+        ) from error
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": dict(others), "average": {}}
     for name, tensor in tensors.items():
         part, own = name.split(".", 1)
@@ -94,6 +105,14 @@ def _tensors(
     tensors |= {f"optimizer.{name}": value for name, value in of_optimizers.items() if isinstance(value, Tensor)}
     tensors |= {f"average.{name}": tensor for name, tensor in averages.items()}
     return tensors, {name: value for name, value in of_optimizers.items() if not isinstance(value, Tensor)}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that a single process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _is_first() -> bool:
