@@ -161,7 +161,8 @@ def run_loop(
                 write_report(folder)
     objective.eval()
     averages.keep()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would also end the processes' group, which saving needs
+        tracker.finish()
 
 
 def start_accelerator(settings: RunSettings, folder: Path) -> Any:
