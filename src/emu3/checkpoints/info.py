@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -159,23 +160,20 @@ def inspect_hub(name: str) -> CheckpointInfo:
         try:
             found = hub.model_info(name, files_metadata=True).siblings or []
             names = {file.rfilename for file in found}
-            if ADAPTER_CONFIG in names:
-                raise ValueError(
-                    f"{name!r} is an adapter; fetch it and its base with `emu3 pull {name}`, and ask again"
-                )
-            draft = hub.parse_safetensors_file_metadata(name, _DRAFT).tensors if _DRAFT in names else None
             metadata = hub.get_safetensors_metadata(name)
-            hub.snapshot_download(name, allow_patterns="*config.json", local_dir=folder)
+            draft = hub.parse_safetensors_file_metadata(name, _DRAFT).tensors if _DRAFT in names else {}
+            hub.snapshot_download(name, allow_patterns="*config.json", ignore_patterns=ADAPTER_CONFIG, local_dir=folder)
         except RepositoryNotFoundError as error:
             raise ValueError(
                 f"the hub has no model {name!r}, or it is not open to you; check the name, or run `hf auth login`"
             ) from error
         except NotASafetensorsRepoError as error:
+            if ADAPTER_CONFIG in names:
+                remedy = f"fetch it and its base with `emu3 pull {name}`, and ask again"
+                raise ValueError(f"{name!r} is an adapter; {remedy}") from error
             raise ValueError(f"{name!r} holds no model.safetensors; weights in other formats are not read") from error
         except HfHubHTTPError as error:
             raise ValueError(f"the hub refused {name!r}: {error}") from error
-        except ValueError:
-            raise
         except Exception as error:  # the class depends on the HTTP library, which the hub's client has changed once
             raise ValueError(f"cannot reach the hub for {name!r}: {error}") from error
         headers = {
@@ -186,9 +184,7 @@ def inspect_hub(name: str) -> CheckpointInfo:
         folders = folders_of(Path(folder))
         files = [(file.rfilename, file.size or 0) for file in found if "/" not in file.rfilename]
         summary = _summarize(name, folders, dict.fromkeys(folders, headers), files)
-    if draft is None:
-        return summary
-    return replace(summary, draft_parameters=sum(entry.parameter_count for entry in draft.values()))
+    return replace(summary, draft_parameters=sum(math.prod(tensor.shape) for tensor in draft.values()) or None)
 
 
 def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
