@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
@@ -26,12 +26,13 @@ from emu3.checkpoints.quantize import quantize
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
 
 IDS = torch.arange(30, 60)[None]
+PROJECTION = "model.text_model.layers.0.mlp.up_proj.weight"
 TEXT = r".*text_model.*_proj"
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rank-stabilised": {"use_rslora": True, "lora_alpha": 3},
     "patterns": {
-        "rank_pattern": {"q_proj": 2, r"layers\.\d+\.mlp\.up_proj": 5, "_proj": 7},
+        "rank_pattern": {"q_proj": 2, r"layers\.\d+\.mlp\.up_proj": 5},
         "alpha_pattern": {"layers.1.self_attn.q_proj": 3, ".*down_proj": 20},
     },
     "whole modules": {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
@@ -44,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train(base: Path, folder: Path, **settings: Any) -> torch.nn.Module:
-    """Write an adapter of random numbers to `folder`, and return PEFT's own model, in which it stands beside the base."""
+    """Write an adapter of random numbers to `folder`; return PEFT's own model, in which it stands beside the base."""
     from peft import LoraConfig, get_peft_model
 
     model = Emu3ForConditionalGeneration.from_pretrained(base)
@@ -100,9 +101,9 @@ def edit(folder: Path, change: Any) -> None:
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     """Whether two models have the same weights, bit for bit."""
-    theirs = other.state_dict()
-    assert one.state_dict().keys() == theirs.keys()
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
+    ours, theirs = (dict([*model.named_parameters(), *model.named_buffers()]) for model in (one, other))
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -175,36 +176,43 @@ def test_conversion_keeps_what_loading_gives(base: Path, tmp_path: Path, stored:
     tensors = load_file(small / "model.safetensors")
     kept = {name: each.to(stored) if each.is_floating_point() else each for name, each in tensors.items()}
     save_file(kept, small / "model.safetensors", metadata={"format": "pt"})
+    train(base, tmp_path / "out", modules_to_save=["lm_head"])
+    say(tmp_path / "out", base_model_name_or_path=str(small))
     for said in ("float32", "bfloat16", None):
         config = json.loads((small / "config.json").read_text())
         (small / "config.json").write_text(json.dumps(config | {"dtype": said}))
-        folder = tmp_path / str(said)
-        train(base, folder / "out", modules_to_save=["lm_head"])
-        say(folder / "out", base_model_name_or_path=str(small))
-        report = convert(folder / "out", folder / "merged")
-        loaded, merged = load_model(folder / "out"), load_model(folder / "merged")
+        folder = tmp_path / f"merged in {said}"
+        report = convert(tmp_path / "out", folder)
+        # A CPU has no float16, so that it rounds a second time.
+        dtype = stored if said is None else "auto"
+        loaded, merged = (load_model(each, dtype=dtype) for each in (tmp_path / "out", folder))
         assert same(loaded, merged) and loaded.lm_head.weight.dtype == merged.lm_head.weight.dtype
-        assert report.merged == 15 and report.source_layout == report.target_layout == "documented"
-        touched = open_checkpoint(folder / "merged").headers["lm_head.weight"].dtype
-        assert touched == ("F32" if said == "float32" else {"F16": "F16", "BF16": "BF16"}[touched])
-        assert report.bytes == sum(header.bytes for header in open_checkpoint(folder / "merged").headers.values())
+        assert (report.merged, report.source_layout, report.target_layout) == (15, "documented", "documented")
+        headers = open_checkpoint(folder).headers
+        by_torch = {torch.float16: "F16", torch.bfloat16: "BF16"}
+        expected = {"float32": "F32", "bfloat16": "BF16", None: by_torch[stored]}[said]
+        assert headers["lm_head.weight"].dtype == headers[PROJECTION].dtype == expected
+        assert report.bytes == sum(header.bytes for header in headers.values())
 
 
-def test_conversion_to_the_other_layouts_merges_too(plain: Path, tmp_path: Path) -> None:
-    expected = load_model(plain)
-    for layout in ("legacy", "baai"):
-        convert(plain, tmp_path / layout, to=layout)
-    assert same(load_model(tmp_path / "legacy"), expected)
-    convert(tmp_path / "baai", tmp_path / "back")
-    assert same(load_model(tmp_path / "back"), expected)
-    (tmp_path / "legacy").rename(tmp_path / "plain's base")
+def test_the_legacy_layout_is_written_and_is_a_base(plain: Path, base: Path, tmp_path: Path) -> None:
+    convert(plain, tmp_path / "once", to="legacy")
+    assert same(load_model(tmp_path / "once"), load_model(plain))
     adapter = Path(shutil.copytree(plain, tmp_path / "again"))
-    say(adapter, base_model_name_or_path="../plain's base")
+    say(adapter, base_model_name_or_path="../once")
     convert(adapter, tmp_path / "twice")
-    name = "model.text_model.layers.0.mlp.up_proj.weight"
-    once, twice = (load_model(tmp_path / each).get_parameter(name) for each in ("back", "twice"))
-    first = load_model(resolve(json.loads((plain / "adapter_config.json").read_text())["base_model_name_or_path"]))
-    torch.testing.assert_close(twice - once, once - first.get_parameter(name), rtol=0, atol=1e-6)
+    zero, one, two = (load_model(each).get_parameter(PROJECTION) for each in (base, tmp_path / "once", adapter))
+    torch.testing.assert_close(two - one, one - zero, rtol=0, atol=1e-6)
+    assert same(load_model(tmp_path / "twice"), load_model(adapter))
+
+
+def test_the_original_layout_is_written(original: Any, tmp_path: Path) -> None:
+    """With the layers of the vision tokenizer, which have other shapes there."""
+    convert(original.folder, tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "out", target_modules=["q_proj", "up_proj"])
+    convert(tmp_path / "out", tmp_path / "written", to="baai")
+    convert(tmp_path / "written", tmp_path / "back")
+    assert same(load_model(tmp_path / "back"), load_model(tmp_path / "out"))
 
 
 def test_quantize_merges_first(plain: Path, tmp_path: Path) -> None:
@@ -258,7 +266,7 @@ def test_what_is_beside_the_weights_comes_from_the_base(on_nano: Path, tmp_path:
     assert pipeline.processor.image_area == load_processor(NANO).image_area
     assert pipeline.draft is not None and Emu3Pipeline.from_pretrained(on_nano, draft=False).draft is None
     pictures = [
-        Emu3Pipeline.from_pretrained(on_nano, draft=draft).image("a photo of a cat", seed=3, temperature=0)[0]
+        Emu3Pipeline.from_pretrained(on_nano, draft=draft).image("a cat", height=16, width=16, temperature=0)[0]
         for draft in (True, False)
     ]
     assert pictures[0].tobytes() == pictures[1].tobytes()
@@ -267,7 +275,7 @@ def test_what_is_beside_the_weights_comes_from_the_base(on_nano: Path, tmp_path:
     assert written == {str(file.relative_to(NANO)) for file in NANO.rglob("*")}
     assert (tmp_path / "merged" / "words.txt").read_text() == "purple cat"
     assert Emu3Pipeline.from_pretrained(tmp_path / "merged").draft is not None
-    with pytest.raises(ValueError, match="only reads"):
+    with pytest.raises(ValueError, match="this checkpoint does not draw pictures"):
         config = json.loads((NANO / "config.json").read_text())
         shutil.copytree(NANO, tmp_path / "reader")
         (tmp_path / "reader" / "config.json").write_text(json.dumps(config | {"abilities": ["read"]}))
@@ -332,6 +340,11 @@ def _rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, t
     return {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
+def _overflow(folder: Path, base: Path) -> None:
+    edit(folder, lambda tensors: tensors | {UP: tensors[UP] * 1e37})
+    say(folder, lora_alpha=1e9)
+
+
 UP = "base_model.model.model.text_model.layers.0.mlp.up_proj.lora_B.weight"
 
 
@@ -347,7 +360,7 @@ UP = "base_model.model.model.text_model.layers.0.mlp.up_proj.lora_B.weight"
         (_other("base_model_name_or_path", "nano"), r"does not fit its base .* is \[\d+, \d+\] there and \[.*\] here"),
         (_other("peft_type", "LOKR"), "peft_type='LOKR', and only LORA is read; merge it into its base with PEFT"),
         (_other("r", 0), "says r=0, which must be a whole number from 1"),
-        (_other("r", 3), r"A is \[4, 32\] and B \[32, 4\] of .*, and adapter_config.json says rank 3"),
+        (_other("r", 3), r"A is \[4, \d+\] and B \[\d+, 4\] of .*, and adapter_config.json says rank 3"),
         (_other("lora_alpha", "high"), "lora_alpha='high', which must be a number"),
         (_other("rank_pattern", {"q_proj": 0}), "rank_pattern=.* an object whose values are each a whole number"),
         (_other("alpha_pattern", {"(a+)+": 1}), "too intricate; write names of modules"),
@@ -384,10 +397,7 @@ UP = "base_model.model.model.text_model.layers.0.mlp.up_proj.lora_B.weight"
         (lambda folder, base: edit(folder, lambda t: t | {UP: t[UP].int()}), "as I32, which is no floating-point"),
         (lambda folder, base: edit(folder, lambda t: t | {UP: t[UP][None]}), "which is no adapter of a matrix"),
         (lambda folder, base: edit(folder, lambda t: t | {UP: t[UP] * torch.nan}), "NaN or infinite .*; train the ada"),
-        (
-            lambda folder, base: edit(folder, lambda t: t | {UP: t[UP] * 1e38}),
-            "NaN or infinite values as torch.float32",
-        ),
+        (_overflow, "NaN or infinite values as torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(adapter: Path, base: Path, damage: Any, complaint: str) -> None:
@@ -403,6 +413,7 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(data=st.data())
 def test_damaged_settings_load_or_are_refused(plain: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
     config = json.loads((plain / "adapter_config.json").read_text())
@@ -417,6 +428,7 @@ def test_damaged_settings_load_or_are_refused(plain: Path, tmp_path_factory: pyt
     assert opened.adapter is not None and opened.adapter.ranks == (4,)
 
 
+@settings(max_examples=50)
 @given(pattern=st.text("q_proj.*+?()[]{}|\\^$1,", max_size=12))
 def test_any_pattern_is_matched_as_peft_does_or_refused(plain: Path, tmp_path_factory, pattern: str) -> None:
     from peft.utils.other import get_pattern_key

@@ -128,7 +128,7 @@ def convert(
     """Write the checkpoint in `source` to the new folder `target`, in the layout `to`. Every tensor keeps its bits.
 
     What an adapter changes is merged in float32. It is stored in the dtype that the base is loaded in, or in the base's
-    own if that is wider. So `load_model` makes the same of `source` and of `target`.
+    own if that is wider. So `load_model` makes the same of `source` and of `target`, but for float16 on a CPU.
 
     Args:
         source: a folder in any of the layouts, or that of an adapter. Of BAAI's two repositories, the language model's;
