@@ -159,7 +159,9 @@ def test_it_is_merged_in_float32_and_rounded_once(plain: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which file is mapped where")
 def test_what_it_does_not_touch_stays_in_the_file_of_the_base(plain: Path, base: Path) -> None:
     model = load_model(plain)
-    mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").open() if str(base) in line]
+    mapped = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(base) in line
+    ]
     places = [range(int(start, 16), int(end, 16)) for start, end in mapped]
     copied = {name for name, each in model.named_parameters() if not any(each.data_ptr() in place for place in places)}
     adapter = open_checkpoint(plain).adapter
