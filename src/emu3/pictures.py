@@ -106,6 +106,8 @@ def _read_wide_pixels(picture: Image.Image, convert_rgb: bool) -> Array:
 
 def _find_layout(pixels: Array) -> ChannelDimension:
     """Which axis holds the channels: the first or last of length 3, else 1, else 4; the first if both have it."""
+    from transformers.image_utils import ChannelDimension
+
     for channels in (3, 1, 4):
         if pixels.shape[0] == channels:
             return ChannelDimension.FIRST
