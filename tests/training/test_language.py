@@ -137,7 +137,10 @@ def test_from_scratch(pets, tiny_checkpoint, tmp_path):
     load_model(tiny_checkpoint).model.vqmodel.save_pretrained(tmp_path / "vision")
     recipe = PretrainRecipe(
         **settings(pets, optimizer="muon", embedding_learning_rate=0.05),
-        **{"model": MODEL, "vision": tmp_path / "vision", "text_entries": 258, "image_area": 2304},
+        model=MODEL,
+        vision=tmp_path / "vision",
+        text_entries=258,
+        image_area=2304,
         image_processor=PictureSettings(min_pixels=64, max_pixels=2304),
     )
     pretrain(recipe, tmp_path / "run")
