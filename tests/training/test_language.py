@@ -144,8 +144,8 @@ def test_from_scratch(pets, tiny_checkpoint, tmp_path):
         image_processor=PictureSettings(min_pixels=64, max_pixels=2304),
     )
     pretrain(recipe, tmp_path / "run")
-    assert losses(tmp_path / "run", "draw")[-1] < 0.6 * losses(tmp_path / "run", "draw")[0]
-    assert losses(tmp_path / "run", "answer")[-1] < 0.6 * losses(tmp_path / "run", "answer")[0]
+    assert losses(tmp_path / "run", "draw")[-1] < 0.75 * losses(tmp_path / "run", "draw")[0]
+    assert losses(tmp_path / "run", "answer")[-1] < 0.75 * losses(tmp_path / "run", "answer")[0]
     assert (tmp_path / "run" / "drawings" / "step-000030.png").is_file()
     pipeline = Emu3Pipeline.from_pretrained(tmp_path / "run")
     assert pipeline.image("a red cat", seed=0)[0].size == (48, 48)
@@ -156,7 +156,7 @@ def test_from_scratch(pets, tiny_checkpoint, tmp_path):
 def test_all_weights_of_a_checkpoint(pets, tiny_checkpoint, tmp_path):
     (tmp_path / "run").mkdir()
     finetune(FinetuneRecipe(**settings(pets), checkpoint=str(tiny_checkpoint)), tmp_path / "run")
-    assert losses(tmp_path / "run", "draw")[-1] < 0.6 * losses(tmp_path / "run", "draw")[0]
+    assert losses(tmp_path / "run", "draw")[-1] < 0.75 * losses(tmp_path / "run", "draw")[0]
     before, after = load_model(tiny_checkpoint), load_model(tmp_path / "run")
     changed = {name for name, each in after.state_dict().items() if not torch.equal(each, before.state_dict()[name])}
     assert changed
@@ -176,7 +176,7 @@ def test_adapters(pets, tiny_checkpoint, tmp_path):
     """They learn; the checkpoint stays as it is; what is left loads by name, as PEFT would load it."""
     recipe = LoraRecipe(**settings(pets, learning_rate=0.05), checkpoint=str(tiny_checkpoint), rank=4)
     lora(recipe, tmp_path)
-    assert losses(tmp_path, "draw")[-1] < 0.8 * losses(tmp_path, "draw")[0]
+    assert losses(tmp_path, "draw")[-1] < 0.85 * losses(tmp_path, "draw")[0]
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert all("text_model.layers." in name and "lora_" in name for name in weights)
     assert len(weights) == 2 * 7 * load_model(tiny_checkpoint).config.text_config.num_hidden_layers

@@ -8,7 +8,7 @@ import torch
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import loop, vision
-from emu3.training.loop import autocast
+from emu3.training.machine import autocast
 from emu3.training.vision import VisionRecipe, VQTrainer, learning_rates, psnr
 
 pytestmark = pytest.mark.usefixtures("float32")

@@ -70,5 +70,6 @@ def save_adapter(adapted: Any, base: str, folder: Path) -> None:
         return
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base
-    adapted.save_pretrained(folder, state_dict=weights)
+    # PEFT would ask a hub for the base by its name, to see whether its embeddings were resized.
+    adapted.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
