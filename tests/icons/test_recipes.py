@@ -117,7 +117,7 @@ def test_scenes_become_shards(tmp_path):
             _, scene = source.scene(at // 2)
             pixels = torch.from_numpy(render(scene)).movedim(-1, 0)[None] / 127.5 - 1
             with torch.no_grad():
-                codes = tokenizer.encode(pixels)
+                codes = tokenizer.quantize(tokenizer.latents(pixels)[1])[0]
             (visual,) = (part.content for part in sample.parts if part.role in ("draw", "read"))
             assert np.array_equal(visual.codes_THW, codes.numpy())
             if use == "draw":

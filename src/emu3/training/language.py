@@ -5,6 +5,7 @@ is constant, and over the last part it falls linearly to zero, so that a run can
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,7 +202,9 @@ def lora(recipe: LoraRecipe, folder: Path) -> None:
         r=recipe.rank, lora_alpha=cast(int, recipe.alpha), lora_dropout=recipe.dropout, target_modules=targets
     )
     model.requires_grad_(False)
-    adapted = get_peft_model(cast(Any, model), config)
+    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted = get_peft_model(cast(Any, model), config)
     train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
     save_adapter(adapted, recipe.checkpoint, folder)
 
