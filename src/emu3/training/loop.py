@@ -84,7 +84,7 @@ def run_loop(
     Args:
         objective: what is trained; its weights that need gradients change in place.
         make_optimizers: called with the objective after its weights are shared out among processes.
-        learning_rates: (step) -> a rate for each optimizer.
+        learning_rates: (step) -> a rate for each optimizer, or more.
         make_batch: (step, part) -> batch; a pure function, picklable. A batch may have `keys` of its samples.
         hooks: run in every process, in evaluation mode and with the averaged weights.
 
@@ -109,7 +109,7 @@ def run_loop(
     objective.train()
     with display:
         while step < settings.steps:
-            for optimizer, rate in zip(optimizers, learning_rates(step), strict=True):
+            for optimizer, rate in zip(optimizers, learning_rates(step), strict=False):
                 optimizer.zero_grad()
                 for group in optimizer.param_groups:
                     group["lr"] = rate
