@@ -176,7 +176,7 @@ def test_adapters(pets, tiny_checkpoint, tmp_path):
     """They learn; the checkpoint stays as it is; what is left loads by name, as PEFT would load it."""
     recipe = LoraRecipe(**settings(pets, learning_rate=0.05), checkpoint=str(tiny_checkpoint), rank=4)
     lora(recipe, tmp_path)
-    assert losses(tmp_path, "draw")[-1] < 0.85 * losses(tmp_path, "draw")[0]
+    assert losses(tmp_path, "draw")[-1] < 0.95 * losses(tmp_path, "draw")[0]
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert all("text_model.layers." in name and "lora_" in name for name in weights)
     assert len(weights) == 2 * 7 * load_model(tiny_checkpoint).config.text_config.num_hidden_layers
