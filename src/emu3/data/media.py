@@ -115,8 +115,8 @@ def picture_size(media: Media) -> tuple[int, int]:
             return stream.codec_context.height, stream.codec_context.width
     with _opened(media) as picture:
         width, height = picture.size
-        # Pillow would decode a whole PNG to look for an orientation behind its pixels.
-        looks = picture.format != "PNG" or _EXIF in picture.info
+        # Pillow would decode a whole PNG to look for an orientation behind its pixels, and tells a TIFF's upright size.
+        looks = picture.format != "TIFF" and (picture.format != "PNG" or _EXIF in picture.info)
         turned = looks and picture.getexif().get(_ORIENTATION) in _TURNED
         return (width, height) if turned else (height, width)
 
