@@ -1,4 +1,4 @@
-"""Loads the vision tokenizer alone: from a whole checkpoint, whose language model stays on disk, or from its own folder.
+"""Loads the vision tokenizer alone: from a whole checkpoint, whose language model stays on disk, or its own folder.
 
 Letters: C, V, see CONTRIBUTING.md.
 """
@@ -109,14 +109,16 @@ def read_picture_settings_of(folder: Path) -> PictureSettings:
         settings = {key: value for key, value in settings.items() if key != "image_processor_type"}
         if settings.get("spatial_factor", 8) != factor:
             raise ValueError(
-                f"{file} says spatial_factor={settings.get('spatial_factor', 8)}, but the vision tokenizer has {factor} "
-                "pixels per token side; give the settings that belong to it"
+                f"{file} says spatial_factor={settings.get('spatial_factor', 8)}, but the vision tokenizer has "
+                f"{factor} pixels per token side; give the settings that belong to it"
             )
         if not settings.get("do_resize", True):
             raise ValueError(f"{file} says do_resize=false; pictures of people have to be resized, so make it true")
     processor = Emu3ImageProcessor(**settings)
     bytes_ = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)
-    levels = processor.preprocess(bytes_, do_resize=False, data_format="channels_last", input_data_format="channels_last")
+    levels = processor.preprocess(
+        bytes_, do_resize=False, data_format="channels_last", input_data_format="channels_last"
+    )
     area = read_json(folder / _PICTURE_FILES[0]).get("image_area")
     return PictureSettings(
         spatial_factor=factor,

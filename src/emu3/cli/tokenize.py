@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,15 +51,16 @@ def tokenize(
     opened = open_source(source, kind=kind)
     from emu3.data.job import tokenize as tokenize_here
 
-    options = {"model": model, "area": area, "processes": processes, "device": device, "overwrite": overwrite}
+    options: dict[str, Any] = {"model": model, "area": area, "processes": processes, "device": device}
     try:
         with _bar() as on_progress:
             if ray is None:
-                report = tokenize_here(opened, out, **options, on_progress=on_progress)  # type: ignore[arg-type]
+                report = tokenize_here(opened, out, **options, overwrite=overwrite, on_progress=on_progress)
             else:
                 from emu3.data.ray import tokenize as tokenize_on_ray
 
-                report = tokenize_on_ray(opened, out, address=ray, **options, on_progress=on_progress)  # type: ignore[arg-type]
+                options["address"] = ray
+                report = tokenize_on_ray(opened, out, **options, overwrite=overwrite, on_progress=on_progress)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on", err=True)
         raise

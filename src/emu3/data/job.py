@@ -134,7 +134,9 @@ class Job:
         try:
             lock.acquire(blocking=False)  # the system releases it however its process ends
         except Timeout:
-            raise ValueError(f"another process is writing into {self.place}; wait for it, or name another folder") from None
+            raise ValueError(
+                f"another process is writing into {self.place}; wait for it, or name another folder"
+            ) from None
         try:
             yield
         finally:

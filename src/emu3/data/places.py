@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -55,10 +56,8 @@ class Place:
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is no error."""
-        try:
+        with suppress(FileNotFoundError):
             self._files().rm_file(f"{self._root()}/{name}")
-        except FileNotFoundError:
-            pass
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Writes a file that is there as a whole or not at all: here under another name first, else in one request.

@@ -41,8 +41,8 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-class _Tally:
-    """What the processes share: the next piece, and counts that change in place."""
+class Tally:
+    """What the processes of a machine share: the next piece, and counts that change in place."""
 
     def __init__(self, pieces: int, codebook_size: int) -> None:
         self.pieces = pieces
@@ -66,11 +66,14 @@ class _Tally:
         with self.pictures.get_lock():
             self.pictures.value += pictures
 
+    def codes(self) -> NDArray[np.int64]:
+        """Those that occurred."""
+        return np.flatnonzero(np.frombuffer(self.used, np.int8))
+
     def look(self) -> Progress:
         """Where it is."""
-        seconds = max(time.monotonic() - self.start, 1e-6)
-        in_use = int(np.frombuffer(self.used, np.int8).sum(dtype=np.int64))
-        return Progress(self.done.value, self.pieces, self.pictures.value, self.pictures.value / seconds, in_use)
+        speed = self.pictures.value / max(time.monotonic() - self.start, 1e-6)
+        return Progress(self.done.value, self.pieces, self.pictures.value, speed, len(self.codes()))
 
 
 def tokenize_piece(encoder: Encoder, source: Source, place: Place, piece: int) -> None:
@@ -94,14 +97,16 @@ def tokenize_pieces(
     Raises:
         ValueError: a process cannot go on, as with a full disk, or was killed. What it finished stays.
     """
-    tally = _Tally(len(pieces), tokenizer.codebook_size)
+    tally = Tally(len(pieces), tokenizer.codebook_size)
     if len(devices) == 1:
         with _one_thread():
             _work(tokenizer, source, place, pieces, devices[0], 1, tally, lambda: on_progress(tally.look()))
         return int(tally.pictures.value)
     with _started(tokenizer, source, place, pieces, devices, tally) as running:
         while running:
-            ready = wait([each for process, pipe in running for each in (process.sentinel, pipe)], _SECONDS_BETWEEN_LOOKS)
+            ready = wait(
+                [each for process, pipe in running for each in (process.sentinel, pipe)], _SECONDS_BETWEEN_LOOKS
+            )
             on_progress(tally.look())
             if ready:
                 running = [(process, pipe) for process, pipe in running if not _has_ended(process, pipe)]
@@ -115,7 +120,7 @@ def _work(
     pieces: Sequence[int],
     device: str,
     processes: int,
-    tally: _Tally,
+    tally: Tally,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Does pieces until none is left."""
@@ -159,7 +164,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _started(
-    tokenizer: Tokenizer, source: Source, place: Place, pieces: Sequence[int], devices: Sequence[str], tally: _Tally
+    tokenizer: Tokenizer, source: Source, place: Place, pieces: Sequence[int], devices: Sequence[str], tally: Tally
 ) -> Iterator[list[tuple[Any, Connection]]]:
     """The processes, each with the pipe by which it says what is wrong. At the end of the block they are killed."""
     processes = []

@@ -123,7 +123,6 @@ class Shard:
         """Of all samples."""
         return self._table.column("key").to_pylist()
 
-
     @property
     def codes(self) -> NDArray[Any]:
         """Of all pictures and clips, one after the other."""
@@ -148,7 +147,9 @@ def shard_name(piece: int) -> str:
 
 def shard_names(folder: Place) -> list[str]:
     """Names of the shards in a folder, in the order of their pieces."""
-    return sorted((name for name in folder.names() if re.fullmatch(r"\d{5,}\.parquet", name)), key=lambda n: (len(n), n))
+    return sorted(
+        (name for name in folder.names() if re.fullmatch(r"\d{5,}\.parquet", name)), key=lambda n: (len(n), n)
+    )
 
 
 def open_shards(folder: Path | str, tokenizer: str | None = None) -> list[Shard]:
@@ -171,7 +172,7 @@ def open_shards(folder: Path | str, tokenizer: str | None = None) -> list[Shard]
             if getattr(shard.info, field) != getattr(first.info, field):
                 raise ValueError(
                     f"{shard.path} has the {field} {getattr(shard.info, field)}, {first.path} has "
-                    f"{getattr(first.info, field)}; shards of one folder are made in one way: tokenize their source again"
+                    f"{getattr(first.info, field)}; shards of one folder are made in one way: tokenize again"
                 )
     if tokenizer not in (None, first.info.tokenizer):
         raise ValueError(
