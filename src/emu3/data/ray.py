@@ -7,11 +7,12 @@ at addresses such as s3://bucket/name. Needs the extra `ray`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.data
@@ -85,7 +86,7 @@ def tokenize(
                 raise ValueError("device='cuda', but the cluster has no GPU; leave it out")
             actors = processes or max(1, int(resources["GPU" if on_gpu else "CPU"]))
             work = ray.data.from_items([{"piece": piece} for piece in pieces], override_num_blocks=len(pieces)).map(
-                Worker,
+                cast(Any, Worker),  # a class whose objects are called
                 fn_constructor_args=(job.tokenizer, source, place, "cuda" if on_gpu else "cpu"),
                 compute=ray.data.ActorPoolStrategy(size=min(actors, len(pieces))),
                 num_cpus=1,
@@ -102,17 +103,18 @@ def tokenize(
 
 @contextmanager
 def _connected(address: str, processes: int | None) -> Iterator[None]:
-    """A connection to the cluster, if this process has none; it is closed at the end. Ray's errors become ValueErrors."""
+    """A connection to the cluster, if this process has none, for a while. Ray's errors become ValueErrors."""
     mine = not ray.is_initialized()
     try:
         if mine and address == LOCAL:
-            ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False)
+            ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
         elif mine:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot reach a Ray cluster at {address!r}: {error}; check the address") from error
     context = ray.data.DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the command has its own bar
     try:
         yield
     except RayError as error:
