@@ -107,9 +107,9 @@ def _connected(address: str, processes: int | None) -> Iterator[None]:
     mine = not ray.is_initialized()
     try:
         if mine and address == LOCAL:
-            ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+            ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         elif mine:
-            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot reach a Ray cluster at {address!r}: {error}; check the address") from error
     context = ray.data.DataContext.get_current()
