@@ -57,7 +57,7 @@ def test_reading_is_the_processors(height, width):
     picture = Image.effect_noise((width, height), 80).convert("RGB")
     if max(height, width) < 4 or max(height, width) > 200 * min(height, width):
         for fit in (NANO.fit_for_reading, NANO.fit_for_drawing):
-            with pytest.raises(ValueError, match="smaller than one token|200 times longer"):
+            with pytest.raises(ValueError, match=r"smaller than one token|200 times longer"):
                 fit(picture)
         return
     expected = processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")

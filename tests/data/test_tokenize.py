@@ -129,7 +129,9 @@ def test_threads_change_nothing(encoder):
     ],
 )
 def test_a_broken_picture_is_not_the_end(encoder, file, reason):
-    broken = Sample("bad", (Part("read", Media("picture", png(noise(3, 48, 48)))), Part("draw", Media("picture", file))))
+    broken = Sample(
+        "bad", (Part("read", Media("picture", png(noise(3, 48, 48)))), Part("draw", Media("picture", file)))
+    )
     samples, found = encoder.tokenize(Listed([drawing("a", noise(1, 48, 48)), broken, drawing("b", noise(2, 9, 9))]), 0)
     assert [sample.key for sample in samples] == ["a", "b"]
     assert found[0].key == "bad" and found[0].reason.startswith(reason)
