@@ -51,6 +51,14 @@ def test_what_sticks_out_is_cut_off_evenly():
     assert (sizes.fit_for_drawing(Image.fromarray(pixels))[:, 0] == 255).all()
 
 
+def test_every_size_can_be_cut():
+    """Rounding must not move the part that is cut out beyond the picture."""
+    for height in range(4, 300, 3):
+        for width in range(5, 300, 7):
+            picture = Image.new("RGB", (width, height))
+            assert NANO.fit_for_drawing(picture).shape[:2] == NANO.for_drawing(height, width)
+
+
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_reading_is_the_processors(height, width):
     processor = Emu3ImageProcessor(spatial_factor=4, min_pixels=2200, max_pixels=2304)

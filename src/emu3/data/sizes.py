@@ -59,8 +59,10 @@ class Sizes:
             return np.asarray(picture)
         # Of the picture, what has the shape: all of one side, the middle of the other.
         scale = min(picture.height / height, picture.width / width)
-        left, top = (picture.width - width * scale) / 2, (picture.height - height * scale) / 2
-        box = left, top, left + width * scale, top + height * scale
+        left, top = (
+            max(0.0, (side - part * scale) / 2) for side, part in zip(picture.size, (width, height), strict=True)
+        )
+        box = left, top, picture.width - left, picture.height - top
         return np.asarray(picture.resize((width, height), self.resample, box))
 
     def fit_for_reading(self, picture: Image.Image) -> NDArray[np.uint8]:

@@ -1,13 +1,13 @@
 """Speed of `emu3 tokenize` against a plain loop over transformers' classes: same weights, same pictures, same run.
 
     python benchmarks/pictures.py /tmp/pictures --count 20000
-    python benchmarks/tokenize.py /tmp/pictures --peer 500
-    python benchmarks/tokenize.py /tmp/pictures --peer 100 --tokenizer documented --area 16384
+    python benchmarks/tokenizing.py /tmp/pictures --peer 500
+    python benchmarks/tokenizing.py /tmp/pictures --peer 100 --tokenizer documented --area 16384
 
 The loop opens one picture after the other with Pillow, and has transformers' `Emu3ImageProcessor` and `Emu3VQVAE` in
 PyTorch's default number of threads. It does `--peer` pictures, spread evenly over the folder, half of them before and
-half after `emu3 tokenize` does all. Its time starts when its first picture is done; that of `emu3 tokenize` is the whole
-command, with the start of its processes.
+half after `emu3 tokenize` does all. Its time starts when its first picture is done; that of `emu3 tokenize` is of the
+whole command, with the start of its processes.
 
 Prints one JSON line: pictures a second of both, their ratio, and the same for the processors' seconds a picture. Fails
 where codes differ other than by rounding: one in 10,000 may, of pictures that neither side resizes.
