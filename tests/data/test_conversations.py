@@ -205,9 +205,11 @@ def test_any_line_is_a_sample_or_broken(tmp_path_factory: pytest.TempPathFactory
     for each in read(ConversationSource(str(path))):
         assert isinstance(each, Sample | Broken)
         each.key.encode()
+        if isinstance(each, Broken):
+            each.reason.encode()
 
 
-def test_dataclasses_of_rows_nested_too_deeply() -> None:
+def test_rows_nested_too_deeply() -> None:
     deep: Any = "x"
     for _ in range(5000):
         deep = [deep]

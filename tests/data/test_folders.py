@@ -128,7 +128,7 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no pictures or clips; looked for \.avi, \.bmp"):
+    with pytest.raises(ValueError, match=r"holds no pictures or clips; looked for \.avi, \.avif, \.bmp"):
         FolderSource(tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         FolderSource(tmp_path / "gone")
@@ -172,3 +172,9 @@ def test_any_table_gives_samples_or_broken(
     found = read(FolderSource(folder))
     assert all(isinstance(each, Sample | Broken) for each in found)
     assert [each.key for each in found].count("a") == 1
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    assert captions(tmp_path) == {"a": "", "caf\\xe9.png": "[its name is not UTF-8; rename it]"}

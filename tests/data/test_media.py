@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -179,6 +180,12 @@ def test_broken_clips() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             open_clip(Media("clip", content), 4)
+
+
+def test_videos_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"pip install 'emu3\[video\]'"):
+        open_clip(Media("clip", b"nothing"), 4)
 
 
 @given(

@@ -148,8 +148,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "problem"),
     [
         (["gone"], "there is no file or folder 'gone'"),
-        (["empty"], "'empty' holds no data; looked for .avi, .bmp"),
-        (["empty", "--kind", "folder"], "'empty' holds no pictures or clips; looked for .avi, .bmp"),
+        (["empty"], "'empty' holds no data; looked for .avi, .avif, .bmp"),
+        (["empty", "--kind", "folder"], "'empty' holds no pictures or clips; looked for .avi, .avif, .bmp"),
         (["empty", "--kind", "tar"], "the kinds are folder, webdataset, parquet, datasets, conversations"),
         (["gone.tar"], "no file for 'gone.tar'; looked for .tar"),
         (["notes.md"], "'notes.md' is no source: neither a folder nor one of .tar"),

@@ -1,6 +1,7 @@
 """Parquet files and data sets of the library `datasets`."""
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,36 @@ def test_saved_conversations(tmp_path: Path) -> None:
     made.save_to_disk(tmp_path / "talk")
     parts = [f"read picture of {len(RED)}", "prompt What?", "answer red"]
     assert told(open_source(tmp_path / "talk")) == {"talk:0": parts}
+
+
+def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(address: str, split: str | None) -> Any:
+        asked.append((address, split))
+        if split == "gone":
+            raise OSError("no network")
+        rows = {"image": [{"bytes": RED, "path": None}, {"bytes": None, "path": "/etc/passwd"}], "text": ["red", "x"]}
+        made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        return datasets.DatasetDict({"test": made, "train": made}) if split is None else made
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for spec, name in (("hub:me/cats", "cats"), ("hub:me/cats:test", "cats:test")):
+        source = open_source(spec)
+        assert source.name == spec.removeprefix("hub:")
+        assert told(source) == {
+            f"{name}:0": ["prompt red", f"draw picture of {len(RED)}"],
+            f"{name}:1": "'/etc/passwd' leaves the folder of the data; name a file inside it",
+        }
+    assert asked == [("me/cats", None), ("me/cats", "test")]
+    with pytest.raises(ValueError, match="cannot load 'hub:me/cats:gone': no network"):
+        open_source("hub:me/cats:gone")
+
+
+@pytest.mark.parametrize(("name", "spec"), [("pyarrow", "x.parquet"), ("datasets", "hub:me/cats")])
+def test_what_is_not_installed(name: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=r"pip install 'emu3\[train\]'"):
+        open_source(spec)

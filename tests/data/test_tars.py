@@ -144,6 +144,11 @@ def test_archives_at_an_address() -> None:
         open_source("memory://test_tars/gone.tar")
 
 
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar({"caf\udce9.png": RED}, tarfile.GNU_FORMAT))
+    assert list(told(TarSource(str(tmp_path / "x.tar")))) == ["x/caf\\xe9"]
+
+
 @given(st.integers(), st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]))
 @settings(max_examples=60)
 def test_any_damage_is_told(tmp_path_factory: pytest.TempPathFactory, seed: int, format: int) -> None:
@@ -153,4 +158,5 @@ def test_any_damage_is_told(tmp_path_factory: pytest.TempPathFactory, seed: int,
         content[chance.randrange(len(content))] = chance.randrange(256)
     path = tmp_path_factory.mktemp("any") / "x.tar"
     path.write_bytes(content[: chance.randint(0, 2 * len(content))])
-    read(TarSource(str(path)))
+    for each in read(TarSource(str(path))):
+        each.key.encode()

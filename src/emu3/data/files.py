@@ -71,8 +71,13 @@ def _files_below(folder: Path) -> list[Path]:
 def names_of(files: Sequence[str]) -> list[str]:
     """A short name for each file, no two the same: without the folders that all share, and without suffix."""
     start = len(_shared_folder(files))
-    names = [_without_suffix(each[start:]) for each in files]
-    return names if len(set(names)) == len(names) else [each[start:] for each in files]
+    names = [readable(_without_suffix(each[start:])) for each in files]
+    return names if len(set(names)) == len(names) else [readable(each[start:]) for each in files]
+
+
+def readable(name: str) -> str:
+    """A name as text that can be written: bytes of it that are not UTF-8 are spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _shared_folder(files: Sequence[str]) -> str:
@@ -89,8 +94,8 @@ def _without_suffix(name: str) -> str:
 def name_of(spec: str, files: Sequence[str]) -> str:
     """Name of a source: that of its only file, else of the folder that all share."""
     if len(files) == 1:
-        return posixpath.basename(files[0])
-    return posixpath.basename(_shared_folder(files).rstrip("/")) or spec
+        return readable(posixpath.basename(files[0]))
+    return readable(posixpath.basename(_shared_folder(files).rstrip("/")) or spec)
 
 
 def find_inside(folders: Sequence[str], name: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from emu3.data.captions import COLUMNS, caption_of, drawing
 from emu3.data.conversations import LISTS, PICTURES, read_media, read_talk
-from emu3.data.files import expand, name_of, names_of
+from emu3.data.files import expand, name_of, names_of, readable
 from emu3.data.media import is_address, open_file
 from emu3.data.samples import Broken, Sample
 
@@ -91,17 +91,18 @@ class DatasetSource:
         except ImportError as error:
             raise ValueError("data sets are read by the library datasets: pip install 'emu3[train]'") from error
         if spec.startswith(HUB):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
             self.name = spec.removeprefix(HUB)
             address, _, split = self.name.partition(":")
             try:
                 found = datasets.load_dataset(address, split=split or None)
             except Exception as error:  # from the network, the hub or the data
                 raise ValueError(f"cannot load {spec!r}: {error}") from error
-            config = datasets.config
-            self._folders = tuple(str(folder) for folder in (config.HF_DATASETS_CACHE, config.HF_HUB_CACHE))
+            self._folders = tuple(str(folder) for folder in (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE))
         else:
             found = datasets.load_from_disk(spec)
-            self.name, self._folders = Path(spec).resolve().name, (str(Path(spec).resolve()),)
+            self.name, self._folders = readable(Path(spec).resolve().name), (str(Path(spec).resolve()),)
         if isinstance(found, dict):
             if len(found) > 1 and "train" not in found:
                 where = f"{spec}:SPLIT" if spec.startswith(HUB) else f"{spec}/SPLIT"

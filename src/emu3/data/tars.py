@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from emu3.data.captions import caption_of, drawing, parse_json, read_caption
-from emu3.data.files import expand, name_of, names_of
+from emu3.data.files import expand, name_of, names_of, readable
 from emu3.data.media import CLIPS, PICTURES, media_of, open_file
 from emu3.data.samples import Broken, Sample
 
@@ -101,7 +101,7 @@ def _read_groups(address: str) -> Iterator[tuple[str, _Files] | str]:
             with tarfile.open(fileobj=opened, mode="r|*", tarinfo=_Member) as archive:
                 for member in archive:
                     archive.members = []  # type: ignore[attr-defined]  # or it would remember all
-                    folder, name = posixpath.split(member.name)
+                    folder, name = posixpath.split(readable(member.name))
                     if not member.isfile() or name.startswith("."):
                         continue
                     its_stem, _, suffix = name.partition(".")
