@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -140,6 +141,23 @@ def test_other_work_in_the_folder_is_refused(source, whole, tmp_path, pictures):
     tokenize(Pieces(source.items[:1]), tmp_path, area=1600, processes=1, overwrite=True)
     assert sorted(contents(tmp_path)) == ["00000.parquet"]
     assert open_shards(tmp_path)[0].info.settings.startswith("draw 40x40")
+
+
+@pytest.mark.parametrize("change", ["added", "caption", "picture", "removed"])
+def test_a_folder_that_was_changed_is_not_taken_for_done(change, pictures, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    tokenize(open_source(folder), tmp_path / "out", processes=1)
+    assert tokenize(open_source(folder), tmp_path / "out", processes=1).new_pictures == 0
+    if change == "added":
+        shutil.copy(folder / "00.png", folder / "24.png")
+    elif change == "caption":
+        (folder / "00.txt").write_text("another picture")
+    elif change == "picture":
+        shutil.copy(folder / "02.png", folder / "00.png")
+    else:
+        (folder / "23.png").unlink()
+    with pytest.raises(ValueError, match=r"was made with the source 'pictures, piece 1 of 1, .*--overwrite"):
+        tokenize(open_source(folder), tmp_path / "out", processes=1)
 
 
 def test_two_runs_at_a_time(source, tmp_path):

@@ -118,12 +118,17 @@ class Tokenizer:
         return f"draw {height}x{width}, read {self.sizes.min_pixels}..{self.sizes.max_pixels} pixels, {digest}"
 
     def info(self, source: Source, piece: int) -> ShardInfo:
-        """What a piece's shard says that it was made by."""
+        """What a piece's shard says that it was made by: so one of a folder that was changed is not taken for done.
+
+        A source may have a method `fingerprint(piece)`, whose value changes with what is in the piece.
+        """
+        fingerprint = getattr(source, "fingerprint", None)
+        state = f", {fingerprint(piece)}" if fingerprint else ""
         return ShardInfo(
             tokenizer=self.hash,
             codebook_size=self.codebook_size,
             settings=self.settings,
-            source=f"{source.name}, piece {piece + 1} of {source.pieces}",
+            source=f"{source.name}, piece {piece + 1} of {source.pieces}{state}",
         )
 
     def load(self, device: str = "cpu", threads: int = 1) -> Encoder:
