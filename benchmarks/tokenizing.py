@@ -9,8 +9,10 @@ PyTorch's default number of threads. It does `--peer` pictures, spread evenly ov
 half after `emu3 tokenize` does all. Its time starts when its first picture is done; that of `emu3 tokenize` is of the
 whole command, with the start of its processes.
 
-Prints one JSON line: pictures a second of both, their ratio, and the same for the processors' seconds a picture. Fails
-where codes differ other than by rounding: one in 10,000 may, of pictures that neither side resizes.
+Prints one JSON line: pictures a second of both, and their ratio. What else runs on the machine slows many threads down
+more than single ones, so there is a second ratio that does not depend on it: the seconds of processor a picture, of the
+loop with one thread to those of `emu3 tokenize`. It is what would be left if the loop's threads cost nothing. Fails where
+codes differ other than by rounding: one in 10,000 may, of pictures that neither side resizes.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,8 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     seconds, processor = time.perf_counter() - start, processor_seconds() - before
     report = json.loads(output)
     loops.append(start_loop(arguments, scratch, chosen[middle:]))
+    single = start_loop(arguments, scratch, chosen[: max(2, middle)], {"OMP_NUM_THREADS": "1"})
+    single_processor = single["processor_seconds"] / single["pictures"]
     done = sum(each["pictures"] for each in loops)
     peer_rate = done / sum(each["seconds"] for each in loops)
     peer_processor = sum(each["processor_seconds"] for each in loops) / done
@@ -88,8 +93,10 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "transformers_pictures": done,
         "transformers_pictures_per_second": round(peer_rate, 1),
         "ratio": round(report["pictures"] / seconds / peer_rate, 2),
+        "processor_ratio": round(single_processor / (processor / report["pictures"]), 2),
         "emu3_processor_milliseconds": round(1000 * processor / report["pictures"], 1),
         "transformers_processor_milliseconds": round(1000 * peer_processor, 1),
+        "transformers_processor_milliseconds_of_one_thread": round(1000 * single_processor, 1),
         "codes_compared": compared,
         "codes_differing": differing,
         "processes": arguments.processes,
@@ -122,9 +129,11 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def start_loop(arguments: argparse.Namespace, scratch: Path, pictures: list[str]) -> dict[str, Any]:
-    """The plain loop in its own process, with PyTorch's default threads."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+def start_loop(
+    arguments: argparse.Namespace, scratch: Path, pictures: list[str], more: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The plain loop in its own process; with PyTorch's default threads, where `more` of the environment says nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | dict(more or {})
     command = [sys.executable, __file__, str(arguments.folder), "--area", str(arguments.area), "--loop"]
     command += [str(scratch / "tokenizer"), json.dumps(pictures)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout

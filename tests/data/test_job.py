@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -21,10 +21,13 @@ from PIL import Image
 
 from emu3 import cli
 from emu3.data.job import tokenize
+from emu3.data.places import Place
+from emu3.data.pool import tokenize_pieces
 from emu3.data.report import count_shards
 from emu3.data.samples import Broken, Media, Part, Sample
 from emu3.data.shards import Shard, ShardInfo, open_shards, write_shard
 from emu3.data.sources import open_source
+from emu3.data.tokenize import Tokenizer
 from emu3.segments import Text, Visual
 
 
@@ -241,6 +244,15 @@ def test_wrong_arguments(arguments, message, pictures, tmp_path, capsys):
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_a_process_is_told(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    wrong = replace(Tokenizer.of("nano"), hash="0" * 16)
+    with pytest.raises(ValueError, match="'nano' is another vision tokenizer here"):
+        tokenize_pieces(wrong, open_source(pictures), Place.of(tmp_path), [0], ["cpu", "cpu"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

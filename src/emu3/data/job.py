@@ -91,12 +91,10 @@ class Job:
         done: set[int] = set()
         for name in shard_names(self.place):
             piece = int(name.split(".")[0])
-            try:
-                found = Shard(self.place.join(name)).info
-            except ValueError:
-                if self.place.path is None:  # an upload that was cut off
-                    continue
-                raise
+            shard = self._open(name)
+            if shard is None:
+                continue
+            found = shard.info
             if piece >= self.source.pieces:
                 raise ValueError(
                     f"{self.place.join(name)} is there, but the source {self.source.name!r} has {self.source.pieces} "
@@ -116,10 +114,21 @@ class Job:
         """Removes all shards, then there is none. ValueError, and nothing is removed, where a file is no shard."""
         names = shard_names(self.place)
         for name in names:
-            Shard(self.place.join(name))
+            self._open(name)
         for name in (*names, REPORT):
             self.place.remove(name)
         return set()
+
+    def _open(self, name: str) -> Shard | None:
+        """A shard; None for what an upload left that was cut off. ValueError for somebody's own file."""
+        try:
+            return Shard(self.place.join(name))
+        except ValueError as error:
+            if self.place.path is None:
+                return None
+            raise ValueError(
+                f"{self.place.join(name)} is no shard of tokenized samples, and stays; remove it, or name another folder"
+            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
