@@ -132,7 +132,7 @@ def processor_seconds() -> float:
 def start_loop(
     arguments: argparse.Namespace, scratch: Path, pictures: list[str], more: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The plain loop in its own process; with PyTorch's default threads, where `more` of the environment says nothing."""
+    """The plain loop in its own process; in PyTorch's default threads, unless `more` of the environment tells."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | dict(more or {})
     command = [sys.executable, __file__, str(arguments.folder), "--area", str(arguments.area), "--loop"]
     command += [str(scratch / "tokenizer"), json.dumps(pictures)]
@@ -177,7 +177,7 @@ def compare_codes(folder: Path, codes: dict[str, Any]) -> tuple[int, int]:
         for index, key in enumerate(shard.keys):
             if key not in codes:
                 continue
-            (own,) = (part.content.codes_THW[0] for part in shard[index].parts if part.role == "draw")  # type: ignore[union-attr]
+    """The plain loop in its own process; in PyTorch's default threads, unless `more` of the environment tells."""
             theirs = np.array(codes[key])
             if own.shape == theirs.shape:
                 compared, differing = compared + own.size, differing + int((own != theirs).sum())

@@ -126,8 +126,9 @@ class Job:
         except ValueError as error:
             if self.place.path is None:
                 return None
+            file = self.place.join(name)
             raise ValueError(
-                f"{self.place.join(name)} is no shard of tokenized samples, and stays; remove it, or name another folder"
+                f"{file} is no shard of tokenized samples, and stays; remove it, or name another folder"
             ) from error
 
     @contextmanager
