@@ -11,8 +11,9 @@ whole command, with the start of its processes.
 
 Prints one JSON line: pictures a second of both, and their ratio. What else runs on the machine slows many threads down
 more than single ones, so there is a second ratio that does not depend on it: the seconds of processor a picture, of the
-loop with one thread to those of `emu3 tokenize`. It is what would be left if the loop's threads cost nothing. Fails where
-codes differ other than by rounding: one in 10,000 may, of pictures that neither side resizes.
+loop with one thread to those of `emu3 tokenize`. It is what would be left if the loop's threads cost nothing.
+
+Fails where codes differ other than by rounding: one in 10,000 may, of pictures that neither side resizes.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def compare_codes(folder: Path, codes: dict[str, Any]) -> tuple[int, int]:
         for index, key in enumerate(shard.keys):
             if key not in codes:
                 continue
-    """The plain loop in its own process; in PyTorch's default threads, unless `more` of the environment tells."""
+            (own,) = (part.content.codes_THW[0] for part in shard[index].parts if part.role == "draw")
             theirs = np.array(codes[key])
             if own.shape == theirs.shape:
                 compared, differing = compared + own.size, differing + int((own != theirs).sum())
