@@ -77,7 +77,11 @@ def collate(batch, pad):
         name: torch.from_numpy(
             np.stack(
                 [
-                    np.pad(each[key] if key else np.ones_like(each["ids"]), (0, longest - len(each["ids"])), constant_values=fill)
+                    np.pad(
+                        each[key] if key else np.ones_like(each["ids"]),
+                        (0, longest - len(each["ids"])),
+                        constant_values=fill,
+                    )
                     for each in batch
                 ]
             )
@@ -101,9 +105,18 @@ def by_trainer(config, weights, found, pad, documents, steps, folder):
     model.load_state_dict(weights)
     half = computes_in() is torch.bfloat16
     arguments = TrainingArguments(
-        **{"output_dir": str(folder), "per_device_train_batch_size": documents, "max_steps": steps + 1, "bf16": half},
-        **{"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 1e-4},
-        **{"use_cpu": not torch.cuda.is_available(), "remove_unused_columns": False, "lr_scheduler_type": "constant"},
+        output_dir=str(folder),
+        per_device_train_batch_size=documents,
+        max_steps=steps + 1,
+        bf16=half,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        learning_rate=1e-4,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        lr_scheduler_type="constant",
     )
     clock = Clock()
     order = torch.utils.data.SequentialSampler

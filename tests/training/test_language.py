@@ -10,6 +10,7 @@ from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3TextConfig
 from emu3.data.samples import Part, Sample
 from emu3.data.shards import ShardInfo, write_shard
+from emu3.data.tokenize import tokenizer_hash
 from emu3.modeling.text import Emu3ForCausalLM
 from emu3.pipeline import Emu3Pipeline
 from emu3.segments import Text, Visual
@@ -46,7 +47,7 @@ MODEL = {
 
 
 @pytest.fixture(scope="module")
-def pets(tmp_path_factory):
+def pets(tmp_path_factory, tiny_checkpoint):
     """Shards of two drawings and a conversation, of 16 codes."""
     rng = np.random.default_rng(0)
     codes = [rng.integers(16, size=(1, 12, 12)) for _ in range(2)]
@@ -56,7 +57,8 @@ def pets(tmp_path_factory):
         Sample("talk", (Part("read", Visual(codes[0])), Part("prompt", Text("what")), Part("answer", Text("a cat")))),
     ]
     folder = tmp_path_factory.mktemp("pets")
-    info = ShardInfo(tokenizer="t", codebook_size=16, settings="s", source="pets")
+    own = tokenizer_hash(load_model(tiny_checkpoint).model.vqmodel)
+    info = ShardInfo(tokenizer=own, codebook_size=16, settings="s", source="pets")
     write_shard(folder / "00000.parquet", info, samples)
     return folder
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from emu3 import __version__
-from emu3.cli import checkpoints, data, generate, measure, training
+from emu3.cli import checkpoints, data, generate, measure, tokenize, training
 
 app = typer.Typer(
     help="Pictures from words, and words from pictures.",
@@ -33,6 +33,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": measure.evaluate,
     "bench": measure.bench,
     "data": data.data,
+    "tokenize": tokenize.tokenize,
     "train": training.train,
 }
 for _name, _command in _COMMANDS.items():

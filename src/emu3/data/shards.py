@@ -6,12 +6,15 @@
 A part has either a text or codes, which are those of the vision tokenizer in raster order, as uint16 where the codebook
 has at most 65,536 entries, else int32. Texts stay texts: so a shard fits any text tokenizer. The file's metadata are
 `ShardInfo`, and the samples that could not be tokenized. The same samples make the same bytes.
+
+A folder holds a shard for each piece of a source: 00000.parquet, 00001.parquet, ...
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from emu3.data.places import Place
 from emu3.data.samples import Broken, Media, Part, Sample
-from emu3.segments import Text, Visual
+from emu3.segments import Shape, Text, Visual
 
 FORMAT = 1
 _INFO, _BROKEN = b"emu3.shard", b"emu3.broken"
@@ -48,8 +53,8 @@ class ShardInfo:
     format: int = FORMAT
 
 
-def write_shard(path: Path, info: ShardInfo, samples: Sequence[Sample], broken: Sequence[Broken] = ()) -> None:
-    """Writes a shard under another name, then renames it: it is there as a whole or not at all."""
+def write_shard(path: Path | str, info: ShardInfo, samples: Sequence[Sample], broken: Sequence[Broken] = ()) -> None:
+    """Writes a shard that is there as a whole or not at all. `path` may be an address that fsspec can open."""
     codes = pa.uint16() if info.codebook_size <= 2**16 else pa.int32()
     part = [
         *[("role", pa.string()), ("train", pa.bool_()), ("text", pa.string()), ("codes", pa.list_(codes))],
@@ -62,13 +67,12 @@ def write_shard(path: Path, info: ShardInfo, samples: Sequence[Sample], broken: 
     }
     schema = pa.schema([("key", pa.string()), ("parts", pa.list_(pa.struct(part)))], metadata=metadata)
     rows = [{"key": sample.key, "parts": [_row(each) for each in sample.parts]} for sample in samples]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), fresh, compression="zstd")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), content, compression="zstd")
+    folder, _, name = str(path).rpartition("/")
+    place = Place.of(folder)
+    place.create()
+    place.write(name, memoryview(content.getvalue()))
 
 
 def _row(part: Part) -> dict[str, Any]:
@@ -87,10 +91,15 @@ def _row(part: Part) -> dict[str, Any]:
 class Shard:
     """A shard on disk, mapped: a sample is read when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        """ValueError for a file that is no shard, or one of another format."""
+    def __init__(self, path: Path | str) -> None:
+        """ValueError for a file that is no shard, or one of another format. An address is read into memory."""
         try:
-            self._table = pq.read_table(path, memory_map=True)
+            if "://" in str(path):
+                folder, _, name = str(path).rpartition("/")
+                with Place.of(folder).open(name) as file:
+                    self._table = pq.read_table(pa.BufferReader(file.read()))
+            else:
+                self._table = pq.read_table(path, memory_map=True)
             metadata = self._table.schema.metadata or {}
             self.info = ShardInfo(**json.loads(metadata[_INFO]))
             self.broken = [Broken(**each) for each in json.loads(metadata[_BROKEN])]
@@ -129,6 +138,64 @@ class Shard:
         """Of all samples."""
         keys: list[str] = self._table.column("key").to_pylist()
         return keys
+
+    @property
+    def codes(self) -> NDArray[Any]:
+        """Of all pictures and clips, one after the other."""
+        return self._parts().field("codes").flatten().to_numpy()
+
+    @property
+    def shapes(self) -> Counter[Shape]:
+        """How many pictures and clips have which size, in visual tokens."""
+        sizes = [self._parts().field(name).to_pylist() for name in Shape._fields]
+        return Counter(Shape(*each) for each in zip(*sizes, strict=True) if each[0] is not None)
+
+    def _parts(self) -> Any:
+        """Those of all samples."""
+        column = self._table.column("parts")
+        return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type).combine_chunks()
+
+
+def shard_name(piece: int) -> str:
+    """Name of the file of a piece."""
+    return f"{piece:05}.parquet"
+
+
+def shard_names(folder: Place) -> list[str]:
+    """Names of the shards in a folder, in the order of their pieces."""
+    return sorted(
+        (name for name in folder.names() if re.fullmatch(r"\d{5,}\.parquet", name)), key=lambda n: (len(n), n)
+    )
+
+
+def open_shards(folder: Path | str, tokenizer: str | None = None) -> list[Shard]:
+    """The shards of a folder, in the order of their pieces.
+
+    Args:
+        folder: a path, or an address that fsspec can open.
+        tokenizer: where they are for a model, the hash of its vision tokenizer, as `tokenizer_hash` makes it.
+
+    Raises:
+        ValueError: there are none, one is no shard, they were made in different ways, or for another model.
+    """
+    place = Place.of(folder)
+    shards = [Shard(place.join(name)) for name in shard_names(place)]
+    if not shards:
+        raise ValueError(f"{folder} holds no shards of tokenized samples; make some by `emu3 tokenize`")
+    first = shards[0]
+    for shard in shards:
+        for field in ("tokenizer", "codebook_size", "settings"):
+            if getattr(shard.info, field) != getattr(first.info, field):
+                raise ValueError(
+                    f"{shard.path} has the {field} {getattr(shard.info, field)}, {first.path} has "
+                    f"{getattr(first.info, field)}; shards of one folder are made in one way: tokenize again"
+                )
+    if tokenizer not in (None, first.info.tokenizer):
+        raise ValueError(
+            f"{folder} holds shards of another tokenizer: {first.info.tokenizer}, not {tokenizer}; tokenize their "
+            "source again with this model"
+        )
+    return shards
 
 
 def _part(row: dict[str, Any]) -> Part:

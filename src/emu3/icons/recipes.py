@@ -13,7 +13,8 @@ from torch import Tensor
 
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3VQVAEConfig
-from emu3.data.shards import ShardInfo, write_shard
+from emu3.data.shards import ShardInfo, shard_name, write_shard
+from emu3.data.tokenize import tokenizer_hash
 from emu3.icons.design import Design
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
@@ -27,7 +28,7 @@ from emu3.icons.sequences import (
 )
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import draft, vision
-from emu3.training.codes import encode, to_pixels, tokenizer_hash
+from emu3.training.codes import encode, to_pixels
 from emu3.training.kinds import KINDS as TRAINING_KINDS
 from emu3.training.machine import training_device
 from emu3.training.recipe import Kind
@@ -97,7 +98,7 @@ def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:
                 source=f"{source.name_with_captions}-{use}",
             )
             for number, start in enumerate(range(0, len(own), SAMPLES_OF_A_SHARD)):
-                path = folder / f"{source.name_with_captions}-{use}" / f"{number:05d}.parquet"
+                path = folder / f"{source.name_with_captions}-{use}" / shard_name(number)
                 write_shard(path, info, own[start : start + SAMPLES_OF_A_SHARD])
 
 

@@ -1,6 +1,5 @@
 """Encodes pictures once: the vision tokenizer is frozen, so the training of a language model need not run it again."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from emu3.data.tokenize import tokenizer_hash
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.loop import prefetch
 
@@ -43,14 +43,6 @@ def encode(
             parts.append(codes_BHW.cpu().numpy().astype(dtype))
         save_file({"codes": np.concatenate(parts)}, path)
     return load_file(path)["codes"]
-
-
-def tokenizer_hash(tokenizer: Emu3VQVAE) -> str:
-    """Of all its weights."""
-    digest = hashlib.sha256()
-    for tensor in tokenizer.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def to_pixels(pictures_BHWC: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3Config, Emu3TextConfig
 from emu3.data.samples import Sample
-from emu3.data.shards import Shard
+from emu3.data.shards import Shard, open_shards
+from emu3.data.tokenize import tokenizer_hash
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
@@ -230,7 +231,8 @@ def train(
 
 def open_mixture(recipe: LanguageRecipe, tokenizer: Emu3VQVAE) -> list[list[Shard]]:
     """The shards of each folder of the recipe. `ValueError` where one was made by another vision tokenizer."""
-    return [[Shard(path) for path in sorted(each.path.glob("*.parquet"))] for each in recipe.data]
+    own = tokenizer_hash(tokenizer)
+    return [open_shards(each.path, own) for each in recipe.data]
 
 
 def make_rows(recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder: SequenceBuilder) -> Rows:
