@@ -72,22 +72,13 @@ class Documents(Dataset):
 
 def collate(batch, pad):
     longest = max(len(each["ids"]) for each in batch)
-    rows = {"input_ids": (pad, "ids"), "labels": (-100, "labels"), "attention_mask": (0, None)}
-    return {
-        name: torch.from_numpy(
-            np.stack(
-                [
-                    np.pad(
-                        each[key] if key else np.ones_like(each["ids"]),
-                        (0, longest - len(each["ids"])),
-                        constant_values=fill,
-                    )
-                    for each in batch
-                ]
-            )
-        )
-        for name, (fill, key) in rows.items()
-    }
+
+    def padded(rows, fill):
+        return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]))
+
+    ids, labels = padded([each["ids"] for each in batch], pad), padded([each["labels"] for each in batch], -100)
+    attended = padded([np.ones_like(each["ids"]) for each in batch], 0)
+    return {"input_ids": ids, "labels": labels, "attention_mask": attended}
 
 
 class Clock(TrainerCallback):

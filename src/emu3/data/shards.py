@@ -119,7 +119,7 @@ class Shard:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def __reduce__(self) -> tuple[type[Shard], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path | str]]:
         """Another process opens the file itself."""
         return type(self), (self.path,)
 
