@@ -74,7 +74,7 @@ def _photo_of(objects: Sequence[SceneObject], joint: str | None, colored: bool) 
     if joint is None and len(names) > 1:
         color = f"{objects[0].color} " if colored else ""
         return f"a photo of {NUMBERS[len(names)]} {color}{plural(objects[0].noun)}"
-    return f"a photo of {f' {joint} '.join(_a(name) for name in names)}"
+    return f"a photo of {f' {joint} '.join(with_article(name) for name in names)}"
 
 
 def _canonical(scene: Scene) -> list[SceneObject]:
@@ -89,5 +89,6 @@ def _is_counted(scene: Scene) -> bool:
     return len({(thing.noun, thing.color) for thing in scene.objects}) == 1
 
 
-def _a(word: str) -> str:
+def with_article(word: str) -> str:
+    """The word, or words, behind "a" or "an"."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

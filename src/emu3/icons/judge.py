@@ -20,10 +20,10 @@ they gave:
 So a half-drawn icon fails, a soft right one passes, and small missing parts are forgiven.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +55,44 @@ class Detection:
     score: float
 
 
-def read_picture(picture: NDArray[np.uint8]) -> list[Detection]:
-    """The objects of a picture (height, width, 3) uint8, best score first. `ValueError` for another type or shape."""
+@dataclass(frozen=True, eq=False)
+class Glyphs:
+    """What the judge looks for.
+
+    Attributes:
+        nouns: the names of the glyphs.
+        unit: the sharp and the blurred glyphs as vectors of length 1, (2, nouns, 256).
+        lengths: of the vectors before that, (2, nouns).
+        faintest_energy: squared length of the faintest glyph that would still get a colour's name.
+    """
+
+    nouns: tuple[str, ...]
+    unit: NDArray[np.float32]
+    lengths: NDArray[np.float32]
+    faintest_energy: float
+
+    @classmethod
+    def of(cls, masks: Mapping[str, NDArray[np.float32]]) -> Self:
+        """Of at least two nouns and their masks (16, 16), alpha in [0, 1]."""
+        sharp = np.stack(list(masks.values()))
+        glyphs = np.stack([sharp, _blur(sharp)]).reshape(2, len(masks), ICON * ICON)
+        lengths = np.linalg.norm(glyphs, axis=2)
+        palest = min(np.linalg.norm(np.subtract(c, b)) for c in COLORS.values() for b in BACKGROUNDS.values())
+        faintest_energy = float(lengths.min() * (palest - COLOR_TOLERANCE)) ** 2
+        return cls(tuple(masks), glyphs / lengths[..., None], lengths, faintest_energy)
+
+
+@cache
+def known_glyphs() -> Glyphs:
+    """The forty of the icon world."""
+    return Glyphs.of(dict(zip(NOUNS, load_sprites().masks, strict=True)))
+
+
+def read_picture(picture: NDArray[np.uint8], glyphs: Glyphs | None = None) -> list[Detection]:
+    """The objects of a picture (height, width, 3) uint8, best score first. `ValueError` for another type or shape.
+
+    `glyphs` are the ones to look for; None: those of the icon world.
+    """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or min(picture.shape[:2]) < ICON:
         raise ValueError(
             f"expected a picture (height, width, 3) of uint8, {ICON} pixels a side or more; "
@@ -68,12 +104,12 @@ def read_picture(picture: NDArray[np.uint8]) -> list[Detection]:
     difference = picture.astype(np.float32) - background
     windows = np.lib.stride_tricks.sliding_window_view(difference, (ICON, ICON), axis=(0, 1))
     energy = np.lib.stride_tricks.sliding_window_view((difference**2).sum(2), (ICON, ICON)).sum((2, 3))
-    glyphs = _load_glyphs()
+    glyphs = glyphs or known_glyphs()
     rows, columns = np.nonzero(energy > glyphs.faintest_energy)
     flat_windows = windows[rows, columns].reshape(len(rows), 3, ICON * ICON)
-    # (windows, 3 channels, 2 variants, 40 glyphs)
-    amplitudes = (flat_windows @ glyphs.unit.reshape(-1, ICON * ICON).T).reshape(len(rows), 3, 2, len(NOUNS))
-    scores = np.sqrt((amplitudes**2).sum(1) / energy[rows, columns][:, None, None])  # (windows, 2, 40)
+    # (windows, 3 channels, 2 variants, glyphs)
+    amplitudes = (flat_windows @ glyphs.unit.reshape(-1, ICON * ICON).T).reshape(len(rows), 3, 2, len(glyphs.nouns))
+    scores = np.sqrt((amplitudes**2).sum(1) / energy[rows, columns][:, None, None])  # (windows, 2, glyphs)
     second, best = np.sort(scores.max(1), axis=1)[:, -2:].T
     detections: list[Detection] = []
     taken: list[tuple[int, int]] = []
@@ -88,7 +124,7 @@ def read_picture(picture: NDArray[np.uint8]) -> list[Detection]:
         variant, glyph = np.unravel_index(scores[window].argmax(), scores[window].shape)
         color = _name_color(background + amplitudes[window, :, variant, glyph] / glyphs.lengths[variant, glyph])
         if color is not None and best[window] - second[window] >= MARGIN_THRESHOLD:
-            detections.append(Detection(NOUNS[glyph], color, (x, y, x + ICON, y + ICON), float(best[window])))
+            detections.append(Detection(glyphs.nouns[glyph], color, (x, y, x + ICON, y + ICON), float(best[window])))
     return detections
 
 
@@ -123,21 +159,6 @@ def _stands(a: Detection, b: Detection, where: Relation) -> bool:
     half = np.hypot(*offset) / 2
     dx, dy = offset
     return bool({"left": dx < -half, "right": dx > half, "above": dy < -half, "below": dy > half}[where])
-
-
-class _Glyphs(NamedTuple):
-    unit: NDArray[np.float32]  # sharp and blurred glyphs as vectors of length 1, (2, 40, 256)
-    lengths: NDArray[np.float32]  # of the vectors before that, (2, 40)
-    faintest_energy: float  # squared length of the faintest glyph that would still get a colour's name
-
-
-@cache
-def _load_glyphs() -> _Glyphs:
-    sharp = load_sprites().masks
-    glyphs = np.stack([sharp, _blur(sharp)]).reshape(2, len(NOUNS), ICON * ICON)
-    lengths = np.linalg.norm(glyphs, axis=2)
-    palest = min(np.linalg.norm(np.subtract(c, b)) for c in COLORS.values() for b in BACKGROUNDS.values())
-    return _Glyphs(glyphs / lengths[..., None], lengths, float(lengths.min() * (palest - COLOR_TOLERANCE)) ** 2)
 
 
 def _blur(masks: NDArray[np.float32]) -> NDArray[np.float32]:

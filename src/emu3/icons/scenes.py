@@ -105,9 +105,14 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     picture = np.empty((scene.height, scene.width, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        tile = picture[thing.y : thing.y + ICON, thing.x : thing.x + ICON]
-        tile += mask(thing.noun)[..., None] * (np.array(COLORS[thing.color], np.float32) - tile)
+        paint(picture, mask(thing.noun), thing.color, thing.x, thing.y)
     return np.rint(picture).astype(np.uint8)
+
+
+def paint(picture: NDArray[np.float32], glyph: NDArray[np.float32], color: str, x: int, y: int) -> None:
+    """Draws a glyph (16, 16), alpha in [0, 1], into a picture (height, width, 3), which changes in place."""
+    tile = picture[y : y + ICON, x : x + ICON]
+    tile += glyph[..., None] * (np.array(COLORS[color], np.float32) - tile)
 
 
 def relation(a: SceneObject, b: SceneObject) -> Relation | None:
