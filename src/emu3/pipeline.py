@@ -215,6 +215,11 @@ class Emu3Pipeline:
                 if isinstance(event, Finished):
                     yield self.result(event, requests[event.request])
 
+    def results(self, requests: list[Request]) -> list[Result]:
+        """The result of each request, in their order, all in one batch. ValueError where one fails."""
+        found = [each for each in self._run(requests) if isinstance(each, Result)]
+        return sorted(found, key=lambda result: result.request)
+
     def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
         """The picture or answer of each request."""
         if on_event is not None and not callable(on_event):

@@ -35,6 +35,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "data": data.data,
     "tokenize": tokenize.tokenize,
     "train": training.train,
+    "finetune": training.finetune,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

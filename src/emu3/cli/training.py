@@ -1,13 +1,13 @@
-"""The command that trains: `emu3 train`."""
+"""The commands that train: `emu3 train`, `emu3 finetune`."""
 
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from emu3.cli.common import JsonOption, print_out
+from emu3.cli.common import JsonOption, print_out, progress
 
 
 def train(
@@ -35,6 +35,48 @@ def train(
     from emu3.icons.recipes import run_recipe
 
     typer.echo(str(run_recipe(recipe)))
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Checkpoint to start from.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Pictures with captions, or conversations: see `emu3 data`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the result and all about the run.")],
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train adapters, which take less memory and a small file.")
+    ] = False,
+    task: Annotated[str, typer.Option(help="What to learn of the data: draw, chat or both.")] = "both",
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates.", show_default="by the data")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="The highest.", show_default="by the model")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of adapters.", show_default="16")] = None,
+    replay: Annotated[
+        int | None,
+        typer.Option(min=0, help="Pictures that MODEL draws itself, to stay as it is.", show_default="by the model"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Teach a checkpoint your own pictures or conversations. The same command goes on after a stop."""
+    if task not in ("draw", "chat", "both"):
+        raise ValueError(f"--task {task!r} is unknown; give draw, chat or both")
+    from emu3.checkpoints import resolve
+    from emu3.data.sources import open_source
+
+    resolve(model)
+    open_source(data)
+    from emu3.training.finetune import Wishes, run
+
+    wishes = Wishes(
+        with_adapters=lora,
+        task=cast(Literal["draw", "chat", "both"], task),
+        steps=steps,
+        learning_rate=learning_rate,
+        rank=rank,
+        replay=replay,
+        seed=seed,
+    )
+    run(model, data, output, wishes, typer.echo, progress)
+    typer.echo(f'{output}: emu3 image "..." --model {output}; how it went: {output / "report.html"}')
 
 
 def _numbers(text: str) -> list[int]:

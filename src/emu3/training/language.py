@@ -51,11 +51,14 @@ class MixedShards(Checked):
         path: the folder, as `emu3 tokenize` leaves it.
         weight: its share of the samples, relative to the others in use.
         steps: the first step that uses it and the one after the last; None: all steps do.
+        held: where it is not 0, the samples are what the checkpoint itself made, and adapters are held to what it
+            expects there: so many times as much as another token counts the divergence from it.
     """
 
     path: Path
     weight: float = 1.0
     steps: tuple[int, int] | None = None
+    held: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +250,7 @@ def make_rows(recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder
     for source, count in zip(sources, schedule.left_out, strict=True):
         if count:
             print(f"{source.name}: {count} samples are longer than a row of {recipe.length} tokens, and left out")
-    return Rows(schedule, shards, builder, recipe.null_prompt)
+    return Rows(schedule, shards, builder, recipe.null_prompt, [each.held for each in recipe.data])
 
 
 def _length(sample: Sample, builder: SequenceBuilder, recipe: LanguageRecipe) -> int:

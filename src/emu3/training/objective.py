@@ -5,7 +5,8 @@ Letters: S, E, N, K, D, V, see CONTRIBUTING.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +34,7 @@ class Row(NamedTuple):
         ids_S: the tokens.
         weights_S: how much each counts as a target; 0 for the first of a sample, and for padding.
         kinds_S: numbers of `KINDS`.
+        held_S: whether a token's target is what the checkpoint expected there, and not the token.
         lengths: tokens of each sample.
         keys: of the samples.
     """
@@ -40,12 +42,23 @@ class Row(NamedTuple):
     ids_S: Tensor
     weights_S: Tensor
     kinds_S: Tensor
+    held_S: Tensor
     lengths: tuple[int, ...]
     keys: tuple[str, ...] = ()
 
 
-def pack(sequences: Sequence[TokenSequence], length: int, pad: int, keys: Sequence[str] = ()) -> Row:
-    """A row of `length` tokens, which the sequences do not exceed."""
+def pack(
+    sequences: Sequence[TokenSequence],
+    length: int,
+    pad: int,
+    keys: Sequence[str] = (),
+    held: Sequence[float] | None = None,
+) -> Row:
+    """A row of `length` tokens, which the sequences do not exceed.
+
+    `held` is not 0 for a sequence at which the model is held to what the checkpoint expected: how much that counts.
+    """
+    held = [0.0] * len(sequences) if held is None else held
     lengths = tuple(map(len, sequences))
     rest = length - sum(lengths)
     assert rest >= 0, (lengths, length)
@@ -53,31 +66,42 @@ def pack(sequences: Sequence[TokenSequence], length: int, pad: int, keys: Sequen
         torch.from_numpy(np.concatenate([*(getattr(each, name) for each in sequences), np.full(rest, fill, dtype)]))
         for name, fill, dtype in (("ids", pad, np.int64), ("weights", 0, np.float32), ("kinds", 0, np.uint8))
     )
-    return Row(ids, weights, kinds, lengths, tuple(keys))
+    counts = torch.repeat_interleave(torch.tensor([*held, 0.0]), torch.tensor([*lengths, rest]))
+    weights = torch.where(counts > 0, weights * counts, weights)
+    return Row(ids, weights, kinds, counts > 0, lengths, tuple(keys))
 
 
 class Rows:
     """Makes the rows of a run: a pure function of step and row; picklable.
 
-    `null_prompt` is the share of drawings whose prompt is left out, so that guidance has an unconditional model.
+    `null_prompt` is the share of drawings whose prompt is left out, so that guidance has an unconditional model. `held`
+    is for each source as in `pack`; its prompts stay.
     """
 
     def __init__(
-        self, schedule: Schedule, shards: Sequence[Sequence[Shard]], builder: SequenceBuilder, null_prompt: float
+        self,
+        schedule: Schedule,
+        shards: Sequence[Sequence[Shard]],
+        builder: SequenceBuilder,
+        null_prompt: float,
+        held: Sequence[float] | None = None,
     ) -> None:
         self.schedule, self.shards, self.builder, self.null_prompt = schedule, shards, builder, null_prompt
+        self.held = [0.0] * len(shards) if held is None else list(held)
         self._ends = [np.cumsum([len(shard) for shard in each]) for each in shards]
 
     def __call__(self, step: int, row: int) -> Row:
         rng = np.random.default_rng([self.schedule.seed, step, row])
-        sequences, keys = [], []
+        sequences, keys, held = [], [], []
         for number, index in self.schedule.row(step, row):
             at = int(np.searchsorted(self._ends[number], index, side="right"))
             shard = self.shards[number][at]
             sample = shard[index - int(self._ends[number][at]) + len(shard)]
-            sequences.append(self.builder.build(sample, without_prompt=bool(rng.random() < self.null_prompt)))
+            is_dropped = bool(rng.random() < self.null_prompt) and not self.held[number]
+            sequences.append(self.builder.build(sample, without_prompt=is_dropped))
             keys.append(sample.key)
-        return pack(sequences, self.schedule.length, self.builder.vocabulary.pad, keys)
+            held.append(self.held[number])
+        return pack(sequences, self.schedule.length, self.builder.vocabulary.pad, keys, held)
 
 
 class PackedAttention:
@@ -171,27 +195,52 @@ class NextTokenLoss(nn.Module):
         """The sum of losses by weight; the mean loss of each kind of target that counts."""
         text_model, head = self.text_model, self.head
         device = text_model.embed_tokens.weight.device
-        ids_S, weights_S, kinds_S = (each.to(device, non_blocking=True) for each in row[:3])
+        ids_S, weights_S, kinds_S, held_S = (each.to(device, non_blocking=True) for each in row[:4])
         counts_S = weights_S > 0
-        targets, weights, kinds = ids_S[counts_S], weights_S[counts_S], kinds_S[counts_S]
-        losses = self.losses(row.lengths, ids_S, counts_S)
-        metrics = {
-            name: (losses.detach()[kinds == kind].sum(), (kinds == kind).sum()) for kind, name in enumerate(KINDS)
-        }
+        targets, weights, kinds, held = (each[counts_S] for each in (ids_S, weights_S, kinds_S, held_S))
+        states = self.states(row.lengths, ids_S)[:-1][counts_S[1:]]
+        losses = _cross_entropy(states, self.head, targets)
+        if held.any():
+            losses = losses.index_put((held.nonzero()[:, 0],), self._divergence(row, ids_S, counts_S, states, held))
+        metrics = {"held": (losses.detach()[held].sum(), held.sum())}
+        for kind, name in enumerate(KINDS):
+            own = (kinds == kind) & ~held
+            metrics[name] = losses.detach()[own].sum(), own.sum()
         of_attention = 4.0 * self.text_model.config.hidden_size * len(text_model.layers) / 2
         forward = self.flops_per_token * len(ids_S) + of_attention * sum(length**2 for length in row.lengths)
         forward += 2.0 * head.in_features * head.out_features * len(targets)
         return StepResult((losses * weights).sum(), weights.sum(), metrics, sum(row.lengths), 3 * forward)
 
-    def losses(self, lengths: Sequence[int], ids_S: Tensor, counts_S: Tensor) -> Tensor:
-        """The loss of each token that `counts_S` names, given those before it in its sample: (targets,), float32."""
+    def states(self, lengths: Sequence[int], ids_S: Tensor) -> Tensor:
+        """The final state of each token, given those before it in its sample: (S, E)."""
         text_model = self.text_model
         positions = torch.cat([torch.arange(length) for length in (*lengths, len(ids_S) - sum(lengths))])
         attend = PackedAttention(lengths, len(ids_S), ids_S.device)
         embeds = text_model.embed_tokens(ids_S)[None]
-        hidden_SE = text_model.run_layers(embeds, None, positions.to(ids_S.device)[None], attend=attend)[0]
-        before = hidden_SE[:-1][counts_S[1:]]
-        return _cross_entropy(before, self.head, ids_S[counts_S])
+        return cast(Tensor, text_model.run_layers(embeds, None, positions.to(ids_S.device)[None], attend=attend)[0])
+
+    def _divergence(self, row: Row, ids_S: Tensor, counts_S: Tensor, states: Tensor, held: Tensor) -> Tensor:
+        """Of what the model expects at each held target from what it expects without its adapters (targets held,)."""
+        with torch.no_grad(), without_adapters(self.model):
+            before = self.states(row.lengths, ids_S)[:-1][counts_S[1:]][held]
+            expected = self.head(before).float().log_softmax(-1)
+        found = self.head(states[held]).float().log_softmax(-1)
+        return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The checkpoint as it was. ValueError for a model without adapters, which has no checkpoint to go back to."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    if not layers:
+        raise ValueError("only a model with adapters can be held to what its checkpoint expects; train with LoRA")
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

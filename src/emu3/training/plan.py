@@ -89,7 +89,7 @@ class Plan:
             lines.append(
                 f"{need.devices:7}{need.state_bytes / 1e9:21.1f} GB{need.activation_bytes / 1e9:11.1f} GB"
                 f"{need.bytes / 1e9:6.0f} GB{self.tokens_per_step / need.seconds_per_step:11,.0f}"
-                f"{need.seconds_per_step:8.3g} s{_time(run):>11}"
+                f"{need.seconds_per_step:8.3g} s{plain_time(run):>11}"
             )
         return "\n".join(lines)
 
@@ -206,7 +206,8 @@ def _kept_by_layer(config: Emu3TextConfig, length: int, dtype: torch.dtype) -> f
     return float(sum(kept.values()))
 
 
-def _time(seconds: float) -> str:
+def plain_time(seconds: float) -> str:
+    """Such as "1.6 hours"."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {name}"

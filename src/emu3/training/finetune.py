@@ -1,0 +1,233 @@
+"""Fine-tuning in one command: from a checkpoint and a folder of people's data to what they can draw with.
+
+    data --tokenize--> OUT/data     the checkpoint's own drawings --> OUT/replay     both --train--> OUT
+
+Every choice is made from the number of samples, their tokens and the model's size, is told before training starts, and
+is written to OUT/recipe.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from emu3.checkpoints import resolve
+from emu3.checkpoints.load import load_model, load_processor
+from emu3.checkpoints.memory import free_memory
+from emu3.data.job import tokenize
+from emu3.data.shards import Shard, ShardInfo, open_shards, shard_name, write_shard
+from emu3.data.sources import open_source
+from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.pipeline import Emu3Pipeline
+from emu3.training.language import FinetuneRecipe, LoraRecipe, MixedShards, finetune, lora
+from emu3.training.machine import computes_in, training_device
+from emu3.training.plan import Plan, make_plan, plain_time
+from emu3.training.replay import make_replay
+from emu3.training.sequences import SequenceBuilder, Weights
+
+Say = Callable[[str], object]
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+RECIPE = "recipe.json"
+SMALL = 1024  # width of a model that draws some pictures in seconds
+
+VISITS = 75  # of each sample, where there are few
+LEAST_VISITS = 3
+SAMPLES_AT_ONCE = 6  # of the data in a step, where there are few
+MOST_TOKENS = 8192  # of a row
+REPLAYED = 96
+HELD = 4.0  # how much more than others counts a token at which the checkpoint is held to itself
+WIDEST = 4096  # width of the model that learning rates are known for
+RATES = {"lora": 2e-4, "all": 2e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a user may choose; None: it is chosen for him.
+
+    Attributes:
+        with_adapters: whether to train adapters, which leaves the checkpoint as it is.
+        task: which of the data count.
+        steps, learning_rate, rank: of training.
+        replay: pictures that the checkpoint draws by itself, and adapters are held to.
+        seed: of all.
+    """
+
+    with_adapters: bool = False
+    task: Literal["draw", "chat", "both"] = "both"
+    steps: int | None = None
+    learning_rate: float | None = None
+    rank: int | None = None
+    replay: int | None = None
+    seed: int = 0
+
+
+def run(model: str, data: str, folder: Path, wishes: Wishes, say: Say, progress: Progress) -> None:
+    """Fine-tunes; leaves a checkpoint, or with adapters an adapter, in the folder. A run that was cut off goes on.
+
+    Args:
+        model: name of the checkpoint.
+        data: a source, as `emu3.data.sources.open_source` reads it.
+        folder: for all that the run makes.
+        wishes: what is not to be chosen.
+        say: gets the lines that tell what is going on.
+        progress: (what) -> a context that gives a function (done, in all).
+
+    Raises:
+        ValueError: nothing can be learned from the data, or the machine has too little memory.
+    """
+    _check_folder(folder, model, data)
+    source = resolve(model)
+    loaded, processor = load_model(source), load_processor(source)
+    with progress("tokenizing") as show:
+        report = tokenize(
+            open_source(data), folder / "data", model=source, processes=1, on_progress=lambda p: show(p.done, p.pieces)
+        )
+    if report.broken:
+        say(f"{len(report.broken)} samples cannot be used; {folder / 'data' / 'report.json'} says which and why")
+    shards = open_shards(folder / "data")
+    builder = SequenceBuilder(processor, loaded.model.vocabulary)
+    lengths = _lengths(shards, builder, wishes.task)
+    if not len(lengths):
+        raise ValueError(f"{data} holds nothing for task={wishes.task!r}; give other data, or leave --task out")
+    replayed = _replayed(wishes, loaded, lengths)
+    if replayed:
+        with progress(f"drawing {replayed} pictures of its own") as show:
+            _make_replay(
+                Emu3Pipeline(loaded, processor), replayed, wishes.seed, folder / "replay", shards[0].info, show
+            )
+    recipe = choose(model, loaded, folder, lengths, replayed, wishes, builder)
+    need = make_plan(recipe, loaded.model.text_model.config, [1], half=computes_in(recipe) is torch.bfloat16)
+    free = free_memory(training_device())
+    for line in describe(recipe, need, lengths, replayed, free):
+        say(line)
+    if need.needs[0].bytes > free:
+        raise ValueError(
+            f"training takes about {need.needs[0].bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; use --lora, or "
+            "a machine with more memory (`emu3 train --plan` says what each takes)"
+        )
+    (folder / RECIPE).write_text(json.dumps(asdict(recipe), indent=2, default=str) + "\n")
+    del loaded
+    if isinstance(recipe, LoraRecipe):
+        lora(recipe, folder)
+    else:
+        finetune(recipe, folder)
+
+
+def choose(
+    model: str,
+    loaded: Emu3ForConditionalGeneration,
+    folder: Path,
+    lengths: NDArray[Any],
+    replayed: int,
+    wishes: Wishes,
+    builder: SequenceBuilder,
+) -> FinetuneRecipe:
+    """The recipe for so many samples of these lengths in tokens, and so many replayed pictures."""
+    count, mean = len(lengths), float(lengths.mean())
+    visits = min(VISITS, max(LEAST_VISITS, 1800 / count))
+    at_once = min(64, max(SAMPLES_AT_ONCE, count // 40))
+    steps = wishes.steps or max(20, math.ceil(count * visits / at_once))
+    data = [MixedShards(path=(folder / "data").resolve(), weight=at_once)]
+    tokens = at_once * mean
+    if replayed:
+        kept = open_shards(folder / "replay")
+        data.append(MixedShards(path=(folder / "replay").resolve(), weight=at_once, held=HELD))
+        tokens += at_once * float(np.mean([len(builder.build(each)) for shard in kept for each in shard.outlines()]))
+    rows = max(1, math.ceil(tokens / MOST_TOKENS))
+    length = max(64 * math.ceil(tokens / rows / 64), int(lengths.max()))
+    width = loaded.model.text_model.config.hidden_size
+    rate = RATES["lora" if wishes.with_adapters else "all"] * (WIDEST / width) ** 0.72
+    settings: dict[str, Any] = {
+        "checkpoint": model,
+        "data": tuple(data),
+        "task": wishes.task,
+        "seed": wishes.seed,
+        "steps": steps,
+        "parts": rows,
+        "length": length,
+        "weights": Weights(draw=1.0),
+        "null_prompt": 1 / 6,
+        "learning_rate": wishes.learning_rate or rate,
+        "weight_decay": 0.0,
+        "warmup": min(100, max(1, steps // 20)),
+        "decay_share": 0.7,
+        "report_every": max(1, steps // 30),
+        "save_every": max(10, steps // 5),
+        "draw_every": max(10, steps // 5),
+        "recompute_layers": width >= WIDEST,
+    }
+    if not wishes.with_adapters:
+        return FinetuneRecipe(**settings)
+    rank = wishes.rank or 16
+    return LoraRecipe(**settings, rank=rank, alpha=float(rank))
+
+
+def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed: int, free: float) -> list[str]:
+    """What will be done, in a few lines."""
+    kind = f"adapters of rank {recipe.rank}" if isinstance(recipe, LoraRecipe) else "all weights"
+    visits = recipe.steps * recipe.parts * recipe.length / (1 + bool(replayed)) / lengths.sum()
+    lines = [
+        f"{len(lengths)} samples of {lengths.mean():,.0f} tokens; each is seen about {visits:,.0f} times",
+        f"{kind} of {recipe.checkpoint} are trained: {plan.trained / 1e6:,.2f} M of {plan.weights / 1e6:,.1f} M",
+        f"{recipe.steps} steps of {recipe.parts * recipe.length:,} tokens, learning rate {recipe.learning_rate:.2g}; "
+        f"about {plain_time(plan.needs[0].seconds_per_step * recipe.steps)}",
+        f"memory: about {plan.needs[0].bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free",
+    ]
+    if replayed:
+        lines.insert(2, f"{replayed} pictures that it draws by itself keep what it knows")
+    return lines
+
+
+def _check_folder(folder: Path, model: str, data: str) -> None:
+    """Notes in the folder what it is for. ValueError where it is for something else."""
+    note, asked = (
+        folder / "asked.json",
+        {"model": model, "data": str(Path(data).resolve() if Path(data).exists() else data)},
+    )
+    if note.is_file():
+        if (found := json.loads(note.read_text())) != asked:
+            raise ValueError(f"{folder} holds a run of {found['model']} on {found['data']}; name another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and holds no run to go on with; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(asked) + "\n")
+
+
+def _lengths(shards: Sequence[Shard], builder: SequenceBuilder, task: str) -> NDArray[Any]:
+    """Tokens of each sample that the task has."""
+    found = []
+    for sample in (sample for shard in shards for sample in shard.outlines()):
+        draws = any(part.role == "draw" for part in sample.parts)
+        if task == "both" or draws == (task == "draw"):
+            found.append(len(builder.build(sample)))
+    return np.array(found)
+
+
+def _replayed(wishes: Wishes, model: Emu3ForConditionalGeneration, lengths: NDArray[Any]) -> int:
+    """How many pictures the checkpoint draws by itself: none where that would take longer than the training."""
+    if not wishes.with_adapters or "draw" not in (getattr(model.config, "abilities", None) or ("draw",)):
+        return 0
+    if wishes.replay is not None:
+        return wishes.replay
+    return REPLAYED if model.model.text_model.config.hidden_size <= SMALL else 0
+
+
+def _make_replay(
+    pipeline: Emu3Pipeline, count: int, seed: int, folder: Path, info: ShardInfo, show: Callable[[int, int], object]
+) -> None:
+    """Leaves the pictures as a shard, once."""
+    if (folder / shard_name(0)).is_file():
+        return
+    can_read = "read" in (getattr(pipeline.model.config, "abilities", None) or ("read",))
+    samples = make_replay(pipeline, count, seed, can_read, show)
+    write_shard(folder / shard_name(0), replace(info, source="replay", settings="replay"), samples)
