@@ -15,20 +15,20 @@ class CodeUse(NamedTuple):
     """How a codebook is used; three scalars.
 
     Attributes:
-        count: codes that are used at all.
+        used: codes that are used at all.
         share: the same as a share of the codebook.
         perplexity: how many codes, all used equally often, would carry as much information.
     """
 
-    count: Tensor
+    used: Tensor
     share: Tensor
     perplexity: Tensor
 
     @classmethod
     def of(cls, uses: Tensor, least: Tensor | float = 0.0) -> "CodeUse":
         """Of how often each code is used (codes,). A code counts that is used more often than `least`."""
-        odds, count = uses / uses.sum().clamp_min(1e-12), (uses > least).sum().float()
-        return cls(count, count / len(uses), torch.special.entr(odds).sum().exp())
+        odds, used = uses / uses.sum().clamp_min(1e-12), (uses > least).sum().float()
+        return cls(used, used / len(uses), torch.special.entr(odds).sum().exp())
 
 
 class CodebookAverages(nn.Module):
@@ -61,7 +61,7 @@ class CodebookAverages(nn.Module):
         for new, total in ((uses, self.new_uses), (sums, self.new_sums)):
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(new)
-            total += new
+            total.add_(new)
 
     @torch.no_grad()
     def move(self, codebook: Tensor | None, decay: float) -> None:
@@ -119,9 +119,7 @@ def straight_through_scores(latents: Tensor, codebook: Tensor, codes: Tensor) ->
         scale = (latents - codebook[codes]).square().mean().clamp_min(1e-12)
     size = max(1, MAX_SCORES // len(codebook))
     parts = zip(latents.split(size), codes.split(size), strict=True)
-    return torch.cat(
-        [checkpoint(_mix, part, codebook, chosen, scale, use_reentrant=False) for part, chosen in parts]  # type: ignore[misc]
-    )
+    return torch.cat([checkpoint(_mix, part, codebook, chosen, scale, use_reentrant=False) for part, chosen in parts])
 
 
 def _mix(latents: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -149,7 +147,9 @@ def k_means(vectors: Tensor, clusters: int, rounds: int = 20) -> Tensor:
         chosen.append(vectors[(distances + 1e-12).multinomial(1)])
     centres = torch.cat(chosen)
     for _ in range(rounds):
-        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in vectors.split(max(1, MAX_SCORES // clusters))])
+        nearest = torch.cat(
+            [torch.cdist(part, centres).argmin(1) for part in vectors.split(max(1, MAX_SCORES // clusters))]
+        )
         counts = torch.bincount(nearest, minlength=clusters)
         centres = torch.zeros_like(centres).index_add_(0, nearest, vectors) / counts.clamp_min(1)[:, None]
         empty = (counts == 0).nonzero().flatten()

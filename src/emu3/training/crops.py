@@ -1,6 +1,6 @@
 """Random crops of people's pictures and clips: what a vision tokenizer is trained on.
 
-    source -> list of its pictures and clips -> some are held out -> a batch for each step, a pure function of its number
+    source -> list of its pictures and clips -> some are held out -> batches, pure functions of the step
 
 Letters: B, C, T, H, W, see CONTRIBUTING.md.
 """
@@ -25,7 +25,7 @@ from emu3.training.vision import PictureBatch
 
 Kind = Literal["picture", "clip"]
 
-MAX_CLIP_FRAMES = 300
+MAX_CLIP_FRAMES = 128
 """Frames of a clip that are read: its first ones."""
 
 PIECES_AT_ONCE, STEPS_OF_PIECES = 8, 64
@@ -112,7 +112,8 @@ class Crops:
     """Crops of some pictures and clips of a source. Pickled, it leaves its decoded pictures behind."""
 
     def __init__(self, source: Source, found: Sequence[Found], settings: CropSettings, seed: int) -> None:
-        self.source, self.found, self.settings, self.seed = source, tuple(found), settings, seed
+        self.source, self.settings, self.seed = source, settings, seed
+        self._of_kind = {kind: tuple(each for each in found if each.kind == kind) for kind in ("picture", "clip")}
         self._decoded: OrderedDict[Found, NDArray[np.uint8]] = OrderedDict()
         self._bytes = 0
         self._pieces: OrderedDict[int, list[tuple[str, Media]]] = OrderedDict()
@@ -124,14 +125,14 @@ class Crops:
 
     def has(self, kind: Kind) -> bool:
         """Whether there is a picture, or a clip."""
-        return any(each.kind == kind for each in self.found)
+        return bool(self._of_kind[kind])
 
     def batch(self, clip_share: float, size: int, step: int, part: int = 0) -> PictureBatch:
         """So many pictures, or clips of so many frames in all, whichever chance says. A pure function of the numbers.
 
         Where there are no pictures, frames of clips take their place.
         """
-        draws_clips = np.random.default_rng([self.seed, step, part]).random() < clip_share
+        draws_clips = np.random.default_rng([self.seed, 0, step, part]).random() < clip_share
         if draws_clips and self.has("clip"):
             return PictureBatch(self.clips(max(1, size // self.settings.frames), step, part), step=step)
         return PictureBatch(self.pictures(size, step, part), step=step)
@@ -147,7 +148,7 @@ class Crops:
         return torch.stack([self._crop("clip", frames, step, part, index) for index in range(count)])
 
     def _crop(self, kind: Kind, frames: int, step: int, part: int, index: int) -> Tensor:
-        rng = np.random.default_rng([self.seed, step, part, index])
+        rng = np.random.default_rng([self.seed, 1, step, part, index])
         for _ in range(_TRIES):
             each = self._draw(rng, kind, step)
             if each in self._broken:
@@ -160,15 +161,16 @@ class Crops:
         raise ValueError(f"{_TRIES} files of {self.source.name!r} in a row cannot be opened; `emu3 data` says why")
 
     def _draw(self, rng: np.random.Generator, kind: Kind, step: int) -> Found:
-        all_of_kind = [each for each in self.found if each.kind == kind]
-        if any(each.file is None for each in all_of_kind):
+        choice = self._of_kind[kind]
+        if any(each.file is None for each in choice[:1]):
             # Archives have no order but their own: for a while, only some of their pieces are read.
-            pieces = np.array([each.piece for each in all_of_kind])
+            pieces = np.array([each.piece for each in choice])
             names, counts = np.unique(pieces, return_counts=True)
-            chooser = np.random.default_rng([self.seed, step // STEPS_OF_PIECES])
+            chooser = np.random.default_rng([self.seed, 2, step // STEPS_OF_PIECES])
             some = chooser.choice(names, min(PIECES_AT_ONCE, len(names)), replace=False, p=counts / counts.sum())
-            all_of_kind = [all_of_kind[place] for place in np.isin(pieces, some).nonzero()[0]]
-        return all_of_kind[rng.integers(len(all_of_kind))]
+            places = np.isin(pieces, some).nonzero()[0]
+            return choice[places[rng.integers(len(places))]]
+        return choice[rng.integers(len(choice))]
 
     def _open(self, each: Found) -> NDArray[np.uint8]:
         """Frames (T, H, W, C), one of a picture, no larger than crops need."""

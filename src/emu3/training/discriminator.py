@@ -53,5 +53,7 @@ def fooling_loss(discriminator: PatchDiscriminator, pixels_BCHW: Tensor) -> Tens
 
 def balance(reconstruction: Tensor, fooling: Tensor, last_weight: Tensor) -> Tensor:
     """The factor that makes the gradients of two scalar losses equally long at the decoder's last weights."""
-    gradients = [torch.autograd.grad(each, last_weight, retain_graph=True)[0].norm() for each in (reconstruction, fooling)]
+    gradients = [
+        torch.autograd.grad(each, last_weight, retain_graph=True)[0].norm() for each in (reconstruction, fooling)
+    ]
     return (gradients[0] / (gradients[1] + 1e-4)).clamp(0, 1e4).detach()

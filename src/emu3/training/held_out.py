@@ -34,7 +34,7 @@ class HeldOut:
 
             psnr, ssim               pictures
             clip_psnr, clip_ssim     clips, through the temporal layers
-            codes_count, codes_share, codes_perplexity
+            codes_used, codes_share, codes_perplexity
 
         The tokenizer is in evaluation mode meanwhile.
         """
@@ -100,7 +100,7 @@ class HeldOut:
 
 @torch.no_grad()
 def reconstruct(objective: VisionObjective, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Reconstructions of pictures or clips, clipped to [-1, 1], on the CPU; and their codes, once there is a codebook."""
+    """Reconstructions of pictures or clips, clipped to [-1, 1], on the CPU; and their codes, if there is a codebook."""
     training, device = objective.training, objective.codebook.device
     objective.eval()
     made, codes = [], []

@@ -81,7 +81,7 @@ def train_vision(recipe: VisionRecipe, folder: Path) -> None:
         kept.clips(max(1, recipe.held_out_crops // recipe.frames), 1) if has_clips else None,
     )
     make_batch = partial(crops.batch, recipe.clip_share, recipe.batch_size)
-    train(recipe, folder, VisionObjective(tokenizer, recipe, fresh), make_batch, measured, recipe.sheet_every)
+    run_objective(recipe, folder, VisionObjective(tokenizer, recipe, fresh), make_batch, measured, recipe.sheet_every)
 
 
 def check_sizes(recipe: VisionRecipe, space: int, time: int) -> None:
@@ -100,7 +100,7 @@ def check_sizes(recipe: VisionRecipe, space: int, time: int) -> None:
             raise ValueError(f"{name} is {getattr(recipe, name)}; give a share from 0 to 1")
 
 
-def train(
+def run_objective(
     settings: VisionSettings,
     folder: Path,
     objective: VisionObjective,
@@ -138,7 +138,11 @@ def train(
     report(settings.steps)
     if held_out.clips is not None:
         for name, figures in held_out.compare_clips(objective).items():
-            write_log(folder, step=settings.steps, **{f"{name.replace(' ', '_')}_{key}": value for key, value in figures.items()})
+            write_log(
+                folder,
+                step=settings.steps,
+                **{f"{name.replace(' ', '_')}_{key}": value for key, value in figures.items()},
+            )
 
 
 def _rates(settings: VisionSettings, step: int) -> list[float]:

@@ -13,13 +13,11 @@ Letters: B, C, T, H, W, see CONTRIBUTING.md.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.configuration import Emu3VQVAEConfig
@@ -180,7 +178,10 @@ class VisionObjective(nn.Module):
             count = len(target_BCHW)
             rebuilt = self.reconstruction_losses(output_BCHW, target_BCHW).mean()
             loss = rebuilt + settings.commitment * commitment_B.mean()
-            metrics = {"reconstruction": rebuilt.detach() * count, "psnr": psnr(output_BCHW.detach(), target_BCHW).sum()}
+            metrics = {
+                "reconstruction": rebuilt.detach() * count,
+                "psnr": psnr(output_BCHW.detach(), target_BCHW).sum(),
+            }
             if self.discriminator is not None:
                 if not self.training or batch.step < settings.discriminator_start:
                     # No gradients, but zeros: processes that wait for each other's gradients wait for all of them.
@@ -277,7 +278,7 @@ class VisionObjective(nn.Module):
         kept = latents[::4][: len(self.recent)]
         places = (self.written + torch.arange(len(kept), device=kept.device)) % len(self.recent)
         self.recent[places] = kept
-        self.written += len(kept)
+        self.written.add_(len(kept))
 
     @torch.no_grad()
     def start_codebook(self, latents: int) -> None:
