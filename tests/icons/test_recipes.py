@@ -16,8 +16,8 @@ from emu3.icons.recipes import (
     make_picture_batch,
     run_recipe,
     sample_batch,
+    train_icon_vision,
     train_language,
-    train_vision,
 )
 from emu3.icons.scenes import contains_held_out, render
 from emu3.icons.sequences import IconLanguageRecipe, SceneSource, Weights
@@ -51,7 +51,7 @@ MODEL = {
 @pytest.mark.parametrize("path", sorted(NANO.glob("*.toml")), ids=lambda path: path.stem)
 def test_nanos_recipes_fit_their_kinds(path):
     kind, recipe, _ = read_recipe(path, KINDS)
-    assert kind == path.stem
+    assert kind.removeprefix("icon_") == path.stem
     for source in getattr(recipe, "sources", ()):
         assert source.count > 0
         assert 0 < source.share <= 1
@@ -88,7 +88,7 @@ def test_a_recipe_before_the_one_it_needs(tmp_path):
 
 def test_a_design_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="54 codes of 20 dimensions; set codebook_size to 54"):
-        train_vision(IconVisionRecipe(model=VISION, shapes=2), tmp_path)
+        train_icon_vision(IconVisionRecipe(model=VISION, shapes=2), tmp_path)
 
 
 def test_a_step_without_a_source_is_refused(tmp_path):
@@ -150,9 +150,9 @@ def test_a_killed_run_of_the_vision_tokenizer_goes_on_bit_for_bit(tmp_path, monk
     monkeypatch.setattr(recipes, "MEASURED_PICTURES", 16)
     settings = {"model": VISION, "steps": 6, "batch_size": 2, "save_every": 3, "report_every": 1}
     recipe = IconVisionRecipe(**settings | changes)
-    train_vision(recipe, tmp_path / "whole")
-    kill(train_vision, recipe, tmp_path / "resumed")
-    train_vision(recipe, tmp_path / "resumed")
+    train_icon_vision(recipe, tmp_path / "whole")
+    kill(train_icon_vision, recipe, tmp_path / "resumed")
+    train_icon_vision(recipe, tmp_path / "resumed")
     files = ("state/model.safetensors", "state/optimizer-0.safetensors", "vision/model.safetensors")
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed", files)
     assert not Emu3VQVAE.from_pretrained(tmp_path / "resumed" / "vision").training
@@ -198,6 +198,6 @@ def test_a_killed_run_of_the_language_model_goes_on_bit_for_bit(tmp_path, monkey
 @pytest.mark.slow
 def test_the_vision_tokenizer_learns(tmp_path):
     recipe = IconVisionRecipe(model=VISION, steps=80, batch_size=4, continuous_steps=40, report_every=20, save_every=80)
-    train_vision(recipe, tmp_path)
+    train_icon_vision(recipe, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["held_out_psnr"] > log[0]["psnr"] + 2

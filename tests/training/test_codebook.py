@@ -18,10 +18,13 @@ def test_k_means_finds_separated_clusters():
 
 
 def test_use_of_a_codebook():
-    assert [float(each) for each in CodeUse.of(torch.tensor([3.0, 3.0, 0.0, 0.0]))] == pytest.approx([2, 0.5, 2.0])
+    def use_of(*uses, least=0.0):
+        return [float(each) for each in CodeUse.of(torch.tensor(uses), least)]
+
+    assert use_of(3.0, 3.0, 0.0, 0.0) == pytest.approx([2, 0.5, 2.0])
     # 2 ** (3/4 log2(4/3) + 1/4 log2(4))
-    assert [float(each) for each in CodeUse.of(torch.tensor([3.0, 1.0]), least=1.0)] == pytest.approx([1, 0.5, 1.7548], 1e-4)
-    assert [float(each) for each in CodeUse.of(torch.zeros(4))] == [0, 0, 1]
+    assert use_of(3.0, 1.0, least=1.0) == pytest.approx([1, 0.5, 1.7548], rel=1e-4)
+    assert use_of(0.0, 0.0) == [0, 0, 1]
 
 
 def test_codebook_follows_its_members():

@@ -94,8 +94,11 @@ def test_a_window_is_cut_and_not_scaled_where_it_is_a_crop():
     whole = torch.from_numpy(make_picture(16, 30)).movedim(-1, 0) / 127.5 - 1
     left = round(float(pixels[0, 1, 0, 0] + 1) * 127.5)
     torch.testing.assert_close(pixels[0], whole[:, :, left : left + 16])
-    mirrored = {float(cut(make_picture(16, 16)[None], 1, CropSettings(size=16), np.random.default_rng(n))[0, 1, 0, 0]) for n in range(9)}
-    assert mirrored == {-1.0, float(torch.tensor(15.0) / 127.5 - 1)}
+    square, greens = make_picture(16, 16)[None], set()
+    for seed in range(9):
+        pixels = cut(square, 1, CropSettings(size=16), np.random.default_rng(seed))
+        greens.add(round(float(pixels[0, 1, 0, 0] + 1) * 127.5))
+    assert greens == {0, 15}  # as it is, or mirrored
 
 
 def test_windows_are_between_a_crop_and_the_shorter_side():
@@ -146,7 +149,7 @@ def test_broken_files_are_left_out(folder, caplog):
     assert [record.getMessage()[:24] for record in caplog.records] == ["picture-0 is left out: t"]
     for path in folder.glob("*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="50 files of .* in a row cannot be opened; `emu3 data` says why"):
+    with pytest.raises(ValueError, match=r"50 files of .* in a row cannot be opened; `emu3 data` says why"):
         Crops(source, find_media(source), CropSettings(size=16), seed=0).pictures(1, 0)
 
 
@@ -168,5 +171,5 @@ def test_a_source_without_pictures():
         def read(self, piece):
             yield Broken("a", "is broken")
 
-    with pytest.raises(ValueError, match="'words' has no pictures or clips to train on; `emu3 data` says what is in it"):
+    with pytest.raises(ValueError, match="'words' has no pictures or clips to train on; `emu3 data` says"):
         find_media(Empty())

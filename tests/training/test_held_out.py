@@ -41,8 +41,10 @@ def test_figures(objective, held_out):
     figures = held_out.measure(objective)
     assert objective.training
     tokenizer = objective.tokenizer.eval()
-    sizes = [[16, 16]] * 10
-    codes = [torch.stack(tokenizer.encode(each, sizes[: len(each)]).image_tokens) for each in (held_out.pictures, held_out.clips)]
+    codes = [
+        torch.stack(tokenizer.encode(each, [[16, 16]] * len(each)).image_tokens)
+        for each in (held_out.pictures, held_out.clips)
+    ]
     with torch.no_grad():
         pictures, clips = (tokenizer.decode(each).clamp(-1, 1) for each in codes)
     assert figures["psnr"] == pytest.approx(float(psnr(pictures, held_out.pictures).mean()), rel=1e-4)

@@ -46,7 +46,7 @@ def test_from_a_folder_to_a_tokenizer_and_its_fine_tuned_decoder(folder, tmp_pat
     monkeypatch.setattr(loop, "MAX_WORKERS", 0)
     recipe = VisionRecipe(
         model=MODEL,
-        source=folder,
+        source=str(folder),
         crop=16,
         frames=2,
         batch_size=4,
@@ -66,12 +66,19 @@ def test_from_a_folder_to_a_tokenizer_and_its_fine_tuned_decoder(folder, tmp_pat
     assert [line["through_time_tokens"] for line in log if "through_time_tokens" in line] == [64]
     assert [line["by_frame_tokens"] for line in log if "by_frame_tokens" in line] == [128]
     assert log[3]["held_out_clip_psnr"] == log[4]["through_time_psnr"]
-    assert [path.name for path in sorted((tmp_path / "out" / "sheets").iterdir())] == ["step-000003.png", "step-000006.png"]
+    sheets = sorted(path.name for path in (tmp_path / "out" / "sheets").iterdir())
+    assert sheets == ["step-000003.png", "step-000006.png"]
     made = Emu3VQVAE.from_pretrained(tmp_path / "out" / "vision")
     assert not made.training
 
-    settings = {"start": tmp_path / "out" / "vision", "decoder_only": True, "crop": 16, "clip_share": 0.0, "steps": 3}
-    train_vision(VisionRecipe(source=folder, batch_size=4, held_out_crops=4, **settings), tmp_path / "tuned")
+    settings = {
+        "start": str(tmp_path / "out" / "vision"),
+        "decoder_only": True,
+        "crop": 16,
+        "clip_share": 0.0,
+        "steps": 3,
+    }
+    train_vision(VisionRecipe(source=str(folder), batch_size=4, held_out_crops=4, **settings), tmp_path / "tuned")
     tuned = Emu3VQVAE.from_pretrained(tmp_path / "tuned" / "vision")
     pixels = torch.rand(3, 3, 32, 16) * 2 - 1
     codes = [torch.stack(each.encode(pixels, [[32, 16]] * 3).image_tokens) for each in (made, tuned)]
@@ -92,7 +99,7 @@ def test_from_a_folder_to_a_tokenizer_and_its_fine_tuned_decoder(folder, tmp_pat
         ({"held_out": 1.5}, "held_out is 1.5; give a share from 0 to 1"),
     ],
 )
-def test_settings_that_do_not_fit(settings, words, tmp_path):
+def test_settings_that_do_not_fit(settings, words):
     with pytest.raises(ValueError, match=words):
-        check_sizes(VisionRecipe(source=tmp_path, **settings), space=8, time=4)
-    check_sizes(VisionRecipe(source=tmp_path, frames=6, clip_share=0.0), space=8, time=4)
+        check_sizes(VisionRecipe(source="data", **settings), space=8, time=4)
+    check_sizes(VisionRecipe(source="data", frames=6, clip_share=0.0), space=8, time=4)

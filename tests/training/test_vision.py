@@ -186,7 +186,7 @@ def test_evaluation_changes_nothing():
 
 def test_only_the_decoder_is_trained(tmp_path):
     make_objective().tokenizer.save_pretrained(tmp_path)
-    settings = VisionSettings(start=tmp_path, decoder_only=True)
+    settings = VisionSettings(start=str(tmp_path), decoder_only=True)
     tokenizer, fresh = load_tokenizer(settings)
     assert not fresh
     objective = VisionObjective(tokenizer, settings, fresh).train()
@@ -195,7 +195,9 @@ def test_only_the_decoder_is_trained(tmp_path):
     before = {name: each.clone() for name, each in tokenizer.state_dict().items()}
     losses = train(objective, lambda step: batches[step % 2], 30)
     assert losses[-2] < losses[0]
-    changed = {name.split(".")[0] for name, each in tokenizer.state_dict().items() if not torch.equal(each, before[name])}
+    changed = {
+        name.split(".")[0] for name, each in tokenizer.state_dict().items() if not torch.equal(each, before[name])
+    }
     assert changed == {"decoder", "post_quant_conv"}
     for batch, wanted in zip(batches, codes, strict=True):
         assert torch.equal(objective.codes(batch.pixels), wanted)
@@ -218,3 +220,19 @@ def test_the_discriminator_trains_beside_the_tokenizer():
     apart = float(after.metrics["discriminator"][0])
     assert after.loss.item() != pytest.approx(before.loss.item() + apart, rel=1e-3)
     torch.testing.assert_close(after.metrics["reconstruction"], before.metrics["reconstruction"])
+
+
+def test_a_new_tokenizer_begins_with_what_it_sees():
+    torch.manual_seed(0)
+    plain = Emu3VQVAE(Emu3VQVAEConfig(**MODEL))
+    torch.manual_seed(0)
+    tokenizer, fresh = load_tokenizer(VisionSettings(model=MODEL))
+    assert fresh
+    pixels = make_noise(8, 3, 1, 1).expand(8, 3, 16, 16)  # pictures of one colour each
+    with torch.no_grad():
+        spread = [each.eval().latents(pixels)[1].std(0).mean() for each in (tokenizer, plain)]
+    assert spread[0] > 5 * spread[1]
+    still = make_noise(1, 3, 16, 16)[:, None].expand(1, 8, 3, 16, 16)
+    with torch.no_grad():
+        latents = tokenizer.latents(still)[1]
+    assert (latents[:, 1] - latents[:, 0]).abs().max() < 0.3 * latents[:, 0].std()  # nothing moves

@@ -35,7 +35,7 @@ from emu3.training.recipe import Kind
 from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder
 from emu3.training.state import require_output
-from emu3.training.tokenizer import run_objective
+from emu3.training.tokenizer import VisionRecipe, run_objective, train_vision
 from emu3.training.vision import PictureBatch, VisionObjective, VisionSettings, load_tokenizer
 from emu3.vocabulary import Vocabulary
 
@@ -77,7 +77,7 @@ def make_picture_batch(
     return PictureBatch(to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes]))), codes, step)
 
 
-def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
+def train_icon_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     """Trains a vision tokenizer; see `emu3.training.tokenizer.run_objective`."""
     torch.manual_seed(recipe.seed)
     tokenizer, fresh = load_tokenizer(recipe)
@@ -131,7 +131,8 @@ def train_text_tokenizer(recipe: IconLanguageRecipe, folder: Path, codebook_size
 
 
 KINDS = {
-    "vision": Kind(IconVisionRecipe, train_vision),
+    "vision": Kind(VisionRecipe, train_vision),
+    "icon_vision": Kind(IconVisionRecipe, train_icon_vision),
     "language": Kind(IconLanguageRecipe, train_language),
     "checkpoint": Kind(AssembleRecipe, assemble),
     "draft": Kind(IconDraftRecipe, train_draft),

@@ -22,7 +22,7 @@ class VisionRecipe(VisionSettings):
     """One run of a vision tokenizer on people's pictures; further fields are those of `VisionSettings`.
 
     Attributes:
-        source: a folder of pictures and clips, or whatever else `emu3 data` reads.
+        source: a folder of pictures and clips, or whatever else `emu3 data` reads; named as on the command line.
         source_kind: what it is, where its name does not say.
         crop: height and width of the pictures of a batch, in pixels.
         zoom: a crop shows between 1 / zoom and all of a picture's shorter side.
@@ -36,7 +36,7 @@ class VisionRecipe(VisionSettings):
         cache_megabytes: of decoded pictures that each process keeps.
     """
 
-    source: Path
+    source: str
     source_kind: Literal["folder", "webdataset", "parquet", "datasets", "conversations"] | None = None
     crop: int = 128
     zoom: float = 4.0

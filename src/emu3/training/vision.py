@@ -14,14 +14,15 @@ Letters: B, C, T, H, W, see CONTRIBUTING.md.
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from emu3.checkpoints import resolve
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.vision import Emu3VQVAE
+from emu3.modeling.vision_blocks import SpatialNorm, TemporalDownsample, TemporalResnetBlock, TemporalUpsample
 from emu3.training.codebook import CodebookAverages, CodeUse, k_means, share_first, straight_through_scores
 from emu3.training.discriminator import PatchDiscriminator, balance, discriminator_loss, fooling_loss
 from emu3.training.loop import autocast
@@ -37,7 +38,7 @@ class VisionSettings(RunSettings):
 
     Attributes:
         model: arguments of `Emu3VQVAEConfig`, where training starts from nothing.
-        start: the folder of a checkpoint, or of a vision tokenizer alone, to go on from.
+        start: a checkpoint, or the folder of a vision tokenizer alone, to go on from; named as on the command line.
         decoder_only: trains the decoder only. Pictures keep their codes, so shards of them stay valid.
         learning_rate: the highest; it rises over `warmup` steps, then falls as a cosine to a twentieth.
         warmup: steps of rising rate.
@@ -57,7 +58,7 @@ class VisionSettings(RunSettings):
     """
 
     model: Annotated[dict[str, Any], arguments_of(Emu3VQVAEConfig)] = field(default_factory=dict)
-    start: Path | None = None
+    start: str | None = None
     decoder_only: bool = False
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -78,7 +79,7 @@ class VisionSettings(RunSettings):
         if self.decoder_only and self.start is None:
             raise ValueError("decoder_only = true needs a tokenizer to keep; name it by start = FOLDER")
         if self.start is not None and self.model:
-            raise ValueError(f"model and start = {str(self.start)!r} exclude each other; the checkpoint has its model")
+            raise ValueError(f"model and start = {self.start!r} exclude each other; the checkpoint has its model")
 
 
 class StepResult(NamedTuple):
@@ -302,8 +303,43 @@ def without_autocast(device: torch.device) -> torch.autocast:
 def load_tokenizer(settings: VisionSettings) -> tuple[Emu3VQVAE, bool]:
     """The tokenizer that training starts from, in float32, and whether its codebook is still to be learned."""
     if settings.start is None:
-        return Emu3VQVAE(Emu3VQVAEConfig(**settings.model)), True
-    return Emu3VQVAE.from_pretrained(settings.start, dtype=torch.float32), False
+        tokenizer = Emu3VQVAE(Emu3VQVAEConfig(**settings.model))
+        begin_plainly(tokenizer)
+        return tokenizer, True
+    return Emu3VQVAE.from_pretrained(resolve(settings.start), dtype=torch.float32), False
+
+
+@torch.no_grad()
+def begin_plainly(tokenizer: Emu3VQVAE) -> None:
+    """Gives a new tokenizer first weights with which pictures pass its narrow parts, in place.
+
+    With PyTorch's own, eight or more layers between encoder and decoder each weaken the signal, and all that the first
+    hundred steps learn is the mean colour. Here the temporal layers begin as means over time, their residual blocks as
+    nothing, and the conditioning of the decoder's norms as norms without it. Every layer stays free to learn.
+    """
+    for module in tokenizer.modules():
+        match module:
+            case SpatialNorm():
+                nn.init.ones_(module.conv_y.bias)
+                nn.init.zeros_(module.conv_b.bias)
+            case TemporalResnetBlock():
+                nn.init.zeros_(module.conv2.conv.weight)
+            case TemporalDownsample():
+                _begin_as_identity(module.conv.conv, taps=2, bias=1.0)  # where SiLU is nearly straight
+            case TemporalUpsample():
+                _begin_as_identity(module.conv.conv, taps=1, bias=1.0)
+    _begin_as_identity(tokenizer.quant_conv.conv, taps=1, gain=4.0)
+    _begin_as_identity(tokenizer.post_quant_conv.conv, taps=1)
+
+
+def _begin_as_identity(conv: nn.Conv3d, taps: int, gain: float = 1.0, bias: float = 0.0) -> None:
+    """The mean of so many newest frames, plus a tenth of what was there."""
+    weight = conv.weight.mul_(0.1)
+    row, column = weight.shape[3] // 2, weight.shape[4] // 2
+    for channel in range(min(weight.shape[:2])):
+        weight[channel, channel, -taps:, row, column] += gain / taps
+    assert conv.bias is not None
+    conv.bias.fill_(bias)
 
 
 def learning_rate(settings: VisionSettings, step: int) -> float:
