@@ -103,3 +103,26 @@ def test_the_gradient_keeps_its_length_where_codes_are_dense():
     straight_through_scores(latents, codebook, torch.cdist(latents, codebook).argmin(1)).backward(upstream)
     ratio = (latents.grad * upstream).sum() / upstream.square().sum()
     assert 0.6 < float(ratio) < 1.4
+
+
+def run_process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    averages, codebook = CodebookAverages(3, 1), torch.tensor([[0.0], [4.0], [90.0]])
+    averages.start(codebook, latents=3)
+    latents, codes = torch.tensor([[1.0], [3.0 + 2 * rank]]), torch.tensor([0, 1])
+    averages.count(latents, codes)
+    averages.move(codebook, decay=0.0)
+    averages.restart(codebook, latents, codes, below=0.5)
+    torch.save({"codebook": codebook, **averages.state_dict()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_one_codebook(tmp_path):
+    torch.multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(each, second[name]) for name, each in first.items())
+    assert first["codebook"][:2].tolist() == [[1.0], [4.0]]  # 4 is the mean of 3 and 5, each seen by one process
+    assert first["codebook"][2].item() in (1.0, 3.0)  # a latent of the first process

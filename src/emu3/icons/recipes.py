@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.configuration import Emu3VQVAEConfig
 from emu3.icons.design import Design
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
@@ -80,7 +81,10 @@ def make_picture_batch(
 def train_icon_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     """Trains a vision tokenizer; see `emu3.training.tokenizer.run_objective`."""
     torch.manual_seed(recipe.seed)
-    tokenizer, fresh = load_tokenizer(recipe)
+    if recipe.start is not None:
+        tokenizer, fresh = load_tokenizer(recipe)
+    else:  # with PyTorch's own first weights, as in the shipped run
+        tokenizer, fresh = Emu3VQVAE(Emu3VQVAEConfig(**recipe.model)), True
     objective = VisionObjective(tokenizer, recipe, fresh)
     design = None
     if recipe.shapes is not None:

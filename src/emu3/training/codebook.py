@@ -59,7 +59,7 @@ class CodebookAverages(nn.Module):
         uses = torch.zeros_like(self.uses).index_add_(0, codes, torch.ones_like(codes, dtype=self.uses.dtype))
         sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
         for new, total in ((uses, self.new_uses), (sums, self.new_sums)):
-            if torch.distributed.is_initialized():
+            if has_other_processes():
                 torch.distributed.all_reduce(new)
             total.add_(new)
 
@@ -95,9 +95,14 @@ class CodebookAverages(nn.Module):
             self.sums[dead] = mean * chosen
 
 
+def has_other_processes() -> bool:
+    """Whether training runs on several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def share_first(tensor: Tensor) -> None:
     """Gives every process, in place, the first one's values."""
-    if torch.distributed.is_initialized():
+    if has_other_processes():
         torch.distributed.broadcast(tensor, 0)
 
 
