@@ -111,11 +111,13 @@ def test_straight_through_gradient_of_averages():
 
 def test_codes_of_the_inner_product_are_those_that_inference_takes():
     objective = make_objective(codebook="inner_product")
+    objective.tokenizer.eval()  # as batch norms are at inference
     batch = PictureBatch(make_noise(2, 8, 3, 16, 16))
     with torch.no_grad():
         objective.set_codebook(objective.tokenizer.latents(batch.pixels)[1].movedim(2, -1).flatten(0, -2)[::4])
-    objective.tokenizer.eval()  # as batch norms are at inference
-    train(objective, lambda step: batch, 3, rate=1e-2)
+    before = objective.codebook.detach().clone()
+    train(objective, lambda step: batch, 2, rate=1e-3)
+    assert not torch.equal(objective.codebook, before)
     objective.eval()
     latents = objective.tokenizer.latents(batch.pixels)[1]
     decoded, _ = objective.decoder_input(latents)
