@@ -41,7 +41,7 @@ bench: .venv/.installed  ## speed, as a ratio against transformers on the same w
 	$(BIN)/emu3 bench nano
 
 nano: .venv/.installed  ## train the shipped checkpoint again; hours on two cores
-	set -e; for recipe in vision language checkpoint draft; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
+	set -e; for recipe in vision shards language checkpoint draft; do $(BIN)/emu3 train recipes/nano/$$recipe.toml; done
 
 # A stamp is written last, so an interrupted installation starts again and a finished one is left alone.
 .venv/.runtime: pyproject.toml constraints.txt

@@ -15,7 +15,7 @@ settings.load_profile("repeatable")
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact arithmetic in training, whatever the processor can do."""
-    monkeypatch.setattr("emu3.training.loop.has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr("emu3.training.machine.has_fast_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -127,11 +127,11 @@ def _strip_message(message: Message, texts: list[str], images: list[Any]) -> Mes
             parts.append({"type": "text", "text": stand_in(part["text"])})
         else:
             parts.append({"type": "image"})
-            images.append(_picture_of(part))
+            images.append(picture_of(part))
     return {"role": role, "content": parts}
 
 
-def _picture_of(part: Mapping[str, Any]) -> Any:
+def picture_of(part: Mapping[str, Any]) -> Any:
     """The picture of a part of a message, or where it lies. ValueError where there is none, or more than one."""
     given = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
     if len(given) != 1:

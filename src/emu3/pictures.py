@@ -3,17 +3,20 @@
 Letters: C, H, W, see CONTRIBUTING.md.
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
-from transformers.image_transforms import to_channel_dimension_format
-from transformers.image_utils import ChannelDimension
+
+if TYPE_CHECKING:  # transformers is imported where it is needed: who only opens pictures does not wait for it
+    from transformers.image_utils import ChannelDimension
 
 Array = npt.NDArray[Any]
 
@@ -103,6 +106,8 @@ def _read_wide_pixels(picture: Image.Image, convert_rgb: bool) -> Array:
 
 def _find_layout(pixels: Array) -> ChannelDimension:
     """Which axis holds the channels: the first or last of length 3, else 1, else 4; the first if both have it."""
+    from transformers.image_utils import ChannelDimension
+
     for channels in (3, 1, 4):
         if pixels.shape[0] == channels:
             return ChannelDimension.FIRST
@@ -120,6 +125,9 @@ def to_channels_last(
     With `convert_rgb` the array has 3 channels; the last of 4 channels of uint8 is transparency. Raises ValueError if
     `picture` is no picture, is damaged or empty, holds NaN or infinity, or cannot become RGB.
     """
+    from transformers.image_transforms import to_channel_dimension_format
+    from transformers.image_utils import ChannelDimension
+
     if isinstance(picture, Image.Image):
         return read_pixels(picture, convert_rgb), ChannelDimension.LAST
     pixels = to_array(picture)

@@ -83,7 +83,7 @@ class Emu3Pipeline:
     @classmethod
     @takes(Load)
     def from_pretrained(cls, name: str | Path, **options: Any) -> Emu3Pipeline:
-        """Load "nano", which is part of the package, a folder, or a hub id `owner/name`.
+        """Load "nano", which is part of the package, a folder, or a hub id `owner/name`; an adapter with its base.
 
         `emu3.options.Load` describes the options.
 
@@ -94,6 +94,7 @@ class Emu3Pipeline:
         if not isinstance(name, str | Path) or not str(name):
             raise ValueError(f'name must be that of a checkpoint, such as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor, pick_device
+        from emu3.checkpoints.opened import holder
         from emu3.modeling.draft import load_draft
 
         device = pick_device(load.device, load.int8)
@@ -102,7 +103,7 @@ class Emu3Pipeline:
             check_fits(folder, load.dtype, load.int8, device)
         processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
         model = load_model(folder, dtype=load.dtype, device=device, int8=load.int8, device_map=load.device_map)
-        draft = load_draft(folder, model) if load.draft else None
+        draft = load_draft(holder(folder, "draft"), model) if load.draft else None
         return cls(model, processor, compiled=load.compiled, draft=draft)
 
     @property

@@ -7,27 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from emu3.data.folders import FolderSource
 from emu3.data.media import open_picture_of
 from emu3.data.samples import Broken, Media, Sample
-from emu3.data.sources import Source, open_source
+from emu3.data.sources import open_source
+
+from .reading import read, save
 
 
-def save(path: Path, color: str = "red", size: tuple[int, int] = (6, 4)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path, {".gif": "GIF", ".jpg": "JPEG"}.get(path.suffix.lower(), "PNG"))
-    return path
-
-
-def read(source: Source) -> list[Sample | Broken]:
-    return [each for piece in range(source.pieces) for each in source.read(piece)]
-
-
-def told(folder: Path) -> dict[str, str]:
+def captions(folder: Path) -> dict[str, str]:
     """Caption, "" for none, or reason in brackets, by key."""
     found = {}
     for each in read(FolderSource(folder)):
@@ -49,7 +41,7 @@ def test_captions_beside_pictures(tmp_path: Path) -> None:
     (tmp_path / "notes.pdf").write_text("ignored")
     source = open_source(tmp_path)
     assert (source.name, source.pieces) == (tmp_path.name, 1)
-    assert told(tmp_path) == {"cats/one": "a blue cat <|image start|>", "dog.v2": "a dog"}
+    assert captions(tmp_path) == {"cats/one": "a blue cat <|image start|>", "dog.v2": "a dog"}
     first, _ = read(pickle.loads(pickle.dumps(source)))
     media = first.parts[1].content
     assert (media.kind, media.file) == ("picture", str(tmp_path / "cats" / "one.png"))
@@ -68,7 +60,7 @@ def test_what_is_broken(tmp_path: Path) -> None:
         "alone": b"x",
     }.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
-    assert told(tmp_path) == {
+    assert captions(tmp_path) == {
         "alone.txt": "[a caption without a picture]",
         "empty": "[empty.txt: the caption is empty]",
         "good": "fine",
@@ -82,7 +74,7 @@ def test_what_is_broken(tmp_path: Path) -> None:
 def test_without_captions(tmp_path: Path) -> None:
     save(tmp_path / "b.png")
     save(tmp_path / "a.png")
-    assert told(tmp_path) == {"a": "", "b": ""}
+    assert captions(tmp_path) == {"a": "", "b": ""}
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -103,7 +95,7 @@ def test_metadata(tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "metadata.jsonl").write_text("\n".join([*lines[:2], "", "{broken", *lines[2:]]))
     (tmp_path / "sub" / "metadata.csv").write_text('file_name,text\nd.png,"two\nlines"\ne.png\n')
-    assert told(tmp_path) == {
+    assert captions(tmp_path) == {
         "a": "first",
         "b": "second",
         "c": "[metadata.jsonl:5: the caption is empty]",
@@ -127,7 +119,7 @@ def test_links(tmp_path: Path) -> None:
     os.symlink(outside, folder / "b.png")
     os.symlink(folder / "in" / "a.png", folder / "c.png")
     os.symlink(outside.parent, folder / "d")
-    assert told(folder) == {
+    assert captions(folder) == {
         "in/a": "",
         "b.png": "[a link that leaves the folder; copy the file]",
         "c": "",
@@ -136,7 +128,7 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no pictures or clips; looked for \.avi, \.bmp"):
+    with pytest.raises(ValueError, match=r"holds no pictures or clips; looked for \.avi, \.avif, \.bmp"):
         FolderSource(tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         FolderSource(tmp_path / "gone")
@@ -163,11 +155,13 @@ def test_pieces_are_runs_of_a_thousand(tmp_path: Path) -> None:
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=4,
 )
 ROWS = st.fixed_dictionaries({}, optional={"file_name": JSON | st.just("a.png"), "text": JSON, "caption": JSON})
 
 
 @given(st.lists(st.binary() | (JSON | ROWS).map(lambda row: json.dumps(row).encode())), st.binary())
+@settings(max_examples=60)
 def test_any_table_gives_samples_or_broken(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], csv: bytes
 ) -> None:
@@ -178,3 +172,9 @@ def test_any_table_gives_samples_or_broken(
     found = read(FolderSource(folder))
     assert all(isinstance(each, Sample | Broken) for each in found)
     assert [each.key for each in found].count("a") == 1
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    assert captions(tmp_path) == {"a": "", "caf\\xe9.png": "[its name is not UTF-8; rename it]"}

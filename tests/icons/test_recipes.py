@@ -9,23 +9,25 @@ import torch
 from safetensors.torch import load_file
 
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.data.shards import Shard
 from emu3.icons import recipes
+from emu3.icons.captions import DESCRIBE, full_caption, questions
 from emu3.icons.recipes import (
     KINDS,
     IconVisionRecipe,
+    export_shards,
     make_picture_batch,
     run_recipe,
     sample_batch,
-    train_icon_vision,
-    train_language,
+    train_draft,
+    train_vision,
 )
 from emu3.icons.scenes import contains_held_out, render
-from emu3.icons.sequences import IconLanguageRecipe, SceneSource, Weights
-from emu3.modeling.text import Emu3ForCausalLM
+from emu3.icons.sequences import IconDraftRecipe, IconShardsRecipe, SceneSource
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.tokenization import train_tokenizer
 from emu3.training import loop
 from emu3.training.recipe import read_recipe
+from emu3.training.state import read_log
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -38,20 +40,13 @@ VISION = {
     "attn_resolutions": [],
     "hidden_size": 32,
 }
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "attention_dropout": 0.0,
-}
 
 
 @pytest.mark.parametrize("path", sorted(NANO.glob("*.toml")), ids=lambda path: path.stem)
 def test_nanos_recipes_fit_their_kinds(path):
     kind, recipe, _ = read_recipe(path, KINDS)
-    assert kind.removeprefix("icon_") == path.stem
+    kinds = {"vision": "icon_vision", "shards": "icon_shards", "draft": "icon_draft", "language": "pretrain"}
+    assert kind == kinds.get(path.stem, path.stem)
     for source in getattr(recipe, "sources", ()):
         assert source.count > 0
         assert 0 < source.share <= 1
@@ -78,25 +73,65 @@ def test_pictures_of_a_batch():
 
 
 def test_a_recipe_before_the_one_it_needs(tmp_path):
-    (tmp_path / "recipe.toml").write_text(
-        'kind = "checkpoint"\noutput = "out"\nvision = "made/vision"\nlanguage = "made"\nimage_area = 64'
-    )
-    with pytest.raises(ValueError, match=r"no model in '.*made/vision'; run the recipe that makes it first"):
+    (tmp_path / "recipe.toml").write_text('kind = "checkpoint"\noutput = "out"\nlanguage = "made"')
+    with pytest.raises(ValueError, match=r"no model in '.*made'; run the recipe that makes it first"):
         run_recipe(tmp_path / "recipe.toml")
     assert not (tmp_path / "out").exists()
 
 
+def test_nanos_mixture_is_what_its_shards_recipe_leaves():
+    """Every folder is there, for drawing and for reading; in every span of steps the shares add up."""
+    shards, language = (read_recipe(NANO / name, KINDS)[1] for name in ("shards.toml", "language.toml"))
+    made = {f"{source.name_with_captions}-{use}" for source in shards.sources for use in ("draw", "read")}
+    assert {each.path.name for each in language.data} == made
+    for step in (0, 300, 600, 1100, 6499):
+        used = [each for each in language.data if each.steps[0] <= step < each.steps[1]]
+        assert sum(each.weight for each in used) == pytest.approx(1.0, abs=0.02)
+        drawn = sum(each.weight for each in used if each.path.name.endswith("-draw"))
+        assert drawn == pytest.approx(0.6, abs=0.02)
+
+
 def test_a_design_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="54 codes of 20 dimensions; set codebook_size to 54"):
-        train_icon_vision(IconVisionRecipe(model=VISION, shapes=2), tmp_path)
+        train_vision(IconVisionRecipe(model=VISION, shapes=2), tmp_path)
 
 
 def test_a_step_without_a_source_is_refused(tmp_path):
-    Emu3VQVAE(Emu3VQVAEConfig(**VISION)).save_pretrained(tmp_path / "vision")
-    sources = tuple(SceneSource(share=1.0, seed=0, count=1, steps=steps) for steps in ((0, 4), (5, 9)))
+    sources = tuple(SceneSource(seed=0, count=1, steps=steps) for steps in ((0, 4), (5, 9)))
     with pytest.raises(ValueError, match="no source of scenes for step 4"):
-        train_language(IconLanguageRecipe(model=MODEL, vision="../vision", sources=sources, steps=9), tmp_path / "run")
+        train_draft(IconDraftRecipe(checkpoint=tmp_path, sources=sources, steps=9), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_scenes_become_shards(tmp_path):
+    """Codes are those of the tokenizer; the words are those of the scene; the same recipe makes the same bytes."""
+    torch.manual_seed(0)
+    tokenizer = Emu3VQVAE(Emu3VQVAEConfig(**VISION)).eval()
+    tokenizer.save_pretrained(tmp_path / "vision")
+    source = SceneSource(seed=3, count=5, height=32, width=40, full_captions=1.0)
+    recipe = IconShardsRecipe(vision=tmp_path / "vision", sources=(source,), turns=2, visits=2)
+    export_shards(recipe, tmp_path / "a")
+    export_shards(recipe, tmp_path / "b")
+    for use in ("draw", "read"):
+        name = f"32x40-all-5-3-1-0-{use}/00000.parquet"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        shard = Shard(tmp_path / "a" / name)
+        assert shard.keys == [f"{index}-{visit}" for index in range(5) for visit in range(2)]
+        for at, sample in enumerate(shard):
+            _, scene = source.scene(at // 2)
+            pixels = torch.from_numpy(render(scene)).movedim(-1, 0)[None] / 127.5 - 1
+            with torch.no_grad():
+                codes = tokenizer.quantize(tokenizer.latents(pixels)[1])[0]
+            (visual,) = (part.content for part in sample.parts if part.role in ("draw", "read"))
+            assert np.array_equal(visual.codes_THW, codes.numpy())
+            if use == "draw":
+                assert sample.parts[0].content.text == full_caption(scene)
+            else:
+                known = {question.text: question.answer for question in questions(scene)}
+                known[DESCRIBE] = full_caption(scene)
+                asked = [part.content.text for part in sample.parts[1::2]]
+                assert [known[each] for each in asked] == [part.content.text for part in sample.parts[2::2]]
+                assert len(asked) == 2
 
 
 class Killed(Exception):
@@ -117,16 +152,13 @@ def kill(train, recipe, folder):
             train(recipe, folder)
 
 
-def assert_same_runs(a, b, names):
-    for name in names:
-        whole, resumed = (load_file(folder / name) for folder in (a, b))
-        assert whole.keys() == resumed.keys()
-        assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == [], name
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b)]
+def assert_same_runs(a, b):
+    whole, resumed = (load_file(folder / "vision" / "model.safetensors") for folder in (a, b))
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    logs = [read_log(folder) for folder in (a, b)]
     for line in logs[0] + logs[1]:
         assert np.isfinite([*line.values()]).all()
-        for name in ("pictures_per_second", "tokens_per_second"):
-            line.pop(name, None)
+        line.pop("pictures_per_second", None)
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]][:6] == [1, 2, 3, 4, 5, 6]
 
@@ -150,54 +182,16 @@ def test_a_killed_run_of_the_vision_tokenizer_goes_on_bit_for_bit(tmp_path, monk
     monkeypatch.setattr(recipes, "MEASURED_PICTURES", 16)
     settings = {"model": VISION, "steps": 6, "batch_size": 2, "save_every": 3, "report_every": 1}
     recipe = IconVisionRecipe(**settings | changes)
-    train_icon_vision(recipe, tmp_path / "whole")
-    kill(train_icon_vision, recipe, tmp_path / "resumed")
-    train_icon_vision(recipe, tmp_path / "resumed")
-    files = ("state/model.safetensors", "state/optimizer-0.safetensors", "vision/model.safetensors")
-    assert_same_runs(tmp_path / "whole", tmp_path / "resumed", files)
+    train_vision(recipe, tmp_path / "whole")
+    kill(train_vision, recipe, tmp_path / "resumed")
+    train_vision(recipe, tmp_path / "resumed")
+    assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     assert not Emu3VQVAE.from_pretrained(tmp_path / "resumed" / "vision").training
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({}, id="drawing and reading"),
-        pytest.param({"draw_share": 0.0, "turns": 2, "weights": Weights(read_visual=0.0)}, id="answers only"),
-        pytest.param({"code_factors": [4, 4]}, id="factors"),
-    ],
-)
-def test_a_killed_run_of_the_language_model_goes_on_bit_for_bit(tmp_path, monkeypatch, changes):
-    torch.manual_seed(0)
-    Emu3VQVAE(Emu3VQVAEConfig(**VISION)).save_pretrained(tmp_path / "vision")
-    # The recipe's own tokenizer reads thousands of captions.
-    tokenizer = train_tokenizer(["a photo of a red car"], 260, 16)
-    monkeypatch.setattr(recipes, "train_text_tokenizer", lambda *arguments: tokenizer)
-    recipe = IconLanguageRecipe(
-        model=MODEL,
-        vision="../vision",
-        sources=(
-            SceneSource(share=0.5, seed=0, count=30),
-            SceneSource(share=0.5, seed=1, count=20, height=32, width=40, tasks=("colors",)),
-        ),
-        steps=6,
-        batch_size=2,
-        warmup=2,
-        save_every=3,
-        report_every=1,
-        **changes,
-    )
-    train_language(recipe, tmp_path / "whole")
-    kill(train_language, recipe, tmp_path / "resumed")
-    train_language(recipe, tmp_path / "resumed")
-    files = [f"state/{name}.safetensors" for name in ("model", "optimizer-0", "optimizer-1")]
-    assert_same_runs(tmp_path / "whole", tmp_path / "resumed", [*files, "language/model.safetensors"])
-    loaded = Emu3ForCausalLM.from_pretrained(tmp_path / "resumed" / "language")
-    assert loaded.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.slow
 def test_the_vision_tokenizer_learns(tmp_path):
     recipe = IconVisionRecipe(model=VISION, steps=80, batch_size=4, continuous_steps=40, report_every=20, save_every=80)
-    train_icon_vision(recipe, tmp_path)
+    train_vision(recipe, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["held_out_psnr"] > log[0]["psnr"] + 2

@@ -16,8 +16,8 @@ from emu3.serving.server import Server
 class Running:
     """A server in a thread."""
 
-    def __init__(self, pipeline, **options):
-        self.app = create_app(pipeline, "nano", Serve(port=0, **options))
+    def __init__(self, pipeline, name="nano", **options):
+        self.app = create_app(pipeline, name, Serve(port=0, **options))
         self.worker = self.app.state.service.worker
         self.server = Server(self.app, self.worker, drain_seconds=20)
         self.server.capture_signals = no_signals
@@ -81,7 +81,7 @@ def serve(nano):
     running = []
 
     def make(**options):
-        running.append(Running(nano, **options))
+        running.append(Running(options.pop("pipeline", nano), **options))
         return running[-1]
 
     yield make

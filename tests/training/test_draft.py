@@ -6,30 +6,33 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.data.samples import Part, Sample
 from emu3.modeling.draft import load_draft
+from emu3.segments import Text, Visual
 from emu3.training import draft
 from emu3.training.draft import DraftBatch, DraftRecipe, Pairs, draft_loss, read
-from emu3.training.sequences import SequenceBuilder, collate
+from emu3.training.sequences import SequenceBuilder
 
 pytestmark = pytest.mark.usefixtures("float32")
 
 
 def make_batch(builder, step):
     rng = np.random.default_rng(step)
-    codes_BHW = rng.integers(16, size=(4, 3, 5))
     samples = [
-        builder.drawing(words, codes_HW, 1.0, np.ones((3, 5)))
-        for words in ("a photo of a red car", None)
-        for codes_HW in codes_BHW
+        Sample(str(at), (Part("prompt", Text("a photo of a red car")), Part("draw", Visual(codes[None]))))
+        for at, codes in enumerate(rng.integers(16, size=(4, 3, 5)))
     ]
-    return DraftBatch(collate(samples, builder.vocabulary.pad)[0], 3, 5)
+    ids = [builder.build(sample, without_prompt=alone).ids for alone in (False, True) for sample in samples]
+    rows = pad_sequence(list(map(torch.from_numpy, ids)), batch_first=True, padding_value=builder.vocabulary.pad)
+    return DraftBatch(rows, 3, 5, step)
 
 
 def test_pairs_are_of_codes_with_room_between():
     torch.manual_seed(0)
-    batch = DraftBatch(torch.empty(4, 0), 3, 5)
+    batch = DraftBatch(torch.empty(4, 0), 3, 5, 0)
     newest, ahead = Pairs.sample(batch, 2, 4000, ahead=4)
     assert newest.shape == ahead.shape == (2, 4000)
     pairs = set(zip(newest.flatten().tolist(), ahead.flatten().tolist(), strict=True))
@@ -40,7 +43,7 @@ def test_pairs_are_of_codes_with_room_between():
 def test_a_head_learns_what_the_model_says(tiny_checkpoint, tmp_path):
     model = load_model(tiny_checkpoint)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    builder = SequenceBuilder(load_processor(tiny_checkpoint).tokenizer, model.model.vocabulary)
+    builder = SequenceBuilder(load_processor(tiny_checkpoint), model.model.vocabulary)
     (tmp_path / "checkpoint").mkdir()
     recipe = DraftRecipe(
         checkpoint=tmp_path / "checkpoint",

@@ -1,20 +1,36 @@
-"""The language model's training."""
-
-import json
-from functools import partial
+"""Training language models on shards: from scratch, all weights of a checkpoint, adapters."""
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from peft import PeftModel
+from safetensors.torch import load_file
 
+from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3TextConfig
+from emu3.data.samples import Part, Sample
+from emu3.data.shards import ShardInfo, write_shard
 from emu3.modeling.text import Emu3ForCausalLM
+from emu3.pipeline import Emu3Pipeline
+from emu3.segments import Text, Visual
 from emu3.tokenization import train_tokenizer, vocabulary_map
-from emu3.training import language
-from emu3.training.language import LanguageRecipe, SequenceBatch, attend_causally, learning_rates, next_token_loss
-from emu3.training.sequences import SequenceBuilder, collate
+from emu3.training.language import (
+    FinetuneRecipe,
+    LanguageRecipe,
+    LoraRecipe,
+    MixedShards,
+    PictureSettings,
+    PretrainRecipe,
+    captions,
+    finetune,
+    learning_rates,
+    lora,
+    make_optimizers,
+    open_mixture,
+    pretrain,
+    share_factors,
+)
+from emu3.training.state import read_log
 from emu3.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -29,35 +45,30 @@ MODEL = {
 }
 
 
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """Shards of two drawings and a conversation, of 16 codes."""
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(16, size=(1, 12, 12)) for _ in range(2)]
+    samples = [
+        Sample("cat", (Part("prompt", Text("a red cat")), Part("draw", Visual(codes[0])))),
+        Sample("dog", (Part("prompt", Text("a big dog")), Part("draw", Visual(codes[1])))),
+        Sample("talk", (Part("read", Visual(codes[0])), Part("prompt", Text("what")), Part("answer", Text("a cat")))),
+    ]
+    folder = tmp_path_factory.mktemp("pets")
+    info = ShardInfo(tokenizer="t", codebook_size=16, settings="s", source="pets")
+    write_shard(folder / "00000.parquet", info, samples)
+    return folder
+
+
 def test_rate():
     """Up over the warm-up, flat, down over the last part."""
     recipe = LanguageRecipe(
-        model={}, steps=100, warmup=10, decay_share=0.2, learning_rate=1.0, embedding_learning_rate=2.0
+        data=(), steps=100, warmup=10, decay_share=0.2, learning_rate=1.0, embedding_learning_rate=2.0
     )
     expected = {0: 0.1, 4: 0.5, 9: 1.0, 50: 1.0, 80: 1.0, 90: 0.5, 95: 0.25, 99: 0.05}
     for step, rate in expected.items():
         assert learning_rates(recipe, step) == pytest.approx([rate, 2 * rate])
-
-
-def test_attending_causally_is_that_of_sdpa():
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
-    mixed, _ = attend_causally(torch.nn.Module(), query, key, value, None, scaling=0.3)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(mixed, expected.transpose(1, 2))
-
-
-def test_next_token_loss_is_the_weighted_mean_of_the_models_own():
-    torch.manual_seed(0)
-    model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=30, pad_token_id=0, initializer_range=0.3)).eval()
-    ids = torch.randint(1, 30, (2, 6))
-    weights = torch.tensor([[0.0, 0.0, 2.0, 1.0, 1.0, 0.0], [0.0, 0.5, 0.5, 0.0, 0.0, 0.0]])
-    loss, losses, targets = next_token_loss(model, model.model.run_layers, ids, weights)
-    each = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    torch.testing.assert_close(loss, (each * weights[:, 1:]).sum() / weights.sum())
-    counts = weights[:, 1:] > 0
-    torch.testing.assert_close(losses, each[counts])
-    assert targets.tolist() == ids[:, 1:][counts].tolist()
 
 
 def test_visual_ids_start_as_sums_of_their_factors():
@@ -67,7 +78,7 @@ def test_visual_ids_start_as_sums_of_their_factors():
     model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=len(tokenizer), pad_token_id=vocabulary.pad))
     tables = (model.model.embed_tokens.weight.data, model.lm_head.weight.data)
     before = [table.clone() for table in tables]
-    language.share_factors(model, vocabulary, [4, 3, 2])
+    share_factors(model, vocabulary, [4, 3, 2])
     lo, hi = vocabulary.visual_span
     for table, old in zip(tables, before, strict=True):
         assert torch.equal(table[:lo], old[:lo])
@@ -79,44 +90,98 @@ def test_visual_ids_start_as_sums_of_their_factors():
         assert len(table[lo:hi].unique(dim=0)) == 24
         assert float(table[lo:hi].std() / old[lo:hi].std()) == pytest.approx(1.0, abs=0.25)
     with pytest.raises(ValueError, match=r"\[5, 5\] do not multiply to the 24 codes"):
-        language.share_factors(model, vocabulary, [5, 5])
+        share_factors(model, vocabulary, [5, 5])
 
 
-def test_optimizers_share_the_parameters_out():
+@pytest.mark.parametrize(("name", "kind"), [("muon", torch.optim.Muon), ("adamw", torch.optim.AdamW)])
+def test_optimizers_share_the_parameters_out(name, kind):
     model = Emu3ForCausalLM(Emu3TextConfig(**MODEL, vocab_size=30, pad_token_id=0))
-    muon, adam = language.make_optimizers(model, LanguageRecipe(model={}))
+    model.model.norm.weight.requires_grad_(False)
+    of_matrices, of_rest = make_optimizers(LanguageRecipe(data=(), optimizer=name), model)
+    assert type(of_matrices) is kind
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    in_muon, in_adam = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (muon, adam))
-    assert in_muon | in_adam == set(names.values())
-    assert not in_muon & in_adam
-    assert in_adam == {
+    first, rest = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (of_matrices, of_rest))
+    assert first | rest == set(names.values()) - {"model.norm.weight"}
+    assert not first & rest
+    assert rest == {
         "lm_head.weight",
         "model.embed_tokens.weight",
         "model.layers.0.input_layernorm.weight",
         "model.layers.0.post_attention_layernorm.weight",
-        "model.norm.weight",
     }
 
 
-def make_batch(builder, step):
-    """One picture, always the same."""
-    codes = np.arange(16).reshape(4, 4)
-    return SequenceBatch(
-        "draw", *collate([builder.drawing("a car", codes, 1.0, np.ones((4, 4)))], builder.vocabulary.pad)
-    )
+def settings(pets, **values):
+    return {
+        "data": (MixedShards(path=pets),),
+        "steps": 30,
+        "length": 600,
+        "warmup": 2,
+        "report_every": 10,
+        "learning_rate": 0.02,
+        "null_prompt": 0.0,
+        "draw_every": 30,
+    } | values
 
 
-def test_any_source_of_sequences_is_learned(tmp_path):
-    tokenizer = train_tokenizer(["a photo of a red car"], 260, 16)
-    builder = SequenceBuilder(tokenizer, Vocabulary.from_map(vocabulary_map(tokenizer)))
-    recipe = LanguageRecipe(
-        model=MODEL, steps=40, warmup=2, learning_rate=0.02, embedding_learning_rate=0.05, report_every=10
+def losses(folder, name):
+    return [line[name] for line in read_log(folder) if name in line]
+
+
+def test_captions_are_what_is_drawn_to_watch(pets, tiny_checkpoint):
+    shards = open_mixture(LanguageRecipe(data=(MixedShards(path=pets),)), load_model(tiny_checkpoint).model.vqmodel)
+    assert captions(shards) == ["a red cat", "a big dog"]
+
+
+def test_from_scratch(pets, tiny_checkpoint, tmp_path):
+    load_model(tiny_checkpoint).model.vqmodel.save_pretrained(tmp_path / "vision")
+    recipe = PretrainRecipe(
+        **settings(pets, optimizer="muon", embedding_learning_rate=0.05),
+        model=MODEL,
+        vision=tmp_path / "vision",
+        text_entries=258,
+        image_area=2304,
+        image_processor=PictureSettings(min_pixels=64, max_pixels=2304),
     )
-    registered = dict(ALL_ATTENTION_FUNCTIONS)
-    language.train(recipe, tmp_path, tokenizer, partial(make_batch, builder))
-    assert dict(ALL_ATTENTION_FUNCTIONS) == registered
-    losses = [json.loads(line)["draw"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 4
-    assert losses[-1] < 0.5 * losses[0]
-    loaded = Emu3ForCausalLM.from_pretrained(tmp_path / "language")
-    assert loaded.config._attn_implementation == "sdpa"
+    pretrain(recipe, tmp_path / "run")
+    assert losses(tmp_path / "run", "draw")[-1] < 0.75 * losses(tmp_path / "run", "draw")[0]
+    assert losses(tmp_path / "run", "answer")[-1] < 0.75 * losses(tmp_path / "run", "answer")[0]
+    assert (tmp_path / "run" / "drawings" / "step-000030.png").is_file()
+    pipeline = Emu3Pipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.image("a red cat", seed=0)[0].size == (48, 48)
+    tokenizer = load_processor(tmp_path / "run").tokenizer
+    assert tokenizer.encode("a red cat", add_special_tokens=False) != list(b"a red cat")
+
+
+def test_all_weights_of_a_checkpoint(pets, tiny_checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    finetune(FinetuneRecipe(**settings(pets), checkpoint=str(tiny_checkpoint)), tmp_path / "run")
+    assert losses(tmp_path / "run", "draw")[-1] < 0.75 * losses(tmp_path / "run", "draw")[0]
+    before, after = load_model(tiny_checkpoint), load_model(tmp_path / "run")
+    changed = {name for name, each in after.state_dict().items() if not torch.equal(each, before.state_dict()[name])}
+    assert changed
+    assert not [name for name in changed if "vqmodel" in name]
+    assert load_processor(tmp_path / "run").image_area == load_processor(tiny_checkpoint).image_area
+
+
+def test_only_the_asked_task_is_trained(pets, tiny_checkpoint, tmp_path):
+    recipe = FinetuneRecipe(**settings(pets, task="chat", steps=10), checkpoint=str(tiny_checkpoint))
+    finetune(recipe, tmp_path)
+    assert losses(tmp_path, "answer")
+    assert not losses(tmp_path, "draw")
+    assert not (tmp_path / "drawings").exists()
+
+
+def test_adapters(pets, tiny_checkpoint, tmp_path):
+    """They learn; the checkpoint stays as it is; what is left loads by name, as PEFT would load it."""
+    recipe = LoraRecipe(**settings(pets, learning_rate=0.05), checkpoint=str(tiny_checkpoint), rank=4)
+    lora(recipe, tmp_path)
+    assert losses(tmp_path, "draw")[-1] < 0.85 * losses(tmp_path, "draw")[0]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("text_model.layers." in name and "lora_" in name for name in weights)
+    assert len(weights) == 2 * 7 * load_model(tiny_checkpoint).config.text_config.num_hidden_layers
+    merged = load_model(tmp_path)
+    by_peft = PeftModel.from_pretrained(load_model(tiny_checkpoint), tmp_path).merge_and_unload()
+    for name, weight in by_peft.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], weight)
+    assert not [path for path in tmp_path.iterdir() if path.name == "README.md"]

@@ -1,53 +1,154 @@
 """The training loop and its batches."""
 
 import json
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emu3.training import loop
-from emu3.training.loop import StepResult, average, prefetch, run_loop
+from emu3.training.loop import Hook, StepResult, TrainingStopped, prefetch, run_loop
 from emu3.training.recipe import RunSettings
+from emu3.training.state import read_log, saved_states
+
+pytestmark = pytest.mark.usefixtures("float32")
 
 
-def square(step):
-    return step * step
+class Batch(NamedTuple):
+    """Rows (B, 3) with weights (B,)."""
+
+    rows: Tensor
+    weights: Tensor
+    keys: tuple[str, ...]
 
 
-def test_average_of_the_steps_that_have_a_metric():
-    assert average([{"a": 1.0}, {"a": 3.0, "b": 5.0}]) == {"a": 2.0, "b": 5.0}
+def make_batch(step, part):
+    generator = torch.Generator().manual_seed(100 * step + part)
+    count = 1 + (step + part) % 3
+    rows = torch.randn(count, 3, generator=generator)
+    return Batch(rows, torch.rand(count, generator=generator), tuple(f"{step}-{part}-{row}" for row in range(count)))
 
 
-@pytest.mark.parametrize(("report_means", "losses"), [(True, [0.5, 2.5]), (False, [1.0, 3.0])])
-def test_reports_rates_and_modes(tmp_path, report_means, losses):
-    model = nn.Linear(2, 1)
-    optimizers = [torch.optim.SGD([model.weight]), torch.optim.SGD([model.bias])]
-    seen = []
+class Squares(nn.Module):
+    """The weighted squares of a linear layer's results, with a random number that depends on the step."""
 
-    def compute(batch, step):
-        seen.append((batch, step, model.training, [each.param_groups[0]["lr"] for each in optimizers]))
-        return StepResult(model(torch.ones(1, 2)).sum(), {"loss": float(step)}, size=3)
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+        self.seen = []
 
-    run_loop(
-        RunSettings(steps=4, report_every=2, save_every=3),
-        tmp_path,
-        model,
-        optimizers,
-        learning_rates=lambda step: [0.1 * step, 0.2],
-        make_batch=square,
-        compute=compute,
-        unit="words",
-        report_means=report_means,
-    )
-    assert seen == [(step * step, step, True, [0.1 * step, 0.2]) for step in range(4)]
-    assert not model.training
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(2, losses[0]), (4, losses[1])]
-    assert all(line["words_per_second"] > 0 for line in lines)
-    assert json.loads((tmp_path / "state" / "progress.json").read_text()) == {"step": 4}
+    def forward(self, batch):
+        self.seen.append((batch.keys, self.training, float(torch.rand(()))))
+        losses = (self.layer(batch.rows).square().sum(1) + 1) * batch.weights
+        return StepResult(losses.sum(), batch.weights.sum(), {"size": (losses.sum(), torch.tensor(2.0))}, len(losses))
+
+
+def adam(model):
+    return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))]
+
+
+def run(folder, objective, hooks=(), make=make_batch, **settings):
+    settings = RunSettings(**{"steps": 6, "report_every": 2, "save_every": 3} | settings)
+    run_loop(settings, folder, objective, adam, lambda step: [0.01 * (step + 1)], make, "rows", hooks)
+    return objective
+
+
+def test_a_step_is_the_weighted_mean_of_its_parts(tmp_path):
+    """The same as one optimizer by hand, on the mean over all rows of all parts."""
+    objective, by_hand = run(tmp_path, Squares(), parts=3), Squares()
+    optimizer = adam(by_hand)[0]
+    for step in range(6):
+        batches = [make_batch(step, part) for part in range(3)]
+        rows, weights = torch.cat([each.rows for each in batches]), torch.cat([each.weights for each in batches])
+        loss = ((by_hand.layer(rows).square().sum(1) + 1) * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+    torch.testing.assert_close(objective.layer.weight, by_hand.layer.weight)
+    keys, modes, randoms = zip(*objective.seen, strict=True)
+    assert list(keys) == [make_batch(step, part).keys for step in range(6) for part in range(3)]
+    assert all(modes) and not objective.training
+    assert len(set(randoms)) == 18
+
+
+def test_the_log(tmp_path):
+    run(tmp_path, Squares())
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line["loss"] > 1 and line["rows_per_second"] > 0 and line["gradient_norm"] > 0 for line in lines)
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    page = (tmp_path / "report.html").read_text()
+    assert f"{lines[-1]['loss']:.4g}" in page and "data:image/png;base64," in page and "<script" not in page
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(step, at):
+    if step == at:
+        raise Killed
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, average):
+    whole = run(tmp_path / "whole", Squares(), parts=2, average=average)
+    for at in (3, 4, 5):  # right after a state, and between two
+        with pytest.raises(Killed):
+            run(tmp_path / str(at), Squares(), [Hook(1, partial(kill, at=at))], parts=2, average=average)
+        resumed = run(tmp_path / str(at), Squares(), parts=2, average=average)
+        assert torch.equal(resumed.layer.weight, whole.layer.weight)
+        assert resumed.seen == whole.seen[6:]
+        assert read_log(tmp_path / str(at))[-1]["loss"] == read_log(tmp_path / "whole")[-1]["loss"]
+
+
+def test_averages_are_what_hooks_see_and_what_is_left(tmp_path):
+    seen, plain = [], []
+    objective = Squares()
+    watch = Hook(1, lambda step: seen.append(objective.layer.weight.detach().clone()))
+    run(tmp_path / "a", objective, [watch], average=0.5)
+    other = Squares()
+    run(tmp_path / "b", other, [Hook(1, lambda step: plain.append(other.layer.weight.detach().clone()))])
+    average = Squares().layer.weight.detach()
+    for found, weight in zip(seen, plain, strict=True):
+        average = 0.5 * average + 0.5 * weight
+        torch.testing.assert_close(found, average)
+    assert torch.equal(objective.layer.weight, seen[-1])
+
+
+def broken(step, part, kind):
+    batch = make_batch(step, part)
+    return batch._replace(rows=batch.rows * kind) if step == 60 else batch
+
+
+@pytest.mark.parametrize(("kind", "message"), [(float("nan"), "which is no number"), (100.0, "in the steps before")])
+def test_a_loss_that_is_wrong_stops_the_run(tmp_path, kind, message):
+    objective = Squares()
+    message = rf"step 60, .*{message}; samples: 60-0-0.*; last good state: .*step-000050; lower"
+    with pytest.raises(TrainingStopped, match=message):
+        run(tmp_path, objective, make=partial(broken, kind=kind), steps=80, save_every=50)
+    assert objective.layer.weight.isfinite().all()
+
+
+def test_states_are_kept_as_asked(tmp_path):
+    run(tmp_path, Squares(), save_every=1, keep_states=2)
+    assert [path.name for path in saved_states(tmp_path)] == ["step-000005", "step-000006"]
+
+
+def square(step, part):
+    return step * step + part
 
 
 def test_batches_made_by_other_processes_come_in_order(monkeypatch):
     monkeypatch.setattr(loop.os, "cpu_count", lambda: 4)
-    assert list(prefetch(square, range(3, 9))) == [9, 16, 25, 36, 49, 64]
+    assert list(prefetch(square, [(step, 1) for step in range(3, 9)])) == [10, 17, 26, 37, 50, 65]
+
+
+def test_log_lines_are_json(tmp_path):
+    run(tmp_path, Squares())
+    assert all(isinstance(json.loads(line), dict) for line in (tmp_path / "log.jsonl").read_text().splitlines())

@@ -1,7 +1,5 @@
 """The kind "vision": from a folder to a tokenizer, figures and sheets."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from PIL import Image
 
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import loop
+from emu3.training.state import read_log
 from emu3.training.tokenizer import VisionRecipe, check_sizes, train_vision
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -36,10 +35,6 @@ def folder(tmp_path):
         frames = [Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)) for _ in range(4)]
         frames[0].save(folder / f"clip-{number}.webp", save_all=True, append_images=frames[1:], lossless=True)
     return folder
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_from_a_folder_to_a_tokenizer_and_its_fine_tuned_decoder(folder, tmp_path, monkeypatch):

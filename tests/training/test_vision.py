@@ -111,7 +111,6 @@ def test_straight_through_gradient_of_averages():
 
 def test_codes_of_the_inner_product_are_those_that_inference_takes():
     objective = make_objective(codebook="inner_product")
-    objective.tokenizer.eval()  # as batch norms are at inference
     batch = PictureBatch(make_noise(2, 8, 3, 16, 16))
     with torch.no_grad():
         objective.set_codebook(objective.tokenizer.latents(batch.pixels)[1].movedim(2, -1).flatten(0, -2)[::4])
@@ -170,8 +169,6 @@ def test_a_codebook_starts_from_the_newest_latents():
 def test_batches_of_a_step_move_the_codebook_once():
     pixels = make_noise(4, 3, 16, 16)
     parts, whole = make_objective(), make_objective()
-    for objective in (parts, whole):
-        objective.tokenizer.eval()  # batch norms depend on what else is in a batch
     for step in range(3):
         whole(PictureBatch(pixels, None, step))
         for part in pixels.split(2):

@@ -5,7 +5,8 @@
     baai         two folders, see `emu3.checkpoints.baai`
 
 Each tensor that config.json asks for is looked up under its name and shape in the source's layout, and written under
-its name and shape in the target's. Whatever is wrong with the source is refused before a tensor is written.
+its name and shape in the target's. Whatever is wrong with the source is refused before a tensor is written. An adapter
+is merged into its base on the way, also where the layout stays.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from emu3.checkpoints.baai import (
     Shape,
@@ -38,15 +41,14 @@ from emu3.checkpoints.config import build_config, build_on_meta, check_tensors, 
 from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, write_json
 from emu3.checkpoints.info import LAYOUTS, Layout, folders_of, layout_of
 from emu3.checkpoints.load import load_processor
-from emu3.checkpoints.settings import ABILITIES, read_config, read_original_config
+from emu3.checkpoints.merge import Merge
+from emu3.checkpoints.opened import Opened, companions, open_checkpoint
+from emu3.checkpoints.settings import ABILITIES, read_original_config
 from emu3.configuration import Emu3Config
 from emu3.modeling.legacy import legacy_name
 from emu3.processing import Emu3Processor
 
 MAX_SHARD_BYTES = 2 * 10**9
-
-# The files of transformers' layouts besides weights; config.json is written apart.
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*", "draft/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,18 @@ class Move:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. `moves` has every tensor, in the order of the model."""
+    """What a conversion did.
+
+    Attributes:
+        moves: every tensor, in the order of the model.
+        merged: how many tensors an adapter changed.
+    """
 
     source_layout: Layout
     target_layout: Layout
     target: str
     moves: tuple[Move, ...]
+    merged: int = 0
 
     @property
     def renamed(self) -> int:
@@ -95,6 +103,7 @@ class _Source:
         headers: label of a tensor, see `_label` -> its header.
         raw_config: config.json as it was read; in BAAI's layout the language model's.
         processor: None if the conversion does not need it.
+        opened: None in BAAI's layout.
     """
 
     layout: Layout
@@ -103,6 +112,7 @@ class _Source:
     raw_config: dict[str, Any]
     config: Emu3Config
     processor: Emu3Processor | None
+    opened: Opened | None = None
 
 
 def convert(
@@ -117,9 +127,12 @@ def convert(
 ) -> Report:
     """Write the checkpoint in `source` to the new folder `target`, in the layout `to`. Every tensor keeps its bits.
 
+    What an adapter changes is merged in float32. It is stored in the dtype that the base is loaded in, or in the base's
+    own if that is wider. So `load_model` makes the same of `source` and of `target`, but for float16 on a CPU.
+
     Args:
-        source: a folder in any of the layouts. Of BAAI's two repositories, the language model's; or a folder that holds
-            both as `language` and `vision`.
+        source: a folder in any of the layouts, or that of an adapter. Of BAAI's two repositories, the language model's;
+            or a folder that holds both as `language` and `vision`.
         target: a folder that does not exist yet. It appears when all is written. In BAAI's layout it holds the folders
             `language` and `vision`.
         vision: the folder of BAAI's vision tokenizer, where `source` is the language model's.
@@ -138,19 +151,24 @@ def convert(
         raise ValueError(f"abilities={abilities!r} must be a list of one or more of {', '.join(ABILITIES)}")
     layout: Layout = to
     found = _open_source(Path(source), None if vision is None else Path(vision), layout)
-    moves = _plan(found, layout, str(source))
+    names, moves = _plan(found, layout, str(source))
     configs = _target_configs(found, layout)
     if known := abilities or found.raw_config.get("abilities"):
         next(iter(configs.values()))["abilities"] = list(known)
     total = sum(move.bytes for move in moves)
-    done = 0
+    done, merged = 0, 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
         on_progress(done, total)
 
-    with staged_folder(Path(target)) as folder:
+    with staged_folder(Path(target)) as folder, ExitStack() as stack:
+        change: dict[str, Callable[[Tensor], Tensor]] = {}
+        if found.opened is not None and (adapter := found.opened.adapter) is not None:
+            merge = stack.enter_context(Merge(found.opened))
+            merged = len({*adapter.updates, *adapter.replaced})
+            change = {move.target: partial(merge.stored, name) for name, move in zip(names, moves, strict=True)}
         folders = {part: folder / part for part in configs}
         for place in folders.values():
             place.mkdir(exist_ok=True)
@@ -160,11 +178,12 @@ def convert(
             prefix = _label(part, "")
             own = [move for move in moves if move.target.startswith(prefix)]
             tensors = {m.target.removeprefix(prefix): (found.headers[m.source], m.target_shape) for m in own}
-            write_shards(place, tensors, max_shard_bytes, advance)
+            changes = {name.removeprefix(prefix): function for name, function in change.items()}
+            write_shards(place, tensors, max_shard_bytes, advance, changes)
         # Last, because nothing loads without it: what a killed process leaves behind is no checkpoint.
         for part, place in folders.items():
             write_json(place / "config.json", configs[part])
-    return Report(found.layout, layout, str(target), tuple(moves))
+    return Report(found.layout, layout, str(target), tuple(moves), merged)
 
 
 @contextmanager
@@ -203,17 +222,20 @@ def write_shards(
     tensors: Mapping[str, tuple[TensorHeader, Shape]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[int], None] = lambda count: None,
+    change: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> None:
     """Write `model.safetensors`, or numbered shards and their index where one file would exceed `max_shard_bytes`.
 
-    No tensor is decoded, so every dtype keeps its bits, NaN included. Sources are memory-mapped, and at most one shard
-    is in memory.
+    No tensor is decoded unless it is changed, so every dtype keeps its bits, NaN included. Sources are memory-mapped,
+    and at most one shard is in memory.
 
     Args:
         folder: an empty one.
         tensors: name to write -> the tensor's header in the source, and the shape to write.
         advance: is called after each file with the number of bytes in it.
+        change: name to write -> what makes the tensor to write, in the header's dtype, of the one that is read.
     """
+    change = change or {}
     split = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: tensor[0].bytes,
@@ -228,7 +250,8 @@ def write_shards(
             shard = {}
             for name in names:
                 header, shape = tensors[name]
-                shard[name] = opened[header.file].get_tensor(header.name).view(shape)
+                tensor = opened[header.file].get_tensor(header.name)
+                shard[name] = (change[name](tensor) if name in change else tensor).view(shape)
             save_file(shard, folder / file, metadata={"format": "pt"})
         advance(sum(tensors[name][0].bytes for name in names))
     if split.is_sharded:
@@ -237,16 +260,19 @@ def write_shards(
 
 def _open_source(source: Path, vision: Path | None, target_layout: Layout) -> _Source:
     folders = folders_of(source, vision)
+    if "" in folders:
+        opened = open_checkpoint(source)
+        layout = layout_of({"": opened.headers})
+        if layout == target_layout and opened.adapter is None:
+            raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
+        config = build_config(opened.config, opened.weights / "config.json")
+        processor = load_processor(source) if target_layout == "baai" else None
+        return _Source(layout, {"": source}, opened.headers, opened.config, config, processor, opened)
     by_part = {part: read_headers(folder) for part, folder in folders.items()}
     headers = {_label(part, name): header for part, found in by_part.items() for name, header in found.items()}
     layout = layout_of(by_part)
     if layout == target_layout:
         raise ValueError(f"{source} is in the {layout} layout already; use it as it is, or name another with --to")
-    if layout != "baai":
-        raw = read_config(source)
-        config = build_config(raw, source / "config.json")
-        processor = load_processor(source) if target_layout == "baai" else None
-        return _Source(layout, folders, headers, raw, config, processor)
     if len(folders) == 1:
         part, missing = ("language model", "--vision") if "language" in folders else ("vision tokenizer", "SOURCE")
         raise ValueError(f"{source} is only BAAI's {part}; give the folder of the other repository as {missing}")
@@ -257,19 +283,24 @@ def _open_source(source: Path, vision: Path | None, target_layout: Layout) -> _S
     return _Source(layout, folders, headers, language, config, processor)
 
 
-def _plan(source: _Source, layout: Layout, name: str) -> list[Move]:
-    """Where each tensor comes from and goes to. `RefusedTensorsError` unless they are exactly those of the config."""
+def _plan(source: _Source, layout: Layout, name: str) -> tuple[list[str], list[Move]]:
+    """Each tensor's name in the documented layout, and where it comes from and goes to.
+
+    `RefusedTensorsError` unless the tensors are exactly those of the config.
+    """
     model = build_on_meta(source.config, source.headers, Path(name) / "config.json")
     places, here = [], {}
-    for documented, tensor in expected_tensors(model, source.headers).items():
+    expected = expected_tensors(model, source.headers)
+    for documented, tensor in expected.items():
         label, shape = _place(source.layout, documented, tuple(tensor.shape))
         places.append((label, shape, *_place(layout, documented, tuple(tensor.shape))))
         here[label] = tensor.view(shape)
     check_tensors(name, here, source.headers)
-    return [
+    moves = [
         Move(label, target, shape, target_shape, source.headers[label].bytes)
         for label, shape, target, target_shape in places
     ]
+    return list(expected), moves
 
 
 def _place(layout: Layout, name: str, shape: Shape) -> tuple[str, Shape]:
@@ -303,12 +334,9 @@ def _target_configs(source: _Source, layout: Layout) -> dict[str, dict[str, Any]
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what is beside the weights and config.json."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and file.name not in ("config.json", INDEX):
-                copy = target / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+    for file, path in companions(source):
+        (target / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / path)
 
 
 def _write_companions(source: _Source, folders: Mapping[str, Path]) -> None:

@@ -53,7 +53,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         raise ValueError(f"{folder} holds no *.safetensors file; weights in other formats are not read: convert them")
     headers: dict[str, TensorHeader] = {}
     for file in files:
-        for header in _read_header(file):
+        for header in read_header(file):
             if header.name in headers:
                 raise ValueError(f"tensor {header.name!r} is in {file} and in another file of the folder; keep one")
             headers[header.name] = header
@@ -82,7 +82,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: Path) -> list[TensorHeader]:
+def read_header(file: Path) -> list[TensorHeader]:
+    """The headers of all tensors in a file. ValueError if it is missing, damaged or no safetensors file."""
     if not file.is_file():
         raise ValueError(f"{file} is missing, though the index of the checkpoint names it; get the checkpoint again")
     try:

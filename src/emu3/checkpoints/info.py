@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
-from emu3.checkpoints.files import TensorHeader, read_headers, read_json
+from emu3.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
+from emu3.checkpoints.adapters import is_adapter
+from emu3.checkpoints.files import TensorHeader, read_header, read_headers, read_json
+from emu3.checkpoints.opened import holder, open_checkpoint, processor_folder, read_settings
 from emu3.checkpoints.settings import part_of, read_config, read_original_config, read_picture_settings
 from emu3.modeling.legacy import documented_name
 
@@ -27,6 +31,28 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
     "language": {"model.embed_tokens.": "embedding", "model.": "language model", "lm_head.": "head"},
     "vision": {"": "vision tokenizer"},
 }
+_DRAFT = "draft/head.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter adds to its base.
+
+    Attributes:
+        base: the base's name, as adapter_config.json has it.
+        ranks: in ascending order; one, unless layers differ.
+        matrices: how many it adapts.
+        replaced: how many tensors it replaces as a whole.
+        parameters: how many numbers were trained.
+        bytes_on_disk: of its own folder.
+    """
+
+    base: str
+    ranks: tuple[int, ...]
+    matrices: int
+    replaced: int
+    parameters: int
+    bytes_on_disk: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,9 @@ class CheckpointInfo:
         quantized: how the matrices of the decoder layers are stored, such as "4 bits, groups of 32"; and the head.
         abilities: what config.json says that the weights were trained for, of "draw" and "read"; None for unknown.
         missing: what must be added before the checkpoint loads: "language model" or "vision tokenizer".
+        draft_parameters: of the draft head; None without one. They are not among `parameters`.
+        adapter: of an adapter. All other fields are then those of the model that comes out when it is merged, and
+            `bytes_on_disk` counts the base.
     """
 
     path: str
@@ -61,6 +90,8 @@ class CheckpointInfo:
     quantized: str | None
     abilities: tuple[str, ...] | None
     missing: tuple[str, ...]
+    draft_parameters: int | None = None
+    adapter: AdapterInfo | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""
@@ -68,11 +99,51 @@ class CheckpointInfo:
 
 
 def inspect(folder: Path) -> CheckpointInfo:
-    """Describe the checkpoint in a folder. Raises ValueError if it is incomplete, damaged or not one of Emu3."""
+    """Describe the checkpoint or adapter in a folder.
+
+    Raises:
+        ValueError: it is incomplete, damaged or not one of Emu3, or the adapter does not fit its base.
+    """
     folders = folders_of(folder)
-    headers = {part: read_headers(place) for part, place in folders.items()}
-    files = [file for place in folders.values() for file in place.iterdir() if file.is_file()]
-    return _summarize(str(folder), folders, headers, [(file.name, file.stat().st_size) for file in files])
+    if is_adapter(folder):
+        found = _inspect_adapter(folder)
+    else:
+        headers = {part: read_headers(place) for part, place in folders.items()}
+        found = _summarize(str(folder), folders, headers, _files(*folders.values()))
+    draft = holder(folder, "draft") / _DRAFT
+    if not draft.is_file():
+        return found
+    return replace(found, draft_parameters=sum(header.elements for header in read_header(draft)))
+
+
+def _inspect_adapter(folder: Path) -> CheckpointInfo:
+    opened = open_checkpoint(folder)
+    adapter = opened.adapter
+    assert adapter is not None, folder
+    found = _summarize(str(folder), {"": folder}, {"": opened.headers}, _files(opened.weights), opened.config)
+    own = sum(size for _, size in _files(folder))
+    return replace(
+        found,
+        bytes_on_disk=found.bytes_on_disk + own,
+        tokenizer_files=_tokenizers(_files(processor_folder(folder))),
+        adapter=AdapterInfo(
+            adapter.base_name,
+            adapter.ranks,
+            len(adapter.updates),
+            len({*adapter.replaced} - {*adapter.updates}),
+            adapter.parameters,
+            own,
+        ),
+    )
+
+
+def _files(*folders: Path) -> list[tuple[str, int]]:
+    """Name and size of each file."""
+    return [(file.name, file.stat().st_size) for place in folders for file in place.iterdir() if file.is_file()]
+
+
+def _tokenizers(files: list[tuple[str, int]]) -> tuple[str, ...]:
+    return tuple(sorted(name for name, _ in files if "token" in name))
 
 
 def inspect_hub(name: str) -> CheckpointInfo:
@@ -88,13 +159,18 @@ def inspect_hub(name: str) -> CheckpointInfo:
     with TemporaryDirectory() as folder:
         try:
             found = hub.model_info(name, files_metadata=True).siblings or []
+            names = {file.rfilename for file in found}
             metadata = hub.get_safetensors_metadata(name)
-            hub.snapshot_download(name, allow_patterns="*config.json", local_dir=folder)
+            draft = hub.parse_safetensors_file_metadata(name, _DRAFT).tensors if _DRAFT in names else {}
+            hub.snapshot_download(name, allow_patterns="*config.json", ignore_patterns=ADAPTER_CONFIG, local_dir=folder)
         except RepositoryNotFoundError as error:
             raise ValueError(
                 f"the hub has no model {name!r}, or it is not open to you; check the name, or run `hf auth login`"
             ) from error
         except NotASafetensorsRepoError as error:
+            if ADAPTER_CONFIG in names:
+                remedy = f"fetch it and its base with `emu3 pull {name}`, and ask again"
+                raise ValueError(f"{name!r} is an adapter; {remedy}") from error
             raise ValueError(f"{name!r} holds no model.safetensors; weights in other formats are not read") from error
         except HfHubHTTPError as error:
             raise ValueError(f"the hub refused {name!r}: {error}") from error
@@ -107,16 +183,23 @@ def inspect_hub(name: str) -> CheckpointInfo:
         }
         folders = folders_of(Path(folder))
         files = [(file.rfilename, file.size or 0) for file in found if "/" not in file.rfilename]
-        return _summarize(name, folders, dict.fromkeys(folders, headers), files)
+        summary = _summarize(name, folders, dict.fromkeys(folders, headers), files)
+    return replace(summary, draft_parameters=sum(math.prod(tensor.shape) for tensor in draft.values()) or None)
 
 
 def folders_of(source: Path, vision: Path | None = None) -> dict[str, Path]:
     """The folders of a checkpoint: {"": folder}, or in BAAI's layout "language", "vision" or both.
 
     Args:
-        source: a folder with config.json, or with the folders "language" and "vision" of BAAI's layout.
+        source: a folder with config.json, or with the folders "language" and "vision" of BAAI's layout; or that of an
+            adapter.
         vision: the folder of BAAI's vision tokenizer, if it is not in `source`.
     """
+    if is_adapter(source):
+        read_settings(source)
+        if vision is not None:
+            raise ValueError(f"{vision} is not needed: {source} is an adapter")
+        return {"": source}
     if not (source / "config.json").is_file() and (source / "language" / "config.json").is_file():
         folders = {"language": source / "language", "vision": source / "vision"}
     else:
@@ -149,12 +232,17 @@ def _summarize(
     folders: Mapping[str, Path],
     headers: Mapping[str, Mapping[str, TensorHeader]],
     files: list[tuple[str, int]],
+    config: Mapping[str, Any] | None = None,
 ) -> CheckpointInfo:
-    """Describe a checkpoint by the folders of its settings, the headers in each, and names and sizes of its files."""
+    """Describe a checkpoint by the folders of its settings, the headers in each, and names and sizes of its files.
+
+    `config` is given where it is not the config.json of the folder.
+    """
     tensors = [tensor for part in headers for tensor in tensors_by_part(path, part, headers[part])]
     by_part = Counter(dict.fromkeys(_PARTS[""].values(), 0))
     by_dtype: Counter[str] = Counter()
-    config = read_config(folders[""]) if "" in folders else {}
+    if config is None:
+        config = read_config(folders[""]) if "" in folders else {}
     scheme = config.get("quantization_config") or {}
     for part, header in tensors:
         if scheme and header.name.endswith(".scales"):
@@ -172,7 +260,8 @@ def _summarize(
         )
         config = text
     has_text, has_vision = set(folders) != {"vision"}, set(folders) != {"language"}
-    pictures = read_picture_settings(folders["" if "" in folders else "vision"])[0] if has_vision else {}
+    place = folders["" if "" in folders else "vision"] if has_vision else None
+    pictures = {} if place is None else read_picture_settings(processor_folder(place))[0]
     # The defaults are those of the documented configs, which cannot be imported without torch.
     context, vocabulary = text.get("max_position_embeddings", 9216), text.get("vocab_size", 184622)
     stages = vision.get("channel_multiplier", vision.get("ch_mult", (1, 2, 2, 4)))
@@ -194,7 +283,7 @@ def _summarize(
         pixels_per_token_side=2 ** (len(stages) - 1) if has_vision else None,
         min_pixels=pictures.get("min_pixels"),
         max_pixels=pictures.get("max_pixels"),
-        tokenizer_files=tuple(sorted(name for name, _ in files if "token" in name)),
+        tokenizer_files=_tokenizers(files),
         quantized=_in_words(scheme),
         abilities=None if abilities is None else tuple(abilities),
         missing=("language model",) * (not has_text) + ("vision tokenizer",) * (not has_vision),

@@ -23,15 +23,15 @@ from emu3.checkpoints.config import (
     parts_of,
     vocabulary_of,
 )
-from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json
-from emu3.checkpoints.memory import own_dtype
+from emu3.checkpoints.files import INDEX, TensorHeader, read_json
+from emu3.checkpoints.merge import Merge
+from emu3.checkpoints.opened import open_checkpoint, own_dtype, processor_folder, read_settings
 from emu3.checkpoints.settings import (
     PICTURES,
     TOKENIZER,
     Kind,
     check_fields,
     check_pictures,
-    read_config,
     read_picture_settings,
 )
 from emu3.configuration import Emu3Config
@@ -84,10 +84,11 @@ def load_model(
     int8: bool = False,
     device_map: str | dict[str, Any] | None = None,
 ) -> Emu3ForConditionalGeneration:
-    """Load the model of a checkpoint folder, in eval mode.
+    """Load the model of a checkpoint folder, or of an adapter's folder and its base, in eval mode.
 
-    Weights are mapped from their files, then converted, checked, quantized and moved layer by layer. On a CPU, weights
-    that stay as they are stored take no memory of their own; otherwise the peak is the result and about one layer.
+    Weights are mapped from their files, then merged with the adapter in float32, converted, checked, quantized and
+    moved layer by layer. On a CPU, weights that stay as they are stored take no memory of their own; otherwise the peak
+    is the result and about one layer.
 
     Args:
         path: the folder.
@@ -99,22 +100,22 @@ def load_model(
 
     Raises:
         ValueError: a file is missing or damaged, no model can have these settings, the tensors are not exactly those of
-            config.json, a weight is NaN or infinite, or int8 cannot be used here.
+            config.json, a weight is NaN or infinite, int8 cannot be used here, or an adapter does not fit its base.
     """
     folder = Path(path)
-    raw = read_config(folder)
-    config = build_config(raw, folder / "config.json")
-    headers = read_headers(folder)
+    opened = open_checkpoint(folder)
+    raw, headers, file = opened.config, opened.headers, opened.weights / "config.json"
+    config = build_config(raw, file)
     # transformers only warns of missing and extra tensors: it makes random values for the first and drops the others.
     tensors = {documented_name(name): header for name, header in headers.items()}
     if len(tensors) < len(headers):
         twice = next(name for name in headers if documented_name(name) != name and documented_name(name) in headers)
         raise ValueError(f"{folder} holds {twice!r} and {documented_name(twice)!r}, two names of one tensor; keep one")
-    model = build_on_meta(config, headers, folder / "config.json")
+    model = build_on_meta(config, headers, file)
     expected = expected_tensors(model, headers)
     check_tensors(str(folder), expected, tensors)
-    _check_weight_files(folder, headers)
-    _check_generation(folder, parts_of(config)[0].vocab_size)
+    _check_weight_files(opened.weights, headers)
+    _check_generation(opened.weights, parts_of(config)[0].vocab_size)
     wanted = _dtype_named(own_dtype(raw, headers, device) if dtype == "auto" else dtype)
     if Scheme.of(raw.get("quantization_config")) is not None and (int8 or device_map is not None):
         raise ValueError(f"{folder} is quantized already; load it without {'int8' if int8 else 'device_map'}")
@@ -123,20 +124,33 @@ def load_model(
             raise ValueError("int8 is for one CPU; leave out device_map")
         check_int8(device)
     if device_map is None:
-        _map_weights(model, tensors, folder)
+        _map_weights(model, tensors, opened.weights)
     else:
+        if opened.adapter is not None and opened.adapter.replaced:
+            raise ValueError(
+                f"{folder} replaces whole tensors of its base, which does not go with device_map; merge it first: "
+                f"`emu3 convert {folder} TARGET`"
+            )
         model = Emu3ForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=wanted, device_map=device_map, use_safetensors=True, local_files_only=True
+            opened.weights,
+            config=config,
+            dtype=wanted,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
         )
     model = cast(Emu3ForConditionalGeneration, model.eval())
+    model.name_or_path = model.config.name_or_path = str(folder)
     is_short = sum(header.bytes for header in headers.values()) <= LONG_LOAD
-    for name in logging.tqdm(_pieces(model), desc="Reading weights", disable=is_short):
-        piece = model.get_submodule(name)
-        if device_map is None:
-            _convert(name, piece, wanted, torch.device(device), expected)
-        _check_finite(name, piece, folder)
-        if int8 and isinstance(piece, Emu3DecoderLayer):
-            quantize_layer(piece)
+    with Merge(opened) as merge:
+        for name in logging.tqdm(_pieces(model), desc="Reading weights", disable=is_short):
+            piece = model.get_submodule(name)
+            merge.change(name, piece, None if device_map is None else wanted)
+            if device_map is None:
+                _convert(name, piece, wanted, torch.device(device), expected)
+            _check_finite(name, piece, folder)
+            if int8 and isinstance(piece, Emu3DecoderLayer):
+                quantize_layer(piece)
     for part in (model.config, parts_of(model.config)[0]):
         part.dtype = wanted
     return model
@@ -152,19 +166,18 @@ def _map_weights(model: Emu3ForConditionalGeneration, tensors: Mapping[str, Tens
     text_model = model.model.text_model
     text_model.rotary_emb = type(text_model.rotary_emb)(text_model.config)  # its buffers are in no file
     model.tie_weights()
-    model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / _GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def load_processor(path: str | Path) -> Emu3Processor:
-    """Load the processor of a checkpoint folder.
+    """Load the processor of a checkpoint folder; that of an adapter is its base's, unless it has its own.
 
     Raises:
         ValueError: a file is missing or damaged, or its pictures or tokens are not those of the model in the folder.
     """
-    folder = Path(path)
-    config = build_config(read_config(folder), folder / "config.json")
+    config = build_config(read_settings(Path(path)), Path(path) / "config.json")
+    folder = processor_folder(Path(path))
     try:
         file = read_picture_settings(folder)[1]
         for name, kinds in _TOKENIZER_FILES.items():
@@ -180,7 +193,7 @@ def load_processor(path: str | Path) -> Emu3Processor:
 
 def _check_weight_files(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
     """ValueError where transformers would read other files than those whose headers were compared."""
-    read = {header.file.name for header in headers.values()}
+    read = {header.file.name for header in headers.values() if header.file.parent == folder}  # no adapter's
     index = folder / INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         if read != {"model.safetensors"}:

@@ -1,4 +1,4 @@
-"""In which dtype a checkpoint is loaded, and whether it fits; from config.json and headers, without importing torch."""
+"""How much memory a checkpoint takes, and whether it fits; from config.json and headers, without importing torch."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from emu3.checkpoints.files import TensorHeader, read_headers
+from emu3.checkpoints.files import TensorHeader
 from emu3.checkpoints.info import tensor_bytes, tensors_by_part
-from emu3.checkpoints.settings import read_config
+from emu3.checkpoints.opened import open_checkpoint, own_dtype
 
 if TYPE_CHECKING:
     import torch
 
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
-
-
-def own_dtype(config: Mapping[str, Any], headers: Mapping[str, TensorHeader], device: object = "cpu") -> str:
-    """The dtype in which a checkpoint is loaded by default: what its config.json says, or else how it is stored.
-
-    It is "float32", "bfloat16" or "float16". A CPU is slow in float16, so "bfloat16" takes its place there: as small,
-    but three of eleven bits are lost. Ask for float32 to keep them.
-    """
-    stored = next((header.dtype for name, header in headers.items() if name.endswith("embed_tokens.weight")), "")
-    name = config.get("dtype") or config.get("torch_dtype") or {"BF16": "bfloat16", "F16": "float16"}.get(stored)
-    if name == "float16" and str(device).startswith("cpu"):
-        return "bfloat16"
-    return name if name in ("bfloat16", "float16") else "float32"
 
 
 def memory_needed(folder: Path) -> dict[str, int]:
@@ -37,8 +24,7 @@ def memory_needed(folder: Path) -> dict[str, int]:
     The vision tokenizer is always in float32. What a picture needs in addition is not counted. Raises ValueError where
     the folder is not a checkpoint that loads.
     """
-    read_config(folder)
-    headers = read_headers(folder)
+    headers = open_checkpoint(folder).headers
     ways = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "int8": ("bfloat16", True)}
     return {name: _needed(folder, headers, *way) for name, way in ways.items()}
 
@@ -69,7 +55,8 @@ def check_fits(
 
     The message names the options that would fit.
     """
-    config, headers = read_config(folder), read_headers(folder)
+    opened = open_checkpoint(folder)
+    config, headers = opened.config, opened.headers
     name = own_dtype(config, headers, device) if dtype == "auto" else str(dtype).removeprefix("torch.")
     if name not in _BITS:
         raise ValueError(f"dtype {name!r} is unknown; it is one of auto, {', '.join(_BITS)}")

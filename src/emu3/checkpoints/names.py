@@ -12,11 +12,11 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.tiktoken"]
 
 
 def resolve(name: str | Path, download: bool = False) -> Path:
-    """The folder of a checkpoint.
+    """The folder of a checkpoint, or of an adapter.
 
     Args:
         name: "nano" (shipped with the package), a folder, or a hub id `owner/name`.
-        download: whether to fetch a hub id that is not in the hub's local cache.
+        download: whether to fetch a hub id that is not in the hub's local cache, and for an adapter its base.
 
     Raises:
         ValueError: `name` is none of these, or a hub id that cannot be had.
@@ -25,12 +25,22 @@ def resolve(name: str | Path, download: bool = False) -> Path:
         return NANO
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return _with_base(folder) if download else folder
     if folder.exists():
         raise ValueError(f"{str(name)!r} is a file; a checkpoint is the folder that holds config.json")
     if isinstance(name, str) and is_hub_id(name):
-        return _from_hub(name, download)
+        folder = _from_hub(name, download)
+        return _with_base(folder) if download else folder
     raise ValueError(f"unknown checkpoint {str(name)!r}: give 'nano', an existing folder, or a hub id 'owner/name'")
+
+
+def _with_base(folder: Path) -> Path:
+    """The same folder, once the base is there too if it is that of an adapter."""
+    from emu3.checkpoints.adapters import base_of, is_adapter  # which asks this module for the base
+
+    if is_adapter(folder):
+        base_of(folder, download=True)
+    return folder
 
 
 def is_hub_id(name: str) -> bool:

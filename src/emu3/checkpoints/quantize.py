@@ -14,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emu3.checkpoints.adapters import CONFIG, WEIGHTS
 from emu3.checkpoints.config import all_finite, build_config, build_on_meta, check_tensors, expected_tensors
 from emu3.checkpoints.convert import copy_companions, staged_folder
-from emu3.checkpoints.files import INDEX, TensorHeader, read_headers, read_json, write_json
-from emu3.checkpoints.settings import read_config
+from emu3.checkpoints.files import INDEX, TensorHeader, read_json, write_json
+from emu3.checkpoints.merge import Merge
+from emu3.checkpoints.opened import open_checkpoint
 from emu3.modeling.legacy import documented_name
 from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme, quantize_matrix, quantize_rows, use_scheme
 
@@ -70,7 +72,7 @@ def quantize(
     Where it was cut off, the next call with the same arguments goes on behind the last file that is complete.
 
     Args:
-        source: a folder in either layout of transformers.
+        source: a folder in either layout of transformers, or that of an adapter, which is merged first.
         target: a folder that does not exist yet. It appears when all is written.
         bits: 8, as `int8=True` computes; or 4.
         group: in 4 bits, inputs that share a scale, 32 or 128. None: 32.
@@ -81,12 +83,13 @@ def quantize(
     """
     scheme = Scheme(bits, 32 if bits == 4 and group is None else group, head_bits=8)
     folder, target = Path(source), Path(target)
-    raw = read_config(folder)
+    opened = open_checkpoint(folder)
+    raw, file = opened.config, opened.weights / "config.json"
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{folder} is quantized already; give the checkpoint that it was made from")
-    config = build_config(raw, folder / "config.json")
-    headers = {documented_name(name): header for name, header in read_headers(folder).items()}
-    model = build_on_meta(config, headers, folder / "config.json")
+    config = build_config(raw, file)
+    headers = {documented_name(name): header for name, header in opened.headers.items()}
+    model = build_on_meta(config, headers, file)
     check_tensors(str(folder), expected_tensors(model, headers), headers)
     use_scheme(model, scheme)
     kinds = QuantizedHead | QuantizedLinear
@@ -101,9 +104,12 @@ def quantize(
     shards = list(_shards(headers, model.state_dict(), quantized, widened))
     total = sum(size for _, size in shards)
     # Files that were changed since are others.
-    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(headers)]
+    sources = _files(headers)
+    if opened.adapter is not None:
+        sources += [folder / CONFIG, folder / WEIGHTS]
+    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in sources]
     plan = {"files": files, "scheme": scheme.to_dict(), "shards": [names for names, _ in shards]}
-    with staged_folder(target, resume=True) as staged:
+    with staged_folder(target, resume=True) as staged, Merge(opened) as merge:
         _begin(staged, plan)
         done = 0
         weight_map: dict[str, str] = {}
@@ -112,14 +118,14 @@ def quantize(
             if not file.is_file():
                 # Closed after each file, because pages that were read count as memory until then.
                 with ExitStack() as stack:
-                    opened = {
+                    by_file = {
                         source: stack.enter_context(safe_open(source, framework="pt"))
                         for source in {headers[name].file for name in names}
                     }
                     tensors: dict[str, Tensor] = {}
                     for name in names:
-                        tensor = opened[headers[name].file].get_tensor(headers[name].name)
-                        tensors |= _stored(name, tensor, quantized, widened, scheme)
+                        tensor = by_file[headers[name].file].get_tensor(headers[name].name)
+                        tensors |= _stored(name, merge.stored(name, tensor), quantized, widened, scheme)
                     save_file(tensors, file.with_suffix(".part"), metadata={"format": "pt"})
                 file.with_suffix(".part").replace(file)
             with safe_open(file, framework="numpy") as written:

@@ -61,6 +61,13 @@ def _object(fields: Mapping[str, Kind]) -> Kind:
     return Kind("an object, or null", lambda value: value is None or isinstance(value, dict), fields)
 
 
+def _patterns(kind: Kind) -> Kind:
+    return Kind(
+        f"an object whose values are each {kind.words}, or null",
+        lambda value: value is None or (isinstance(value, dict) and all(map(kind.holds, value.values()))),
+    )
+
+
 _NULL = Kind("null", lambda value: value is None)
 _FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 _SIZE, _ID, _SHARE = _whole(1), _whole(0), _real(0, 1)
@@ -138,6 +145,21 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
 }
 """config.json."""
 
+ADAPTER: Mapping[str, Kind] = {
+    "peft_type": _NAME,
+    "base_model_name_or_path": _NAME | _NULL,
+    "revision": _NAME | _NULL,
+    "r": _SIZE,
+    "lora_alpha": _real(-1e9, 1e9),
+    "rank_pattern": _patterns(_SIZE),
+    "alpha_pattern": _patterns(_real(-1e9, 1e9)),
+    "target_modules": _NAME | _list_of(_NAME, 0, 10_000) | _NULL,
+    "init_lora_weights": _FLAG | _NAME | _NULL,
+    "bias": _NAME,
+    **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), _FLAG | _NULL),
+}
+"""adapter_config.json, as far as it matters what it says. Whether other settings are off is looked at elsewhere."""
+
 _ORIGINAL = {
     "language": {
         **TEXT,
@@ -179,7 +201,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{folder} holds an adapter; merge it into its model first, as docs/fine-tune.md shows")
+            raise ValueError(f"{folder} holds an adapter; merge it first: `emu3 convert {folder} TARGET`")
         raise ValueError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
     config = read_json(file)
     if part_of(config):

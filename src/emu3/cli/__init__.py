@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from emu3 import __version__
-from emu3.cli import checkpoints, generate, measure, training
+from emu3.cli import checkpoints, data, generate, measure, training
 
 app = typer.Typer(
     help="Pictures from words, and words from pictures.",
@@ -32,6 +32,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": checkpoints.quantize,
     "eval": measure.evaluate,
     "bench": measure.bench,
+    "data": data.data,
     "train": training.train,
 }
 for _name, _command in _COMMANDS.items():

@@ -1,13 +1,16 @@
 """Commands about the files of a checkpoint: `emu3 info`, `emu3 convert`, `emu3 quantize`, `emu3 pull`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emu3.cli.common import JsonOption, print_out, progress
 from emu3.cli.files import check_folder
 from emu3.options import check_choice
+
+if TYPE_CHECKING:
+    from emu3.checkpoints.info import AdapterInfo
 
 
 def info(
@@ -36,6 +39,8 @@ def info(
         {"draw": "draws pictures", "read": "reads pictures"},
     )
     rows = {
+        "adapter": found.adapter and _adapter_in_words(found.adapter),
+        "base": found.adapter and found.adapter.base,
         "layout": found.layout,
         "parameters": f"{found.parameters:,} in {found.tensors} tensors",
         **{f"  {part}": f"{count:,}" for part, count in found.parameters_by_part.items()},
@@ -50,14 +55,27 @@ def info(
         and found.max_pixels
         and f"{found.min_pixels:,} to {found.max_pixels:,} pixels",
         "tokenizer": ", ".join(found.tokenizer_files) or "none",
+        "draft head": found.draft_parameters and f"{found.draft_parameters:,} parameters",
         "abilities": " and ".join(verbs[ability] for ability in found.abilities or ()) or "unknown",
         "to load it": found.layout == "baai" and f"convert it{other} with `emu3 convert`",
     }
     print_out("\n".join([found.path, *(f"{name:<20}{text}" for name, text in rows.items() if text)]))
 
 
+def _adapter_in_words(adapter: "AdapterInfo") -> str:
+    ranks, replaced = (
+        " to ".join(str(rank) for rank in sorted({*adapter.ranks[:1], *adapter.ranks[-1:]})),
+        adapter.replaced,
+    )
+    parts = [f"LoRA of rank {ranks} on {adapter.matrices} matrices"] if adapter.matrices else []
+    parts += [f"{replaced} tensor{'s' * (replaced > 1)} replaced"] if replaced else []
+    return f"{' and '.join(parts)}: {adapter.parameters:,} parameters, {adapter.bytes_on_disk / 1e6:,.1f} MB"
+
+
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint to read: a folder, or a hub id in the local cache.")],
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint or adapter to read: a folder, or a hub id in the local cache.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
     vision: Annotated[
         str | None, typer.Option(help="BAAI's vision tokenizer, if SOURCE is its language model.")
@@ -68,7 +86,7 @@ def convert(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint in another layout. Every tensor keeps its dtype and its bits."""
+    """Write a checkpoint in another layout, or merge an adapter into its base. All other tensors keep their bits."""
     from emu3.checkpoints import resolve
     from emu3.checkpoints.info import LAYOUTS, folders_of
     from emu3.checkpoints.settings import ABILITIES
@@ -92,7 +110,8 @@ def convert(
         raise
     summary = (
         f"{report.target}  {report.source_layout} to {report.target_layout}: {len(report.moves)} tensors, "
-        f"{report.renamed} renamed, {report.reshaped} reshaped, none refused, {report.bytes / 1e6:,.1f} MB"
+        f"{report.renamed} renamed, {report.reshaped} reshaped, {f'{report.merged} merged, ' if report.merged else ''}"
+        f"none refused, {report.bytes / 1e6:,.1f} MB"
     )
     print_out(report.to_dict() if as_json else summary)
 

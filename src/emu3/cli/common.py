@@ -17,7 +17,7 @@ from emu3.options import Load, check_ability, only_for_cpus
 if TYPE_CHECKING:
     from emu3.pipeline import Emu3Pipeline
 
-_CHECKPOINT = "Checkpoint: nano (shipped), a folder, or a hub id owner/name."
+_CHECKPOINT = "Checkpoint: nano (shipped), a folder (also of an adapter), or a hub id owner/name."
 ModelOption = Annotated[str, typer.Option(help=_CHECKPOINT)]
 ModelArgument = Annotated[str, typer.Argument(help=_CHECKPOINT)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
@@ -63,10 +63,10 @@ def check_checkpoint(model: str, load: Load, *abilities: str) -> None:
 
     from emu3.checkpoints import resolve
     from emu3.checkpoints.memory import check_fits
-    from emu3.checkpoints.settings import read_config
+    from emu3.checkpoints.opened import read_settings
 
     folder = resolve(model, download=load.download)
-    known = read_config(folder).get("abilities")
+    known = read_settings(folder).get("abilities")
     for ability in abilities:
         check_ability(ability, known)
     if load.device.startswith("cuda") and (build := version("torch")).endswith("+cpu"):

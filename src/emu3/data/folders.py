@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from emu3.data.captions import caption_of, drawing, read_caption, read_rows
+from emu3.data.files import readable
 from emu3.data.media import CLIPS, PICTURES, media_of
 from emu3.data.samples import Broken, Sample
 
@@ -46,7 +47,7 @@ class FolderSource:
     def __init__(self, folder: str | Path) -> None:
         """ValueError where there is no such folder, or nothing in it."""
         self.folder = Path(folder).resolve()
-        self.name = self.folder.name
+        self.name = readable(self.folder.name)
         self._entries = _list_entries(self.folder)
         if not self._entries:
             raise ValueError(
@@ -121,7 +122,7 @@ def _list_files(folder: Path) -> tuple[list[str], list[str], list[str], list[_En
         for name in folders:
             if os.path.islink(os.path.join(root, name)):
                 link = posixpath.normpath(f"{inside}/{name}")
-                refused.append(_Entry(_readable(link), problem="a link to a folder is not followed; copy it"))
+                refused.append(_Entry(readable(link), problem="a link to a folder is not followed; copy it"))
         for name in sorted(files):
             path = posixpath.normpath(f"{inside}/{name}")
             suffix = PurePosixPath(name).suffix.lower()
@@ -130,14 +131,10 @@ def _list_files(folder: Path) -> tuple[list[str], list[str], list[str], list[_En
             ):
                 continue
             if problem := _why_refused(folder, path):
-                refused.append(_Entry(_readable(path), problem=problem))
+                refused.append(_Entry(readable(path), problem=problem))
             else:
                 (tables if name in METADATA else texts if suffix == ".txt" else pictures).append(path)
     return sorted(pictures), sorted(texts), sorted(tables), refused
-
-
-def _readable(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _why_refused(folder: Path, path: str) -> str | None:

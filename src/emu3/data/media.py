@@ -21,12 +21,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from emu3.data.samples import Media
 
-PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-CLIPS = frozenset((".mp4", ".webm", ".mov", ".mkv", ".avi"))
+PICTURES = frozenset(
+    [".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
+)
+"""Suffixes of pictures, among them some that not every Pillow reads: these are told as broken, not passed over."""
+CLIPS = frozenset([".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".mpeg"])
 MAY_MOVE = frozenset((".gif", ".webp"))
 """Suffixes of files that hold either a picture or a clip."""
 
 _EXIF, _ORIENTATION, _TURNED = "exif", 0x0112, (5, 6, 7, 8)
+_PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
 # What browsers take for a frame that is shown for no time.
 _MILLISECONDS = 100
 _ADDRESS_IN_MEMORY = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
@@ -80,7 +84,7 @@ def media_of(file: bytes | str, name: str = "") -> Media:
     try:
         with open_file(file) as opened:
             start = opened.read(12)
-            if start[4:8] == b"ftyp" and start[8:12] not in (b"avif", b"heic", b"mif1"):
+            if start[4:8] == b"ftyp" and start[8:12] not in _PICTURE_BRANDS:
                 return Media("clip", file)
             if start[:4] == b"\x1a\x45\xdf\xa3" or (start[:4] == b"RIFF" and start[8:12] == b"AVI "):
                 return Media("clip", file)
@@ -115,8 +119,8 @@ def picture_size(media: Media) -> tuple[int, int]:
             return stream.codec_context.height, stream.codec_context.width
     with _opened(media) as picture:
         width, height = picture.size
-        # Pillow would decode a whole PNG to look for an orientation behind its pixels.
-        looks = picture.format != "PNG" or _EXIF in picture.info
+        # Pillow would decode a whole PNG to look for an orientation behind its pixels, and tells a TIFF's upright size.
+        looks = picture.format != "TIFF" and (picture.format != "PNG" or _EXIF in picture.info)
         turned = looks and picture.getexif().get(_ORIENTATION) in _TURNED
         return (width, height) if turned else (height, width)
 

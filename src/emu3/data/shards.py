@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from emu3.data.samples import Broken, Media, Part, Sample
@@ -109,14 +110,30 @@ class Shard:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path]]:
+        """Another process opens the file itself."""
+        return type(self), (self.path,)
+
+    def outlines(self) -> Iterator[Sample]:
+        """The samples without their codes: those of a picture are all 0, and take no memory."""
+        parts = self._table.column("parts").combine_chunks()
+        fields = ("role", "train", "text", "frames", "height", "width", "frames_per_second")
+        columns = {name: pc.struct_field(parts.flatten(), name).to_pylist() for name in fields}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        ends = np.cumsum(pc.list_value_length(parts).to_numpy()).tolist()
+        for key, start, end in zip(self.keys, [0, *ends], ends, strict=False):
+            yield Sample(key, tuple(map(_part, rows[start:end])))
+
     @property
     def keys(self) -> list[str]:
         """Of all samples."""
-        return self._table.column("key").to_pylist()
+        keys: list[str] = self._table.column("key").to_pylist()
+        return keys
 
 
 def _part(row: dict[str, Any]) -> Part:
     if row["text"] is not None:
         return Part(row["role"], Text(row["text"]), row["train"])
-    codes = np.array(row["codes"], np.int32).reshape(row["frames"], row["height"], row["width"])
+    shape = row["frames"], row["height"], row["width"]
+    codes = np.array(row["codes"], np.int32).reshape(shape) if "codes" in row else np.broadcast_to(np.int32(0), shape)
     return Part(row["role"], Visual(codes, row["frames_per_second"]), row["train"])

@@ -9,37 +9,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.data.shards import ShardInfo, write_shard
 from emu3.icons.design import Design
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
     ENCODED_AT_ONCE,
     IconDraftRecipe,
-    IconLanguageRecipe,
+    IconShardsRecipe,
     SceneDrafts,
-    SceneSequences,
     SceneSource,
     check_sources,
-    write_corpus,
+    samples_of,
 )
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.tokenization import train_tokenizer, vocabulary_map
-from emu3.training import draft, language
-from emu3.training.assemble import AssembleRecipe, assemble
-from emu3.training.codes import encode, to_pixels
+from emu3.training import draft
+from emu3.training.codes import encode, to_pixels, tokenizer_hash
 from emu3.training.held_out import HeldOut
-from emu3.training.loop import training_device
+from emu3.training.kinds import KINDS as TRAINING_KINDS
+from emu3.training.machine import training_device
 from emu3.training.recipe import Kind
 from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder
 from emu3.training.state import require_output
-from emu3.training.tokenizer import VisionRecipe, run_objective, train_vision
+from emu3.training.tokenizer import run_objective
 from emu3.training.vision import PictureBatch, VisionObjective, VisionSettings, load_tokenizer
-from emu3.vocabulary import Vocabulary
 
+SAMPLES_OF_A_SHARD = 20_000
 # Mostly the square, sometimes another ratio of the same area.
 SIZES = ((48, 48),) * 6 + ((40, 56), (56, 40), (36, 64), (64, 36))
 MEASURED_PICTURES = 256
@@ -56,6 +54,7 @@ class IconVisionRecipe(VisionSettings):
 
     sizes: tuple[tuple[int, int], ...] = SIZES
     shapes: int | None = None
+    batch_statistics: bool = True
 
 
 def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: int, part: int = 0) -> list[Scene]:
@@ -78,7 +77,7 @@ def make_picture_batch(
     return PictureBatch(to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes]))), codes, step)
 
 
-def train_icon_vision(recipe: IconVisionRecipe, folder: Path) -> None:
+def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     """Trains a vision tokenizer; see `emu3.training.tokenizer.run_objective`."""
     torch.manual_seed(recipe.seed)
     if recipe.start is not None:
@@ -95,17 +94,21 @@ def train_icon_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     run_objective(recipe, folder, objective, make_batch, HeldOut(measured.pixels))
 
 
-def train_language(recipe: IconLanguageRecipe, folder: Path) -> None:
-    """Trains a language model; see `emu3.training.language.train`.
-
-    `ValueError` where a step has no source of scenes, or where there is no vision tokenizer yet.
-    """
-    check_sources(recipe.sources, recipe.steps)
-    tokenizer = Emu3VQVAE.from_pretrained(require_output(folder / recipe.vision)).to(training_device())
-    text_tokenizer = train_text_tokenizer(recipe, folder, tokenizer.config.codebook_size)
-    codes = encode_sources(recipe.sources, tokenizer, folder)
-    builder = SequenceBuilder(text_tokenizer, Vocabulary.from_map(vocabulary_map(text_tokenizer)))
-    language.train(recipe, folder, text_tokenizer, SceneSequences(recipe, builder, codes).batch)
+def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:
+    """Writes scenes as shards: FOLDER/NAME-draw and FOLDER/NAME-read for each source."""
+    tokenizer = Emu3VQVAE.from_pretrained(require_output(recipe.vision)).to(training_device())
+    for source, codes in zip(recipe.sources, encode_sources(recipe.sources, tokenizer, folder), strict=True):
+        samples = samples_of(source, codes, recipe.turns, recipe.visits)
+        for use, own in zip(("draw", "read"), samples, strict=True):
+            info = ShardInfo(
+                tokenizer=tokenizer_hash(tokenizer),
+                codebook_size=tokenizer.config.codebook_size,
+                settings="icons",
+                source=f"{source.name_with_captions}-{use}",
+            )
+            for number, start in enumerate(range(0, len(own), SAMPLES_OF_A_SHARD)):
+                path = folder / f"{source.name_with_captions}-{use}" / f"{number:05d}.parquet"
+                write_shard(path, info, own[start : start + SAMPLES_OF_A_SHARD])
 
 
 def train_draft(recipe: IconDraftRecipe, folder: Path) -> None:
@@ -116,7 +119,7 @@ def train_draft(recipe: IconDraftRecipe, folder: Path) -> None:
     check_sources(recipe.sources, recipe.steps)
     model = load_model(recipe.checkpoint, dtype=torch.float32).to(training_device())
     codes = encode_sources(recipe.sources, model.model.vqmodel, folder)
-    builder = SequenceBuilder(load_processor(recipe.checkpoint).tokenizer, model.model.vocabulary)
+    builder = SequenceBuilder(load_processor(recipe.checkpoint), model.model.vocabulary)
     draft.train(recipe, folder, model, SceneDrafts(recipe, builder, codes).batch)
 
 
@@ -128,18 +131,11 @@ def encode_sources(sources: Sequence[SceneSource], tokenizer: Emu3VQVAE, folder:
     ]
 
 
-def train_text_tokenizer(recipe: IconLanguageRecipe, folder: Path, codebook_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer trained on captions and the recipe's files, with ids for so many visual codes."""
-    texts = [(folder / path).resolve().read_text() for path in recipe.texts]
-    return train_tokenizer([*write_corpus(), *texts], recipe.text_entries, codebook_size)
-
-
 KINDS = {
-    "vision": Kind(VisionRecipe, train_vision),
-    "icon_vision": Kind(IconVisionRecipe, train_icon_vision),
-    "language": Kind(IconLanguageRecipe, train_language),
-    "checkpoint": Kind(AssembleRecipe, assemble),
-    "draft": Kind(IconDraftRecipe, train_draft),
+    **TRAINING_KINDS,
+    "icon_vision": Kind(IconVisionRecipe, train_vision),
+    "icon_shards": Kind(IconShardsRecipe, export_shards),
+    "icon_draft": Kind(IconDraftRecipe, train_draft),
 }
 """The kinds of recipe that `emu3 train` knows."""
 

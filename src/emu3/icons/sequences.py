@@ -1,25 +1,29 @@
 """Training sequences of scenes: drawn from a caption, or asked about."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from emu3.data.samples import Part, Sample
 from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
-from emu3.icons.scenes import TASKS, Scene, Task, cells_of, render, sample_scene
+from emu3.icons.scenes import TASKS, Scene, Task, render, sample_scene
+from emu3.segments import Text, Visual
 from emu3.training.draft import DraftBatch, DraftRecipe
-from emu3.training.language import LanguageRecipe, SequenceBatch
-from emu3.training.sequences import SYSTEM, Sample, SequenceBuilder, collate
+from emu3.training.recipe import Checked
+from emu3.training.sequences import SequenceBuilder
 
 ENCODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneSource:
+class SceneSource(Checked):
     """Numbered scenes of one picture size, each a pure function of its number, and how training uses them.
 
     Attributes:
@@ -34,7 +38,7 @@ class SceneSource:
             teach that a held-out colour never occurs.
     """
 
-    share: float
+    share: float = 1.0
     seed: int
     count: int
     height: int = 48
@@ -49,6 +53,11 @@ class SceneSource:
         """Names the file of its codes."""
         tasks = "all" if self.tasks == TASKS else "-".join(self.tasks)
         return f"{self.height}x{self.width}-{tasks}-{self.count}-{self.seed}"
+
+    @property
+    def name_with_captions(self) -> str:
+        """Names its shards."""
+        return f"{self.name}-{self.full_captions:g}-{self.colored_captions:g}"
 
     def covers(self, step: int) -> bool:
         """Whether it is used in a step."""
@@ -73,87 +82,51 @@ class SceneSource:
         return caption(scene, task, colored=kind < self.full_captions + self.colored_captions)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How much the loss of a token counts, by its kind.
-
-    Attributes:
-        visual: tokens of a picture that is drawn, structure included.
-        answer: tokens of an answer and the eos behind them.
-        read_visual: tokens of a picture that is asked about; they teach drawing without a prompt.
-        object: factor on the tokens of a drawing that lie in an object's box. They are few, and only they show whether
-            the model followed the words.
-    """
-
-    visual: float = 1.0
-    answer: float = 1.0
-    read_visual: float = 1.0
-    object: float = 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
-class IconLanguageRecipe(LanguageRecipe):
-    """A language model of the icon world; further fields are those of `LanguageRecipe`.
+class IconShardsRecipe(Checked):
+    """Scenes as shards for a language model. Each source leaves two folders: of drawings, and of conversations.
 
     Attributes:
-        vision: folder with the trained vision tokenizer, relative to the output folder.
-        texts: files, relative to the output folder, that train the text tokenizer together with the captions.
-        text_entries: size of the text tokenizer.
-        sources: of the scenes. All pictures of a batch are of one source.
-        draw_share: share of batches that draw; the others read.
-        null_prompt: share of drawings without a caption, so that guidance has an unconditional model.
+        vision: folder with the trained vision tokenizer.
+        sources: of the scenes.
         turns: most questions about one picture.
-        weights: of the tokens.
+        visits: samples of each scene, which differ in their words.
     """
 
-    vision: str
-    texts: list[str] = field(default_factory=list)
-    text_entries: int = 1024
-    sources: tuple[SceneSource, ...] = ()
-    draw_share: float = 0.6
-    null_prompt: float = 0.1
+    vision: Path
+    sources: tuple[SceneSource, ...]
     turns: int = 4
-    weights: Weights = field(default_factory=Weights)
+    visits: int = 1
 
 
-@dataclass(frozen=True)
-class SceneSequences:
-    """Makes the batches of a recipe. `codes` are (scenes, H, W) for each of its sources."""
+def draw_sample(key: str, codes_HW: NDArray[Any], words: str) -> Sample:
+    """A scene to draw from words."""
+    return Sample(key, (Part("prompt", Text(words)), Part("draw", Visual(codes_HW[None]))))
 
-    recipe: IconLanguageRecipe
-    builder: SequenceBuilder
-    codes: Sequence[NDArray[Any]]
 
-    def batch(self, step: int) -> SequenceBatch:
-        """The batch of a step; its task is "draw" or "read"."""
-        recipe = self.recipe
-        rng = np.random.default_rng([recipe.seed, step])
-        task = "draw" if rng.random() < recipe.draw_share else "read"
-        number = pick_source(recipe.sources, step, rng)
-        source, codes = recipe.sources[number], self.codes[number]
-        samples = []
-        for index in rng.integers(source.count, size=recipe.batch_size):
-            scene_task, scene = source.scene(int(index))
-            if task == "draw":
-                samples.append(self.draw(scene, source.prompt(scene, scene_task, rng), codes[index], rng))
-            else:
-                samples.append(self.read(scene, codes[index], rng))
-        return SequenceBatch(task, *collate(samples, self.builder.vocabulary.pad))
+def read_sample(key: str, codes_HW: NDArray[Any], scene: Scene, most: int, rng: np.random.Generator) -> Sample:
+    """A conversation about a scene: questions and their answers, in random order."""
+    asked = [(question.text, question.answer) for question in questions(scene)] + [(DESCRIBE, full_caption(scene))]
+    parts = [Part("read", Visual(codes_HW[None]))]
+    for index in rng.permutation(len(asked))[:most]:
+        question, answer = asked[index]
+        parts += [Part("prompt", Text(question)), Part("answer", Text(answer))]
+    return Sample(key, tuple(parts))
 
-    def draw(self, scene: Scene, words: str, codes_HW: NDArray[Any], rng: np.random.Generator) -> Sample:
-        """The scene drawn from words, or from none."""
-        factors_HW = np.ones(codes_HW.shape)
-        for thing in scene.objects:
-            factors_HW[cells_of(thing)] = self.recipe.weights.object
-        prompt = None if rng.random() < self.recipe.null_prompt else words
-        return self.builder.drawing(prompt, codes_HW, self.recipe.weights.visual, factors_HW)
 
-    def read(self, scene: Scene, codes_HW: NDArray[Any], rng: np.random.Generator) -> Sample:
-        """Questions about the scene and their answers, in random order."""
-        asked = [(question.text, question.answer) for question in questions(scene)] + [(DESCRIBE, full_caption(scene))]
-        turns = [asked[index] for index in rng.permutation(len(asked))[: self.recipe.turns]]
-        weights = self.recipe.weights
-        return self.builder.reading(codes_HW, turns, weights.read_visual, weights.answer)
+def samples_of(
+    source: SceneSource, codes_NHW: NDArray[Any], turns: int, visits: int
+) -> tuple[list[Sample], list[Sample]]:
+    """All scenes of a source to draw, and to talk about."""
+    drawn, read = [], []
+    for index in range(source.count):
+        task, scene = source.scene(index)
+        for visit in range(visits):
+            rng = np.random.default_rng([source.seed, source.height, source.width, index, visit])
+            key = f"{index}-{visit}"
+            drawn.append(draw_sample(key, codes_NHW[index], source.prompt(scene, task, rng)))
+            read.append(read_sample(key, codes_NHW[index], scene, turns, rng))
+    return drawn, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +156,13 @@ class SceneDrafts:
         with_words, without = [], []
         for index in rng.integers(source.count, size=self.recipe.batch_size):
             task, scene = source.scene(int(index))
-            plain = np.ones(codes[index].shape)
-            words = source.prompt(scene, task, rng)
-            with_words.append(self.builder.drawing(words, codes[index], 1.0, plain))
-            without.append(self.builder.drawing(None, codes[index], 1.0, plain))
-        ids_BS, _ = collate([*with_words, *without], self.builder.vocabulary.pad)
-        return DraftBatch(ids_BS, *codes.shape[1:])
+            sample = draw_sample(str(index), codes[index], source.prompt(scene, task, rng))
+            with_words.append(self.builder.build(sample).ids)
+            without.append(self.builder.build(sample, without_prompt=True).ids)
+        rows = [torch.from_numpy(ids) for ids in (*with_words, *without)]
+        ids_BS = pad_sequence(rows, batch_first=True, padding_value=self.builder.vocabulary.pad)
+        height, width = codes.shape[1:]
+        return DraftBatch(ids_BS, height, width, step)
 
 
 def pick_source(sources: Sequence[SceneSource], step: int, rng: np.random.Generator) -> int:
@@ -202,16 +176,3 @@ def check_sources(sources: Sequence[SceneSource], steps: int) -> None:
     for step in range(steps):
         if not any(source.covers(step) for source in sources):
             raise ValueError(f"no source of scenes for step {step}; add a [[sources]] table with share, seed and count")
-
-
-def write_corpus() -> Iterator[str]:
-    """Captions, questions and answers of scenes, to train the text tokenizer on."""
-    rng = np.random.default_rng(0)
-    for index in range(6000):
-        task = TASKS[index % len(TASKS)]
-        scene = sample_scene(task, rng, "train")
-        yield caption(scene, task)
-        yield full_caption(scene)
-        yield f"{SYSTEM}{DESCRIBE}. ASSISTANT: {full_caption(scene)}"
-        for question in questions(scene):
-            yield f" USER: {question.text}. ASSISTANT: {question.answer}"

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from emu3 import __version__
 from emu3.asked import Asked
+from emu3.checkpoints.opened import holder
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar
 from emu3.options import MOST_SEED, Serve
@@ -56,7 +57,7 @@ class Service:
         self.worker = Worker(pipeline, serve.queue_tokens)
         self.fetcher = Fetcher(serve.names("picture_host")) if serve.picture_host else None
         self.began = int(time.time())
-        words = Path(pipeline.model.name_or_path) / "words.txt"
+        words = holder(Path(pipeline.model.name_or_path), "words.txt") / "words.txt"
         self.words = words.read_text().split() if words.is_file() else []
         self._prepared = 0  # or about to be
         # One thread, because tokenizers may not be used by several.

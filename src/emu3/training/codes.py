@@ -31,21 +31,26 @@ def encode(
         name: of the pictures, part of the file's name.
         folder: for the file.
     """
-    digest = hashlib.sha256()
-    for tensor in tokenizer.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    path = folder / f"codes-{name}-{digest.hexdigest()[:8]}.safetensors"
+    path = folder / f"codes-{name}-{tokenizer_hash(tokenizer)[:8]}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         dtype = smallest_dtype(tokenizer.config.codebook_size)
         device = tokenizer.quantize.embedding.weight.device
         parts = []
-        batches = prefetch(read_pictures, starts)
+        batches = prefetch(read_pictures, [(start,) for start in starts])
         for pictures_BHWC in track(batches, total=len(starts), description=f"encoding {name}"):
             codes_BHW = tokenizer.quantize(tokenizer.latents(to_pixels(pictures_BHWC.to(device)))[1])[:, 0]
             parts.append(codes_BHW.cpu().numpy().astype(dtype))
         save_file({"codes": np.concatenate(parts)}, path)
     return load_file(path)["codes"]
+
+
+def tokenizer_hash(tokenizer: Emu3VQVAE) -> str:
+    """Of all its weights."""
+    digest = hashlib.sha256()
+    for tensor in tokenizer.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_pixels(pictures_BHWC: Tensor) -> Tensor:

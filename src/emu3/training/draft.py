@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from emu3.generation.sampling import guide
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.quantization import dequantize_head
-from emu3.training.language import attend_causally
-from emu3.training.loop import StepResult, autocast, run_loop, training_device
+from emu3.training.loop import StepResult, run_loop
+from emu3.training.machine import autocast, training_device
+from emu3.training.objective import attend_causally
 from emu3.training.recipe import RunSettings
 
 
@@ -58,11 +59,13 @@ class DraftBatch(NamedTuple):
     Attributes:
         ids_BS: padded on the right.
         height, width: of each picture, in codes.
+        number: of the batch.
     """
 
     ids_BS: Tensor
     height: int
     width: int
+    number: int
 
 
 class Pairs(NamedTuple):
@@ -104,7 +107,7 @@ def read(model: Emu3ForConditionalGeneration, batch: DraftBatch) -> Reading:
     lo, hi = vocabulary.visual_span
     ids_BS = batch.ids_BS.to(text_model.embed_tokens.weight.device)
     on_cpu = ids_BS.device.type == "cpu"
-    run_layers = partial(text_model.run_layers, attend=attend_causally) if on_cpu else text_model.run_layers
+    run_layers = partial(text_model.run_layers, attend=_attend_on_cpu) if on_cpu else text_model.run_layers
     with autocast():
         places_1S = torch.arange(ids_BS.shape[1], device=ids_BS.device)[None]
         hidden_BSE = run_layers(text_model.embed_tokens(ids_BS), None, places_1S)
@@ -115,6 +118,12 @@ def read(model: Emu3ForConditionalGeneration, batch: DraftBatch) -> Reading:
     with_words, without = hidden_BSE.gather(1, inputs_BS[..., None].expand(-1, -1, hidden_BSE.shape[2])).chunk(2)
     codes_BS = ids_BS.gather(1, inputs_BS + 1).chunk(2)[0] - lo
     return Reading(with_words, without, codes_BS.where((codes_BS >= 0) & (codes_BS < hi - lo), hi - lo))
+
+
+def _attend_on_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return attend_causally(query, key, value, scaling), None
 
 
 def draft_loss(
@@ -147,7 +156,7 @@ def draft_loss(
     return loss, torch.minimum(drafts_RV.detach(), wanted_RV).exp().sum(-1).mean()
 
 
-def make_optimizers(head: DraftHead) -> list[torch.optim.Optimizer]:
+def make_optimizers(head: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for all else."""
     matrices = [module.weight for module in head.modules() if isinstance(module, nn.Linear)]
     of_muon = {id(parameter) for parameter in matrices}
@@ -179,22 +188,32 @@ def train(
     with torch.no_grad():
         head.norm.weight.copy_(model.model.text_model.norm.weight)  # the scale that the output head is used to
     head.to(training_device())
-    last: dict[int, Reading] = {}
-
-    def compute(batch: DraftBatch, step: int) -> StepResult:
-        number = step // recipe.reuse
-        if number not in last:
-            last.clear()
-            last[number] = read(model, batch)
-        pairs = Pairs.sample(batch, len(last[number].codes), recipe.rows, recipe.ahead)
-        loss, covered = draft_loss(model, head, last[number], batch.width, pairs, recipe.guidance_scale)
-        return StepResult(loss, {"loss": float(loss.detach()), "covered": float(covered)}, pairs.ahead.numel())
-
     make = partial(_make_shared, make_batch, recipe.reuse)
     rates = partial(learning_rates, recipe)
-    run_loop(recipe, folder, head, make_optimizers(head), rates, make, compute, unit="tokens")
+    run_loop(recipe, folder, DraftLoss(recipe, model, head), make_optimizers, rates, make, unit="tokens")
     head.save(recipe.checkpoint)
 
 
-def _make_shared(make_batch: Callable[[int], DraftBatch], reuse: int, step: int) -> DraftBatch:
+class DraftLoss(nn.Module):
+    """The objective of a draft head. The checkpoint reads each batch once."""
+
+    def __init__(self, recipe: DraftRecipe, model: Emu3ForConditionalGeneration, head: DraftHead) -> None:
+        super().__init__()
+        self.recipe, self.head = recipe, head
+        self._model = [model]  # in a list, so that it is no part of what is trained and saved
+        self._last: dict[int, Reading] = {}
+
+    def forward(self, batch: DraftBatch) -> StepResult:
+        """The mean divergence of a random choice of positions."""
+        model = self._model[0]
+        if batch.number not in self._last:
+            self._last = {batch.number: read(model, batch)}
+        reading = self._last[batch.number]
+        pairs = Pairs.sample(batch, len(reading.codes), self.recipe.rows, self.recipe.ahead)
+        loss, covered = draft_loss(model, self.head, reading, batch.width, pairs, self.recipe.guidance_scale)
+        one = torch.ones((), device=loss.device)
+        return StepResult(loss, one, {"covered": (covered, one)}, pairs.ahead.numel())
+
+
+def _make_shared(make_batch: Callable[[int], DraftBatch], reuse: int, step: int, part: int) -> DraftBatch:
     return make_batch(step // reuse)

@@ -1,84 +1,290 @@
-"""Training a language model on sequences of text and pictures: next-token prediction with a weight for each token.
+"""Training a language model on shards of samples, from scratch or from a checkpoint: all weights, or adapters (LoRA).
 
-Muon (Jordan et al., 2024) trains the matrices of the layers, AdamW embeddings, head and norms. After a warm-up the rate
+AdamW trains all; or Muon (Jordan et al., 2024) the matrices of the layers, and AdamW the rest. After a warm-up the rate
 is constant, and over the last part it falls linearly to zero, so that a run can be extended from before the fall.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from emu3.configuration import Emu3TextConfig
-from emu3.modeling.text import Emu3ForCausalLM
-from emu3.tokenization import vocabulary_map
-from emu3.training.loop import StepResult, autocast, run_loop, training_device
-from emu3.training.recipe import RunSettings, arguments_of
+from emu3.checkpoints import resolve
+from emu3.checkpoints.load import load_model, load_processor
+from emu3.configuration import Emu3Config, Emu3TextConfig
+from emu3.data.samples import Sample
+from emu3.data.shards import Shard
+from emu3.image_processing import Emu3ImageProcessor
+from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.modeling.vision import Emu3VQVAE
+from emu3.processing import Emu3Processor
+from emu3.segments import Text
+from emu3.tokenization import train_tokenizer, vocabulary_map
+from emu3.training.drawings import Drawings
+from emu3.training.loop import Hook, run_loop
+from emu3.training.machine import training_device
+from emu3.training.objective import NextTokenLoss, Rows
+from emu3.training.packing import MixedSource, Schedule
+from emu3.training.recipe import Arguments, Checked, RunSettings
+from emu3.training.results import save_adapter, save_checkpoint, stored_dtype
+from emu3.training.sequences import SequenceBuilder, Weights
+from emu3.training.state import require_output
 from emu3.vocabulary import Vocabulary
+
+MOST_TEXTS = 100_000  # different ones, that train a text tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedShards(Checked):
+    """A folder of shards in a mixture.
+
+    Attributes:
+        path: the folder, as `emu3 tokenize` leaves it.
+        weight: its share of the samples, relative to the others in use.
+        steps: the first step that uses it and the one after the last; None: all steps do.
+    """
+
+    path: Path
+    weight: float = 1.0
+    steps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(Checked):
+    """The smallest and the largest area of pictures that are read, as of `Emu3ImageProcessor`."""
+
+    min_pixels: int = 512 * 512
+    max_pixels: int = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageRecipe(RunSettings):
-    """One run of a language model. Steps count batches.
+    """What every run of a language model has. A part of a step is one row of packed samples.
 
     Attributes:
-        model: arguments of `Emu3TextConfig`; ids and vocabulary size come from the tokenizer.
-        code_factors: sizes of the factors whose product is the size of the codebook; see `share_factors`.
-        learning_rate: of the layers' matrices (Muon).
-        embedding_learning_rate: of all other parameters (AdamW).
+        data: the shards.
+        task: which samples count: drawings, all others ("chat"), or both.
+        length: tokens of a row.
+        weights: of the kinds of tokens in the loss.
+        null_prompt: share of drawings whose prompt is left out, so that guidance has an unconditional model.
+        optimizer: of the layers' matrices.
+        learning_rate: of the layers' matrices, at its highest.
+        embedding_learning_rate: of all other weights (AdamW); None: the same.
         weight_decay: of the layers' matrices.
         warmup: steps of rising rate.
         decay_share: share of the steps with falling rate.
-        compile: whether to compile the layers where the CPU trains; needs a C++ compiler. On a GPU, a small model takes
-            longer to compile than it gains.
+        prompts: what is drawn to watch the run, with seeds 0, 1, ...; by default the first captions of the data.
+        draw_every: steps between two sheets of drawings; 0: none.
     """
 
-    model: Annotated[dict[str, Any], arguments_of(Emu3TextConfig) | {"rope_theta": float}]
-    code_factors: list[int] | None = None
-    batch_size: int = 48
-    learning_rate: float = 2e-3
-    embedding_learning_rate: float = 4e-3
+    data: tuple[MixedShards, ...]
+    task: Literal["draw", "chat", "both"] = "both"
+    length: int = 4096
+    weights: Weights = field(default_factory=Weights)
+    null_prompt: float = 0.1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    embedding_learning_rate: float | None = None
     weight_decay: float = 0.05
     warmup: int = 100
     decay_share: float = 0.4
-    compile: bool = False
+    prompts: tuple[str, ...] = ()
+    draw_every: int = 500
 
 
-class SequenceBatch(NamedTuple):
-    """Padded sequences: the log's name for the loss of their visual tokens, ids, and weights of the ids as targets."""
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(LanguageRecipe):
+    """A language model from scratch, beside a vision tokenizer that is trained already.
 
-    task: str
-    ids_BS: Tensor
-    weights_BS: Tensor
-
-
-def attend_causally(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Plain causal attention by two batched products: with bfloat16 tiles about twice as fast as SDPA's CPU kernel.
-
-    Arguments and result are those of the functions of `emu3.modeling.attention.get_attention`.
+    Attributes:
+        model: arguments of `Emu3TextConfig`; ids and vocabulary size come from the tokenizer.
+        vision: folder of the vision tokenizer.
+        tokenizer: folder of a text tokenizer with ids for the visual codes; None: one is trained on the samples' texts.
+        text_entries: size of the text tokenizer that is trained.
+        texts: files that train it too.
+        code_factors: sizes of the factors whose product is the size of the codebook; see `share_factors`.
+        image_area: size of drawn pictures in pixels, unless a request names another.
+        image_processor: for pictures that are read.
     """
-    batch, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1).reshape(-1, length, width) for x in (key, value))
-    future = torch.full((length, length), -1e4, dtype=query.dtype).triu(1)
-    scores = torch.baddbmm(
-        future.expand(batch * heads, -1, -1), query.flatten(0, 1), key.transpose(1, 2), alpha=scaling
+
+    model: Annotated[dict[str, Any], Arguments(Emu3TextConfig, rope_theta=float)]
+    vision: Path
+    tokenizer: Path | None = None
+    text_entries: int = 1024
+    texts: tuple[Path, ...] = ()
+    code_factors: tuple[int, ...] | None = None
+    image_area: int
+    image_processor: PictureSettings = field(default_factory=PictureSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(LanguageRecipe):
+    """All weights of a checkpoint's language model; its vision tokenizer stays as it is.
+
+    Attributes:
+        checkpoint: a name, as for `emu3 image --model`.
+    """
+
+    checkpoint: str
+    learning_rate: float = 2e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRecipe(FinetuneRecipe):
+    """Adapters of low rank beside the matrices of a checkpoint's layers, which stay as they are (Hu et al., 2021).
+
+    Attributes:
+        rank: of the adapters.
+        alpha: an adapter's result counts alpha / rank.
+        dropout: of the adapters' inputs.
+        modules: names of the matrices, as PEFT reads `target_modules`.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    learning_rate: float = 2e-4
+
+
+def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
+    """Trains by the recipe, from the last saved state if any; leaves a checkpoint in the folder."""
+    vision = Emu3VQVAE.from_pretrained(require_output(recipe.vision))
+    shards = open_mixture(recipe, vision)
+    torch.manual_seed(recipe.seed)
+    tokenizer = _text_tokenizer(recipe, shards, vision.config.codebook_size)
+    names = vocabulary_map(tokenizer)
+    vocabulary = Vocabulary.from_map(names)
+    ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    text_config = Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids)
+    config = Emu3Config(vq_config=vision.config, text_config=text_config, vocabulary_map=names)
+    config.abilities = ["draw", "read"]
+    model = Emu3ForConditionalGeneration(config)
+    model.model.vqmodel.load_state_dict(vision.state_dict())
+    model.generation_config = GenerationConfig(**ids)
+    if recipe.code_factors is not None:
+        share_factors(model, vocabulary, recipe.code_factors)
+    factor, areas = vision.spatial_scale_factor, vars(recipe.image_processor)
+    pictures = Emu3ImageProcessor(spatial_factor=factor, image_mean=[0.5] * 3, image_std=[0.5] * 3, **areas)
+    processor = Emu3Processor(pictures, tokenizer, image_area=recipe.image_area)
+    processor.save_pretrained(folder)
+    train(recipe, folder, model, processor, shards)
+    save_checkpoint(model, processor, folder, torch.float32)
+
+
+def finetune(recipe: FinetuneRecipe, folder: Path) -> None:
+    """Trains by the recipe, from the last saved state if any; leaves a checkpoint in the folder."""
+    source = resolve(recipe.checkpoint)
+    model, processor = load_model(source, dtype=torch.float32), load_processor(source)
+    train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
+    save_checkpoint(model, processor, folder, stored_dtype(source), beside=source)
+
+
+def lora(recipe: LoraRecipe, folder: Path) -> None:
+    """Trains by the recipe, from the last saved state if any; leaves an adapter in the folder."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("adapters need PEFT; pip install 'emu3[train]'") from error
+    source = resolve(recipe.checkpoint)
+    model, processor = load_model(source), load_processor(source)
+    torch.manual_seed(recipe.seed)
+    targets = rf".*text_model\.layers\..*\.({'|'.join(recipe.modules)})"
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=cast(int, recipe.alpha), lora_dropout=recipe.dropout, target_modules=targets
     )
-    mixed = torch.bmm(scores.softmax(-1), value)
-    return mixed.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
+    model.requires_grad_(False)
+    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted = get_peft_model(cast(Any, model), config)
+    train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
+    save_adapter(adapted, recipe.checkpoint, folder)
+
+
+def train(
+    recipe: LanguageRecipe,
+    folder: Path,
+    model: Emu3ForConditionalGeneration,
+    processor: Emu3Processor,
+    shards: Sequence[Sequence[Shard]],
+) -> None:
+    """Trains the weights of the language model that need gradients, in place."""
+    model.model.vqmodel.requires_grad_(False)
+    builder = SequenceBuilder(processor, model.model.vocabulary, recipe.weights)
+    rows = make_rows(recipe, shards, builder)
+    watch = Drawings(model, processor, recipe.prompts or captions(shards), folder / "drawings")
+    hooks = [Hook(recipe.draw_every, watch.draw)] if recipe.draw_every and recipe.task != "chat" else []
+    objective = NextTokenLoss(model)
+    model.to(training_device())
+    optimizers, rates = partial(make_optimizers, recipe), partial(learning_rates, recipe)
+    run_loop(recipe, folder, objective, optimizers, rates, rows, unit="tokens", hooks=hooks)
+
+
+def open_mixture(recipe: LanguageRecipe, tokenizer: Emu3VQVAE) -> list[list[Shard]]:
+    """The shards of each folder of the recipe. `ValueError` where one was made by another vision tokenizer."""
+    return [[Shard(path) for path in sorted(each.path.glob("*.parquet"))] for each in recipe.data]
+
+
+def make_rows(recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder: SequenceBuilder) -> Rows:
+    """The rows of a run. Samples that are not of the recipe's task have no length, and are left out."""
+    lengths: dict[Path, np.ndarray[Any, Any]] = {}  # a folder may be there for several spans of steps
+    for each, opened in zip(recipe.data, shards, strict=True):
+        if each.path not in lengths:
+            found = [_length(sample, builder, recipe) for shard in opened for sample in shard.outlines()]
+            lengths[each.path] = np.array(found)
+    sources = [MixedSource(str(each.path), lengths[each.path], each.weight, each.steps) for each in recipe.data]
+    schedule = Schedule(sources, recipe.length, recipe.parts, recipe.seed, recipe.steps)
+    for source, count in zip(sources, schedule.left_out, strict=True):
+        if count:
+            print(f"{source.name}: {count} samples are longer than a row of {recipe.length} tokens, and left out")
+    return Rows(schedule, shards, builder, recipe.null_prompt)
+
+
+def _length(sample: Sample, builder: SequenceBuilder, recipe: LanguageRecipe) -> int:
+    draws = any(part.role == "draw" for part in sample.parts)
+    if recipe.task != "both" and draws != (recipe.task == "draw"):
+        return 2**40
+    return len(builder.build(sample))
+
+
+def captions(shards: Sequence[Sequence[Shard]], count: int = 8) -> list[str]:
+    """The first different prompts of drawings."""
+    found: dict[str, None] = {}
+    for shard in (shard for each in shards for shard in each):
+        for sample in shard.outlines():
+            if len(found) == count:
+                return list(found)
+            words = [part.content.text for part in sample.parts if isinstance(part.content, Text)]
+            if words and any(part.role == "draw" for part in sample.parts):
+                found[" ".join(words)] = None
+    return list(found)
+
+
+def _text_tokenizer(
+    recipe: PretrainRecipe, shards: Sequence[Sequence[Shard]], codebook_size: int
+) -> PreTrainedTokenizerBase:
+    if recipe.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(recipe.tokenizer.resolve())
+    texts: dict[str, None] = {}
+    for shard in (shard for each in shards for shard in each):
+        for sample in shard.outlines():
+            texts |= {part.content.text: None for part in sample.parts if isinstance(part.content, Text)}
+            if len(texts) > MOST_TEXTS:
+                break
+    files = [path.read_text() for path in recipe.texts]
+    return train_tokenizer([*texts, *files], recipe.text_entries, codebook_size)
 
 
 @torch.no_grad()
-def share_factors(model: Emu3ForCausalLM, vocabulary: Vocabulary, factors: Sequence[int]) -> None:
+def share_factors(model: Emu3ForConditionalGeneration, vocabulary: Vocabulary, factors: Sequence[int]) -> None:
     """Starts each visual id, in embedding and head, as the sum of one vector for each factor of its code.
 
     Codes that share a factor then start alike, so what is learned of one holds for the others. The factor that varies
@@ -86,7 +292,7 @@ def share_factors(model: Emu3ForCausalLM, vocabulary: Vocabulary, factors: Seque
     """
     if math.prod(factors) != vocabulary.codebook_size:
         raise ValueError(f"code_factors {list(factors)} do not multiply to the {vocabulary.codebook_size} codes")
-    for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+    for table in (model.get_input_embeddings().weight, model.lm_head.weight):
         visual = table[slice(*vocabulary.visual_span)]
         scale = float(visual.std()) / len(factors) ** 0.5
         total = torch.zeros(*factors, table.shape[1])
@@ -96,74 +302,25 @@ def share_factors(model: Emu3ForCausalLM, vocabulary: Vocabulary, factors: Seque
         visual.copy_(total.flatten(0, -2))
 
 
-def make_optimizers(model: nn.Module, recipe: LanguageRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for all else."""
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    rest = [p for name, p in model.named_parameters() if ".layers." not in name or p.ndim != 2]
+def make_optimizers(recipe: LanguageRecipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """That of the layers' matrices, and AdamW for all else; of the weights that need gradients."""
+    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    matrices = [each for name, each in trained if ".layers." in name and each.ndim == 2]
+    rest = [each for name, each in trained if ".layers." not in name or each.ndim != 2]
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=recipe.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    made: list[torch.optim.Optimizer] = []
+    if recipe.optimizer == "muon":
+        made.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    else:
+        made.append(torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=decay))
+    if rest:
+        made.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0))
+    return made
 
 
 def learning_rates(recipe: LanguageRecipe, step: int) -> list[float]:
-    """The rates of a step, of Muon and of AdamW: rising, flat, then falling to zero."""
+    """The rates of a step, of the layers' matrices and of all else: rising, flat, then falling to zero."""
     falling = (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps)
-    factor = min(1.0, (step + 1) / recipe.warmup, falling)
-    return [recipe.learning_rate * factor, recipe.embedding_learning_rate * factor]
-
-
-def next_token_loss(
-    model: Emu3ForCausalLM, run_layers: Callable[..., Tensor], ids_BS: Tensor, weights_BS: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of predicting each token from those before it; tokens of weight 0 do not count.
-
-    `run_layers` runs the model's layers and may be compiled. Returns the mean by weight, the loss (targets,) and the id
-    (targets,) of every target that counts.
-    """
-    with autocast():
-        positions = torch.arange(ids_BS.shape[1] - 1, device=ids_BS.device)[None]
-        hidden_BSE = run_layers(model.model.embed_tokens(ids_BS[:, :-1]), None, positions)
-        counts_BS = weights_BS[:, 1:] > 0
-        logits = model.lm_head(hidden_BSE[counts_BS])
-    targets, weights = ids_BS[:, 1:][counts_BS], weights_BS[:, 1:][counts_BS]
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * weights).sum() / weights.sum(), losses.detach(), targets
-
-
-def train(
-    recipe: LanguageRecipe,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    make_batch: Callable[[int], SequenceBatch],
-) -> None:
-    """Runs the recipe to its end, from its last saved state if any; leaves `tokenizer` and `language` in `folder`.
-
-    The tokenizer has ids for the visual codes too. `make_batch` is a pure function of the step; picklable. The log has
-    the mean loss of visual tokens under the name of the batch's task, and that of text under "answer".
-    """
-    torch.manual_seed(recipe.seed)
-    device = training_device()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    vocabulary = Vocabulary.from_map(vocabulary_map(tokenizer))
-    ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
-    model = Emu3ForCausalLM(Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids))
-    if recipe.code_factors is not None:
-        share_factors(model, vocabulary, recipe.code_factors)
-    model.to(device)
-    run_layers: Callable[..., Tensor] = model.model.run_layers
-    if device.type == "cpu":
-        run_layers = partial(run_layers, attend=attend_causally)
-        if recipe.compile:
-            run_layers = torch.compile(run_layers)
-
-    def compute(batch: SequenceBatch, step: int) -> StepResult:
-        loss, losses, targets = next_token_loss(model, run_layers, batch.ids_BS.to(device), batch.weights_BS.to(device))
-        kinds = {batch.task: targets >= vocabulary.visual_base, "answer": targets < vocabulary.pad}
-        metrics = {name: float(losses[chosen].mean()) for name, chosen in kinds.items() if chosen.any()}
-        return StepResult(loss, metrics, batch.ids_BS.numel())
-
-    rates = partial(learning_rates, recipe)
-    run_loop(recipe, folder, model, make_optimizers(model, recipe), rates, make_batch, compute, unit="tokens")
-    model.save_pretrained(folder / "language")
+    factor = min(1.0, (step + 1) / max(1, recipe.warmup), falling)
+    other = recipe.learning_rate if recipe.embedding_learning_rate is None else recipe.embedding_learning_rate
+    return [recipe.learning_rate * factor, other * factor]

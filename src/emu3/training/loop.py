@@ -1,120 +1,309 @@
-"""The training loop, the same for every model: batch, loss, gradients, optimizers, log, saved state.
+"""The training loop, one for every kind of training: batches, loss, gradients, optimizers, log, saved state.
 
-Also what the models' losses share: the device, mixed precision, and batches made ahead.
+    for each step:  for each part of this process:  batch -> objective -> StepResult -> gradients of a sum
+                    gradients / sum of weights over all parts and processes -> cut -> optimizers -> average of weights
+
+What is trained is an objective: a module whose `forward(batch)` returns a `StepResult`. One process trains on a GPU or
+a CPU; several, started by `accelerate launch` or `torchrun`, share out weights, gradients and optimizers (FSDP2). A
+step has the same parts, and each part the same batch and random numbers, whatever the number of processes.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from emu3.modeling.text import Emu3DecoderLayer, Emu3TextModel
+from emu3.training.machine import autocast, computes_in, training_device
 from emu3.training.recipe import RunSettings
-from emu3.training.state import load_state, save_state, write_log
+from emu3.training.report import write_report
+from emu3.training.state import load_state, save_state, saved_states, write_log
+from emu3.training.watch import Display
 
 Batch = TypeVar("Batch")
 
-MAX_GRADIENT_NORM = 1.0
 CORES_FOR_TRAINING = 2
 MAX_WORKERS = 10
+RECENT_STEPS = 50  # whose median loss a step's loss is compared with
+EXPLODED = 10.0  # times that median, and 1 more
 
 
 class StepResult(NamedTuple):
-    """What a step computes: the loss, numbers for the log (not the same in every step), and the batch's size."""
+    """What an objective makes of a batch.
+
+    Attributes:
+        loss: a sum over what counts: tokens, pictures, pairs. A scalar.
+        weight: the sum of the weights of what counts. The step's loss is the sum of losses over the sum of weights.
+        metrics: name -> sum and count, of which the log shows the quotient.
+        size: tokens or pictures, for the speed.
+        flops: of the forward and backward pass; 0: not known.
+    """
 
     loss: Tensor
-    metrics: dict[str, float]
+    weight: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
     size: int
+    flops: float = 0.0
+
+
+class Hook(NamedTuple):
+    """Something to do every so many steps, and at the end, such as drawing pictures: (steps done) -> None."""
+
+    every: int
+    run: Callable[[int], None]
+
+
+class TrainingStopped(ValueError):
+    """The loss is no number, or many times what it was."""
 
 
 def run_loop(
     settings: RunSettings,
     folder: Path,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    objective: nn.Module,
+    make_optimizers: Callable[[nn.Module], Sequence[torch.optim.Optimizer]],
     learning_rates: Callable[[int], Sequence[float]],
-    make_batch: Callable[[int], Batch],
-    compute: Callable[[Batch, int], StepResult],
+    make_batch: Callable[[int, int], Batch],
     unit: str,
+    hooks: Sequence[Hook] = (),
     report_means: bool = True,
 ) -> None:
-    """Trains `model` to the last step, from its last saved state if there is one; leaves it in evaluation mode.
+    """Trains to the last step, from the last saved state if there is one; leaves the objective in evaluation mode.
 
     The log in `folder` gets a line every `report_every` steps: the metrics, and `unit`s ("tokens", "pictures") per
     second. With `report_means`, metrics are means since the last line, else those of the line's own step.
 
     Args:
+        objective: what is trained; its weights that need gradients change in place.
+        make_optimizers: called with the objective after its weights are shared out among processes.
         learning_rates: (step) -> a rate for each optimizer.
-        make_batch: (step) -> batch; a pure function, picklable.
-        compute: (batch, step) -> result.
+        make_batch: (step, part) -> batch; a pure function, picklable. A batch may have `keys` of its samples.
+        hooks: run in every process, in evaluation mode and with the averaged weights.
+
+    Raises:
+        ValueError: the processes do not divide the parts.
+        TrainingStopped: the loss is no number or has exploded. The error names step, keys and the last state.
     """
-    step = load_state(folder, model, optimizers)
-    every = f"a report every {settings.report_every}, saved every {settings.save_every}"
-    print(f"{os.path.relpath(folder)}: steps {step} to {settings.steps}, {every}", flush=True)
-    began, size = time.monotonic(), 0
-    recent: list[dict[str, float]] = []
-    model.train()
-    for batch in prefetch(make_batch, range(step, settings.steps)):
-        # Random numbers depend on the step alone, so that a resumed run goes on bit for bit.
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        for optimizer, rate in zip(optimizers, learning_rates(step), strict=True):
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        result = compute(batch, step)
-        result.loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        size += result.size
-        recent.append(result.metrics)
-        if step % settings.report_every == 0:
-            metrics = average(recent) if report_means else recent[-1]
-            speed = {f"{unit}_per_second": round(size / (time.monotonic() - began), 1)}
-            write_log(folder, step=step, **metrics, **speed)
-            recent = []
-        if step % settings.save_every == 0 or step == settings.steps:
-            save_state(folder, step, model, optimizers)
-    model.eval()
+    accelerator = start_accelerator(settings, folder)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if settings.parts % processes:
+        raise ValueError(f"{processes} processes do not divide parts = {settings.parts}; set parts to a multiple")
+    share_out(objective, settings, processes)
+    optimizers = make_optimizers(objective)
+    averages = _Averages(objective, settings.average)
+    step = load_state(folder, objective, optimizers, averages.tensors)
+    if rank == 0 and settings.trackers:
+        accelerator.init_trackers("emu3")
+    display = Display(folder, step, settings, unit, is_shown=rank == 0)
+    own_parts = range(rank, settings.parts, processes)
+    batches = prefetch(make_batch, [(each, part) for each in range(step, settings.steps) for part in own_parts])
+    recent: list[float] = []
+    objective.train()
+    with display:
+        while step < settings.steps:
+            for optimizer, rate in zip(optimizers, learning_rates(step), strict=True):
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            keys: list[str] = []
+            results = []
+            for part in own_parts:
+                batch = next(batches)
+                keys += getattr(batch, "keys", ())
+                # Random numbers depend on step and part alone, so that a resumed run goes on bit for bit.
+                torch.manual_seed((settings.seed * 1_000_003 + step) * settings.parts + part)
+                with autocast(settings):
+                    result = objective(batch)
+                (result.loss * processes).backward()  # FSDP takes the mean over processes
+                results.append(result._replace(loss=result.loss.detach()))
+            totals = _sum_up(results, accelerator.device)
+            loss = totals.loss / totals.weight
+            if stopped := _is_wrong(loss, recent):
+                state = ["none", *map(str, saved_states(folder))][-1]
+                raise TrainingStopped(
+                    f"loss is {loss:.4g} in step {step}, {stopped}; samples: {', '.join(keys[:8]) or 'not known'}; "
+                    f"last good state: {state}; lower learning_rate, or leave these samples out"
+                )
+            recent = [*recent[1 - RECENT_STEPS :], loss]
+            trained = [each for each in objective.parameters() if each.grad is not None]
+            for parameter in trained:
+                cast(Tensor, parameter.grad).div_(totals.weight)
+            norm = nn.utils.clip_grad_norm_(trained, settings.gradient_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+            averages.update()
+            step += 1
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            display.add(loss, float(norm), totals.metrics, totals.size, totals.flops)
+            if step % settings.report_every == 0:
+                report = display.report(step, means=report_means)
+                if rank == 0:
+                    display.print(write_log(folder, step=step, **report))
+                    accelerator.log(report, step=step)
+            is_last = step == settings.steps
+            if step % settings.save_every == 0 or is_last:
+                save_state(folder, step, objective, optimizers, averages.tensors, settings.keep_states)
+            if due := [hook for hook in hooks if step % hook.every == 0 or is_last]:
+                objective.eval()
+                with averages.used():
+                    for hook in due:
+                        hook.run(step)
+                objective.train()
+            if rank == 0 and (step % settings.save_every == 0 or is_last):
+                write_report(folder)
+    objective.eval()
+    averages.keep()
+    for tracker in accelerator.trackers:  # `end_training` would also end the processes' group, which saving needs
+        tracker.finish()
 
 
-def training_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def start_accelerator(settings: RunSettings, folder: Path) -> Any:
+    """accelerate's view of this process: its number among all, its device, and the trackers."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ValueError("training needs accelerate; pip install 'emu3[train]'") from error
+    return Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(settings.trackers) or None, project_dir=str(folder)
+    )
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 beat float32 here: a GPU, or a CPU with AMX tiles."""
-    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+def share_out(objective: nn.Module, settings: RunSettings, processes: int) -> None:
+    """Moves the objective to this process's device; among several processes, shares its weights out, layer by layer."""
+    if settings.recompute_layers:
+        for module in objective.modules():
+            if isinstance(module, Emu3TextModel):
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+    device = training_device()
+    if processes == 1:
+        objective.to(device)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    dtype = torch.bfloat16 if device.type == "cuda" and computes_in(settings) is torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in objective.modules():
+        if isinstance(module, Emu3DecoderLayer):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
-def autocast() -> torch.autocast:
-    """A context of mixed precision; it changes nothing where bfloat16 is slow."""
-    return torch.autocast(training_device().type, dtype=torch.bfloat16, enabled=has_fast_bfloat16())
+class _Totals(NamedTuple):
+    """Of a step, over all parts and processes."""
+
+    loss: float
+    weight: float
+    metrics: dict[str, tuple[float, float]]
+    size: int
+    flops: float
 
 
-def prefetch(make_batch: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
-    """`make_batch(step)` of every step, in order, made ahead by other processes where there are cores to spare.
+def _sum_up(results: Sequence[StepResult], device: torch.device) -> _Totals:
+    names = sorted({name for result in results for name in result.metrics})
+    if dist.is_initialized():
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, names)
+        names = sorted({name for each in found for name in each})
+    none = (0.0, 0.0)
+    rows = [
+        [
+            *(result.loss, result.weight, result.size, result.flops),
+            *(value for name in names for value in result.metrics.get(name, none)),
+        ]
+        for result in results
+    ]
+    numbers = [[float(torch.as_tensor(value).detach()) for value in row] for row in rows]
+    total = torch.tensor(numbers, dtype=torch.float64).sum(0)
+    if dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    loss, weight, size, flops, *values = total.tolist()
+    metrics = {name: (values[2 * at], values[2 * at + 1]) for at, name in enumerate(names)}
+    return _Totals(loss, weight, metrics, int(size), flops)
 
-    `make_batch` is a pure function of the step, so that a resumed run gets the same batches; picklable.
+
+def _is_wrong(loss: float, recent: Sequence[float]) -> str | None:
+    """Why training cannot go on from here; None where it can."""
+    if loss != loss or loss in (float("inf"), -float("inf")):
+        return "which is no number"
+    if len(recent) >= RECENT_STEPS - 1 and loss > EXPLODED * abs(median(recent)) + 1:
+        return f"after {median(recent):.4g} in the steps before"
+    return None
+
+
+class _Averages:
+    """Moving averages of the weights that are trained."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: each for name, each in model.named_parameters() if each.requires_grad and decay > 0}
+        self.tensors = {name: each.detach().clone() for name, each in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, weight in self.weights.items():
+            self.tensors[name].lerp_(weight, 1 - self.decay)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The model with the averages as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            own = weight.detach().clone()
+            weight.copy_(self.tensors[name])
+            self.tensors[name].copy_(own)
+
+    def keep(self) -> None:
+        """The averages become the weights."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.tensors[name])
+
+
+class _Calls:
+    """A dataset of batches, which are made when they are asked for."""
+
+    def __init__(self, make_batch: Callable[..., Any], calls: Sequence[tuple[int, ...]]) -> None:
+        self.make_batch, self.calls = make_batch, calls
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make_batch(*self.calls[index])
+
+
+def prefetch(make_batch: Callable[..., Batch], calls: Sequence[tuple[int, ...]]) -> Iterator[Batch]:
+    """`make_batch(*call)` of every call, in order, made ahead by other processes where there are cores to spare.
+
+    `make_batch` is a pure function of its arguments, so that a resumed run gets the same batches; picklable.
     """
     loader = DataLoader(
-        cast(Any, steps),
+        cast(Any, _Calls(make_batch, calls)),
         batch_size=None,
-        collate_fn=cast(Any, make_batch),
+        collate_fn=_as_it_is,
         num_workers=min(MAX_WORKERS, max(0, (os.cpu_count() or 1) - CORES_FOR_TRAINING)),
         generator=torch.Generator(),  # its own, so that the random numbers of training do not depend on it
     )
     return iter(loader)
 
 
-def average(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the steps that have it."""
-    names = dict.fromkeys(name for metrics in steps for name in metrics)
-    return {name: float(np.mean([metrics[name] for metrics in steps if name in metrics])) for name in names}
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,36 +1,78 @@
 """Recipes: TOML files that say what to train. `kind` names the dataclass whose fields the rest of the file gives."""
 
 import inspect
+import json
 import tomllib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+
+from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Recipe = TypeVar("Recipe")
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+class Checked:
+    """Base of the dataclasses that recipes are read into: a field that is not theirs is refused."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What every training run has. Steps count batches.
+class RunSettings(Checked):
+    """What every training run has.
 
     Attributes:
         seed: of the first weights and of the data.
-        steps: length of the run.
-        batch_size: pictures or sequences of a batch.
+        steps: updates of the weights.
+        parts: batches of each step, whose gradients are added up. Several processes share them out, so their number
+            divides this one; the result is the same for any number of processes.
+        precision: of products. "auto": bfloat16 where it is fast, beside weights in float32.
+        recompute_layers: whether the backward pass computes the layers again, which takes less memory and more time.
+        gradient_norm: longer gradients are cut to this length.
+        average: of the weights over the run, at each step `average` old and the rest new; 0: the last weights count.
         report_every: steps between two lines of the log.
         save_every: steps between two saved states; the last step is always saved.
+        keep_states: how many saved states are kept.
+        trackers: names of what else gets the log, as accelerate knows them: "tensorboard", "wandb".
     """
 
     seed: int = 0
     steps: int = 6000
-    batch_size: int = 32
+    parts: int = 1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute_layers: bool = False
+    gradient_norm: float = 1.0
+    average: float = 0.0
     report_every: int = 50
     save_every: int = 500
+    keep_states: int = 1
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "parts", "report_every", "save_every", "keep_states"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is {self.average}; give a share from 0 to below 1, such as 0.999")
+
+
+class Arguments:
+    """Marks a table that holds arguments of a configuration class: those that the class itself declares."""
+
+    def __init__(self, config: type, **others: Any) -> None:
+        types = inspect.get_annotations(config, eval_str=True)
+        self.types = {each.name: types[each.name] for each in fields(cast(Any, config)) if each.name in types} | others
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        make = cast(Callable[..., Any], TypedDict)
+        table = make("Arguments", self.types, total=False)
+        table.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}
+        return handler(table)
 
 
 class Kind(NamedTuple):
@@ -68,72 +110,48 @@ def read_recipe(path: Path, kinds: Mapping[str, Kind]) -> tuple[str, Any, Path]:
         recipe = build(kinds[kind].recipe, content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    paths = {name: path.parent / value for name, value in vars(recipe).items() if isinstance(value, Path)}
-    return kind, replace(recipe, **paths), path.parent / output
+    return kind, _resolve(recipe, path.parent), path.parent / output
 
 
-def build(recipe: type[Recipe], content: Mapping[str, Any], within: str = "") -> Recipe:
+def _resolve(value: Any, folder: Path) -> Any:
+    """The dataclass with its paths, and those of dataclasses in it, seen from the folder."""
+    if isinstance(value, Path):
+        return folder / value
+    if isinstance(value, tuple):
+        return tuple(_resolve(each, folder) for each in value)
+    if isinstance(value, Checked):
+        return replace(cast(Any, value), **{name: _resolve(each, folder) for name, each in vars(value).items()})
+    return value
+
+
+def build(recipe: type[Recipe], content: Mapping[str, Any]) -> Recipe:
     """A dataclass from a table of TOML, its values checked against the types of the fields.
 
-    A field may be a dataclass or a list of them. `within` stands before a field's name in messages: "sources[2].".
+    `ValueError` names the first field that is unknown, missing or wrong by its path, such as "sources[2].share".
     """
-    types = get_type_hints(recipe, include_extras=True)
-    values = _convert_table(types, content, within)
-    for field in fields(cast(Any, recipe)):
-        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{within}{field.name} is missing; give {_describe(types[field.name])}")
-    return recipe(**values)
+    try:
+        from pydantic import TypeAdapter, ValidationError
+    except ImportError as error:
+        raise ValueError("recipes need pydantic; pip install 'emu3[train]'") from error
+    try:
+        # As JSON, strictly: a list becomes a tuple and a text a path, but "3" is no number.
+        return TypeAdapter(recipe).validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
 
 
-def arguments_of(config: type) -> dict[str, Any]:
-    """Name -> type of the arguments that the class of a configuration declares, those of its bases left out."""
-    types = inspect.get_annotations(config, eval_str=True)
-    return {field.name: types[field.name] for field in fields(cast(Any, config)) if field.name in types}
-
-
-def _convert_table(types: Mapping[str, Any], table: Mapping[str, Any], within: str) -> dict[str, Any]:
-    for name, value in table.items():
-        if name not in types:
-            raise ValueError(f"{within}{name} = {value!r}: no such field; the fields are {', '.join(types)}")
-    return {name: _convert(types[name], value, within + name) for name, value in table.items()}
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """The value of a field of type `kind`; a list becomes a tuple where the type says so."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return build(cast(Any, kind), value, f"{name}.")
-    if origin is Annotated and isinstance(value, dict):
-        return _convert_table(inner[1], value, f"{name}.")
-    if origin in (Union, UnionType):
-        options = [option for option in inner if option is not type(None)]  # TOML has no None
-        if len(options) == 1:
-            return _convert(options[0], value, name)
-        for option in options:
-            with suppress(ValueError):
-                return _convert(option, value, name)
-    elif origin in (list, tuple) and isinstance(value, list):
-        if origin is not tuple or inner[-1] is ... or len(inner) == len(value):
-            items = [_convert(inner[0], each, f"{name}[{index}]") for index, each in enumerate(value)]
-            return tuple(items) if origin is tuple else items
-    elif origin is dict and isinstance(value, dict):
-        return {key: _convert(inner[1], each, f"{name}.{key}") for key, each in value.items()}
-    elif origin is Literal and value in inner:
-        return value
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind is Any or type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise ValueError(f"{name} is {value!r}; give {_describe(kind)}")
-
-
-def _describe(kind: Any) -> str:
-    """What a value of the type is, in words."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_describe(option) for option in inner if option is not type(None)))
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, inner))}"
-    if origin in (list, tuple):
-        return f"a list of {len(inner)}" if origin is tuple and inner[-1] is not ... else "a list"
-    return _WORDS.get(origin or kind, "a table")
+def _explain(error: "ValidationError") -> str:
+    """The first mistake in one line: where it is, what stands there, what to give."""
+    first = error.errors(include_url=False)[0]
+    # Where a union takes none of its types, the path ends with the name of one of them.
+    place = [each for each in first["loc"] if isinstance(each, int) or each.isidentifier()]
+    path = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in place).removeprefix(".")
+    match first["type"]:
+        case "missing":
+            return f"{path} is missing"
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"{path} = {first['input']!r}: no such field"
+        case "value_error":
+            return f"{path}: {first['ctx']['error']}".removeprefix(": ")
+        case _:
+            return f"{path} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

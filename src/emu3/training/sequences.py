@@ -1,96 +1,189 @@
-"""Training sequences: texts and the codes of a picture as ids with a weight for each, in the layout of Emu3's prompts.
+"""Training sequences: samples as ids, with a weight and a kind for each, in the layout that the checkpoint reads.
 
-    drawing   bos words boi H*W img rows eof eoi eos
-    reading   bos You are a helpful assistant. USER: boi H*W img rows eof eoi question. ASSISTANT: answer eos USER: ...
+    a drawing        bos words boi H*W img rows eof eoi eos
+    a conversation   the chat template's text, with pictures in place of <image>; each answer ends with eos
 
-A sequence asks several questions about its picture, whose tokens are most of the sequence.
+The loss counts what the model is to write: answers and drawings. What each kind of token weighs, a recipe says.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from emu3.chat import STAND_IN
+from emu3.data.samples import Media, Part, Sample
 from emu3.layout import Emu3Layout
-from emu3.segments import Shape
-from emu3.tokenization import PlainText
+from emu3.processing import Emu3Processor
+from emu3.segments import Text, Visual
+from emu3.tokenization import PlainText, encode_pieces, take_apart
+from emu3.training.recipe import Checked
 from emu3.vocabulary import Vocabulary
 
-SYSTEM = "You are a helpful assistant. USER: "
-LENGTH_STEP = 32
+KINDS = ("prompt", "answer", "draw", "read")
+"""Kinds of tokens, by number: texts that are given, texts that are answers, pictures to draw, pictures to read."""
 
-Sample = tuple[list[int], list[float]]
-"""The ids of a sequence, and the weight of each as a target."""
+PROMPT, ANSWER, DRAW, READ = range(len(KINDS))
+
+Ids = Sequence[int]
+Piece = tuple[Ids, int, bool]
+"""Ids, their kind, and whether they may count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Checked):
+    """How much the loss of a token counts, by its kind.
+
+    Attributes:
+        answer: tokens of an answer and the eos behind them.
+        draw: tokens of a picture that is drawn, structure and eos included; 0.5 as in Emu3's training.
+        prompt: of texts that are given.
+        read: tokens of a picture that is read; they teach drawing without a prompt.
+    """
+
+    answer: float = 1.0
+    draw: float = 0.5
+    prompt: float = 0.0
+    read: float = 0.0
 
 
 @dataclass(frozen=True)
-class SequenceBuilder:
-    """Builds sequences of one vocabulary."""
+class TokenSequence:
+    """A sample as tokens: ids, their weights as targets, and their kinds, (tokens,) each."""
 
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: Vocabulary
-    _ids_of_text: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    kinds: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class SequenceBuilder:
+    """Spells samples for one checkpoint's tokenizer and chat template; picklable."""
+
+    def __init__(self, processor: Emu3Processor, vocabulary: Vocabulary, weights: Weights | None = None) -> None:
+        self.processor, self.vocabulary, self.weights = processor, vocabulary, weights or Weights()
+        self._ids_of_text: dict[str, list[int]] = {}
 
     @cached_property
-    def _layout(self) -> Emu3Layout:
-        return Emu3Layout(self.vocabulary, PlainText(self.tokenizer))
+    def layout(self) -> Emu3Layout:
+        """Of the checkpoint's tokens."""
+        return Emu3Layout(self.vocabulary, PlainText(self.processor.tokenizer))
 
-    def text(self, words: str) -> list[int]:
-        """The ids of words; the same words are tokenized once."""
+    def build(self, sample: Sample, without_prompt: bool = False) -> TokenSequence:
+        """The sequence of a sample; `without_prompt` leaves the words of a drawing out, for guidance.
+
+        `ValueError` names the sample where the chat template cannot spell it.
+        """
+        pieces = self._conversation(sample) if sample.is_conversation else self._in_a_row(sample, without_prompt)
+        kinds = np.concatenate([np.full(len(ids), kind, np.uint8) for ids, kind, _ in pieces])
+        by_kind = (self.weights.prompt, self.weights.answer, self.weights.draw, self.weights.read)
+        weights = [np.full(len(ids), by_kind[kind] * counts, np.float32) for ids, kind, counts in pieces]
+        weights[0][:1] = 0.0  # nothing stands before the first token
+        ids = np.concatenate([np.asarray(ids, np.int64) for ids, _, _ in pieces])
+        return TokenSequence(ids, np.concatenate(weights), kinds)
+
+    def _in_a_row(self, sample: Sample, without_prompt: bool) -> list[Piece]:
+        """bos, the parts one after the other, eos. Without its prompt, what is drawn follows bos."""
+        parts = [part for part in sample.parts if part.role == "draw" or not without_prompt]
+        spelled = [self._spell(part) for part in parts or sample.parts]
+        _, kind, counts = spelled[-1]
+        return [([self.vocabulary.bos], PROMPT, True), *spelled, ([self.vocabulary.eos], kind, counts)]
+
+    def _conversation(self, sample: Sample) -> list[Piece]:
+        """The chat template's text of all turns, cut where an answer begins and where it ends."""
+        turns = _turns(sample)
+        messages = _messages(turns)
+        contents = [part.content for turn in turns for part in turn]
+        texts = [content.text for content in contents if isinstance(content, Text)]
+        pictures = iter([content for content in contents if isinstance(content, Visual)])
+        pieces: list[Piece] = []
+        done = ""
+        for number, turn in enumerate(turns):
+            if turn[0].role not in ("answer", "draw"):
+                continue
+            asked = self._render(messages[:number], True, sample)
+            answered = self._render(messages[: number + 1], False, sample)
+            if not (asked.startswith(done) and answered.startswith(asked)):
+                raise ValueError(
+                    f"sample {sample.key!r}: the chat template writes what was said before an answer in another way "
+                    "after it; use one that only appends"
+                )
+            pieces += self._fill(asked[len(done) :], texts, pictures, (PROMPT, READ), True)
+            counts = all(part.train for part in turn)
+            pieces += self._fill(answered[len(asked) :], texts, pictures, (ANSWER, DRAW), counts)
+            done = answered
+        starts_with_bos = pieces[0][0][0] == self.vocabulary.bos
+        return pieces if starts_with_bos else [([self.vocabulary.bos], PROMPT, True), *pieces]
+
+    def _render(self, messages: list[dict[str, Any]], asks: bool, sample: Sample) -> str:
+        try:
+            return str(self.processor.apply_chat_template(messages, add_generation_prompt=asks))
+        except ValueError as error:
+            raise ValueError(f"sample {sample.key!r}: {error}") from error
+
+    def _fill(
+        self, prompt: str, texts: Sequence[str], pictures: Iterator[Visual], kinds: tuple[int, int], counts: bool
+    ) -> list[Piece]:
+        """Pieces of a rendered text, with texts in place of their stand-ins and codes in place of <image>."""
+        found: list[str | int] = []
+        for index, part in enumerate(STAND_IN.split(prompt)):
+            found += [texts[int(part)]] if index % 2 else take_apart(self.processor.tokenizer, part)
+        pieces: list[Piece] = []
+        for is_picture, run in groupby(found, key=lambda piece: piece == self.vocabulary.image_placeholder):
+            if is_picture:
+                pieces += [(self._picture(next(pictures)), kinds[1], counts) for _ in run]
+            else:
+                pieces.append((encode_pieces(self.processor.tokenizer, list(run)), kinds[0], counts))
+        return [piece for piece in pieces if len(piece[0])]
+
+    def _spell(self, part: Part) -> Piece:
+        """One part of a sample that is no conversation."""
+        match part.content:
+            case Text(text):
+                return self._text(text), PROMPT, part.train
+            case Visual():
+                return self._picture(part.content), DRAW if part.role == "draw" else READ, part.train
+            case Media():
+                raise AssertionError(f"{part} is not tokenized")
+
+    def _text(self, words: str) -> Ids:
+        """Ids of plain text; the same text is encoded once."""
         if words not in self._ids_of_text:
-            self._ids_of_text[words] = self._layout.words.encode(words)
+            self._ids_of_text[words] = self.layout.words.encode(words)
         return self._ids_of_text[words]
 
-    def picture(self, codes_HW: NDArray[Any]) -> tuple[list[int], list[int]]:
-        """What stands before the first code, and the rest of the picture, eoi included."""
-        shape = Shape(*codes_HW.shape)
-        body = self._layout.grammar(shape).ids_of(codes_HW[None])
-        return self._layout.opening(shape), body[:-1].tolist()
-
-    def drawing(self, words: str | None, codes_HW: NDArray[Any], weight: float, factors_HW: NDArray[Any]) -> Sample:
-        """A picture drawn from words; None leaves them out, as guidance's unconditional prompt does.
-
-        `weight` is that of the picture's tokens, structure included, and of the eos; each code's is times its factor.
-        """
-        header, body = self.picture(codes_HW)
-        prompt = [self.vocabulary.bos, *([] if words is None else self.text(words)), *header]
-        height, width = codes_HW.shape
-        rows = np.full((height, width + 1), weight)
-        rows[:, :-1] *= factors_HW
-        return [*prompt, *body, self.vocabulary.eos], [0.0] * len(prompt) + rows.flatten().tolist() + [weight] * 3
-
-    def reading(
-        self, codes_HW: NDArray[Any], turns: Sequence[tuple[str, str]], picture_weight: float, answer_weight: float
-    ) -> Sample:
-        """A conversation about a picture; turns are questions and answers.
-
-        `picture_weight` is that of the codes and of the structure behind them, `answer_weight` that of the answers'
-        tokens and of the eos behind each answer.
-        """
-        header, body = self.picture(codes_HW)
-        prompt = [self.vocabulary.bos, *self.text(SYSTEM), *header]
-        ids = [*prompt, *body]
-        weights = [0.0] * len(prompt) + [picture_weight] * len(body)
-        for turn, (question, answer) in enumerate(turns):
-            asked = self.text(f"{' USER: ' if turn else ''}{question}. ASSISTANT:")
-            reply = [*self.text(f" {answer}"), self.vocabulary.eos]
-            ids += [*asked, *reply]
-            weights += [0.0] * len(asked) + [answer_weight] * len(reply)
-        return ids, weights
+    def _picture(self, visual: Visual) -> Ids:
+        """boi to eoi; eos, which ends a sample, is left out."""
+        body = self.layout.grammar(visual.shape).ids_of(visual.codes_THW)[:-1]
+        return [*self.layout.opening(visual.shape), *body.tolist()]
 
 
-def collate(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and weights (B, S), padded on the right, where no other token sees the padding.
+def _turns(sample: Sample) -> list[tuple[Part, ...]]:
+    """Parts that are said in one go: by the user, by the assistant, or for the system."""
+    side = {"system": 0, "prompt": 1, "read": 1, "answer": 2, "draw": 2}
+    return [tuple(run) for _, run in groupby(sample.parts, key=lambda part: side[part.role])]
 
-    S is one more than a multiple of 32: inputs and targets then have few different lengths to compile for.
-    """
-    length = -(-max(len(ids) - 1 for ids, _ in samples) // LENGTH_STEP) * LENGTH_STEP + 1
-    ids_BS = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in samples])
-    weights_BS = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in samples])
-    return ids_BS, weights_BS
+
+def _messages(turns: Sequence[tuple[Part, ...]]) -> list[dict[str, Any]]:
+    """The turns as messages for a chat template, each text as a stand-in, so that it stays plain text."""
+    names = {"system": "system", "prompt": "user", "read": "user", "answer": "assistant", "draw": "assistant"}
+    messages = []
+    count = 0
+    for turn in turns:
+        content: list[dict[str, str]] = []
+        for part in turn:
+            if isinstance(part.content, Text):
+                content.append({"type": "text", "text": f"\ue000{count}\ue001"})
+                count += 1
+            else:
+                content.append({"type": "image"})
+        messages.append({"role": names[turn[0].role], "content": content})
+    return messages

@@ -1,67 +1,127 @@
-"""What a training run keeps on disk, so that it can go on where it stopped, bit for bit.
+"""What a training run keeps on disk, so that it can go on where it stopped, on any number of processes.
 
-    FOLDER/state/model.safetensors       weights
-    FOLDER/state/optimizer-N.safetensors optimizer N
-    FOLDER/state/progress.json           steps done
-    FOLDER/log.jsonl                     one JSON object a report, to plot
+    FOLDER/state/step-000500/*.safetensors   weights, optimizers, averages of the weights; each process writes its part
+    FOLDER/state/step-000500/progress.json   steps done
+    FOLDER/log.jsonl                         one JSON object a report, to plot
 
-Batches and random numbers depend on the recipe's seed and the step alone, so no generator's state is kept.
+Batches and random numbers depend on the recipe's seed and the step alone, so no generator's state is kept. On the same
+number of processes a run goes on bit for bit.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+# Frozen weights are those of a checkpoint, which the recipe names.
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Writes the optimizer's state; a tensor's name is `parameter index.name`."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    tensors = {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-    save_file({name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, path)
+def save_state(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    averages: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Writes a state under another name, then renames it; then removes all but the newest `keep`. Returns its path."""
+    path = folder / "state" / f"step-{step:06d}"
+    fresh = path.with_name(f"{path.name}.new")
+    if _is_first():
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    _wait()
+    tensors, _ = _tensors(model, optimizers, averages)
+    writer = HuggingFaceStorageWriter(str(fresh), save_distributed=True)
+    with _alone():
+        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    if _is_first():
+        (fresh / "progress.json").write_text(json.dumps({"step": step}))
+        shutil.rmtree(path, ignore_errors=True)
+        fresh.rename(path)
+        for old in saved_states(folder)[:-keep]:
+            shutil.rmtree(old)
+    _wait()
+    return path
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Restores, in place, what `save_optimizer` wrote."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def save_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Writes the state beside the last one, then swaps them: if the run is killed meanwhile, the last one remains."""
-    fresh, current, old = folder / "state.new", folder / "state", folder / "state.old"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh / "model.safetensors")
-    for number, optimizer in enumerate(optimizers):
-        save_optimizer(optimizer, fresh / f"optimizer-{number}.safetensors")
-    (fresh / "progress.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(old, ignore_errors=True)
-    if current.exists():
-        current.rename(old)
-    fresh.rename(current)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Restores model and optimizers in place; returns the number of steps done, 0 when there is no state."""
-    current, old = folder / "state", folder / "state.old"
-    if not current.exists() and old.exists():  # killed between the two renames of a save
-        old.rename(current)
-    if not current.exists():
+def load_state(
+    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], averages: Mapping[str, Tensor]
+) -> int:
+    """Restores the newest state, in place; returns the number of steps done, 0 where there is no state."""
+    if not (states := saved_states(folder)):
         return 0
-    model.load_state_dict(load_file(current / "model.safetensors"))
-    for number, optimizer in enumerate(optimizers):
-        load_optimizer(optimizer, current / f"optimizer-{number}.safetensors")
-    return int(json.loads((current / "progress.json").read_text())["step"])
+    tensors, others = _tensors(model, optimizers, averages)
+    reader = HuggingFaceStorageReader(str(states[-1]))
+    try:
+        with _alone():
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{states[-1]} is of another model or recipe ({str(error).splitlines()[-1]:.200}); give another output "
+            "folder, or remove this one"
+        ) from error
+    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": dict(others), "average": {}}
+    for name, tensor in tensors.items():
+        part, own = name.split(".", 1)
+        parts[part][own] = tensor
+    set_state_dict(
+        model,
+        list(optimizers),
+        model_state_dict=parts["model"],
+        optim_state_dict=parts["optimizer"],
+        options=_OPTIONS,
+    )
+    for name, average in averages.items():
+        average.copy_(parts["average"][name])
+    return int(json.loads((states[-1] / "progress.json").read_text())["step"])
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The complete states of a run, oldest first."""
+    return sorted(path.parent for path in folder.glob("state/step-*/progress.json") if path.parent.suffix != ".new")
+
+
+def _tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], averages: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that a state holds, by name; and the optimizers' settings, which the recipe gives."""
+    own, found = get_state_dict(model, list(optimizers), options=_OPTIONS)
+    of_optimizers: dict[str, Any] = dict(found)
+    tensors: dict[str, Any] = {f"model.{name}": tensor for name, tensor in own.items()}
+    tensors |= {f"optimizer.{name}": value for name, value in of_optimizers.items() if isinstance(value, Tensor)}
+    tensors |= {f"average.{name}": tensor for name, tensor in averages.items()}
+    return tensors, {name: value for name, value in of_optimizers.items() if not isinstance(value, Tensor)}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that a single process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def require_output(folder: Path) -> Path:
@@ -72,10 +132,17 @@ def require_output(folder: Path) -> Path:
     return folder
 
 
-def write_log(folder: Path, **values: float) -> None:
-    """Prints a report and appends it to FOLDER/log.jsonl."""
-    line = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+def write_log(folder: Path, **values: float) -> str:
+    """Appends a report to FOLDER/log.jsonl; returns it as a line for people."""
+    line = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+    return "  ".join(f"{name} {value}" for name, value in line.items())
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All reports of a run. Of a step that ran twice, after a kill, the last counts."""
+    path = folder / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]

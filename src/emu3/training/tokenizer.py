@@ -4,15 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from torch import nn
 
 from emu3.data.sources import open_source
-from emu3.training import loop
 from emu3.training.crops import Crops, CropSettings, find_media, split
 from emu3.training.held_out import HeldOut
-from emu3.training.loop import run_loop, training_device
+from emu3.training.loop import Hook, run_loop
+from emu3.training.results import is_first_process
 from emu3.training.state import write_log
 from emu3.training.vision import PictureBatch, VisionObjective, VisionSettings, learning_rate, load_tokenizer
 
@@ -109,45 +110,32 @@ def run_objective(
     sheet_every: int | None = None,
 ) -> None:
     """Trains any objective on any batches, and measures it; leaves the tokenizer in `folder/vision`."""
-    device = training_device()
-    objective.to(device)
-    optimizer = torch.optim.AdamW(
-        objective.parameter_groups(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=True
-    )
-
-    def compute(batch: PictureBatch, step: int) -> loop.StepResult:
-        if sheet_every and step % sheet_every == 0 and step:
-            report(step)
-        pixels, codes = batch.pixels.to(device), None if batch.codes is None else batch.codes.to(device)
-        result = objective(PictureBatch(pixels, codes, step))
-        metrics = {name: float(total / count) for name, (total, count) in result.metrics.items()}
-        loss = result.loss / result.weight
-        return loop.StepResult(loss, {"loss": float(loss.detach()), **metrics}, result.size)
 
     def report(step: int) -> None:
         figures = {f"held_out_{name}": value for name, value in held_out.measure(objective).items()}
+        if not is_first_process():
+            return
         if figures:
-            write_log(folder, step=step, **figures)
+            print(write_log(folder, step=step, **figures), flush=True)
         if sheet_every and figures:
             held_out.write_sheet(objective, folder, step)
 
-    rates = partial(_rates, settings)
-    batches = partial(_only_part, make_batch)
-    run_loop(settings, folder, objective, [optimizer], rates, batches, compute, unit="pictures")
-    objective.tokenizer.save_pretrained(folder / "vision")
-    report(settings.steps)
-    if held_out.clips is not None:
-        for name, figures in held_out.compare_clips(objective).items():
-            write_log(
-                folder,
-                step=settings.steps,
-                **{f"{name.replace(' ', '_')}_{key}": value for key, value in figures.items()},
-            )
+    rates, hook = partial(_rates, settings), Hook(sheet_every or settings.steps, report)
+    run_loop(settings, folder, objective, _make_optimizers, rates, make_batch, "pictures", [hook])
+    if is_first_process():
+        objective.tokenizer.save_pretrained(folder / "vision")
+        if held_out.clips is not None:
+            for name, figures in held_out.compare_clips(objective).items():
+                name = name.replace(" ", "_")
+                print(
+                    write_log(folder, step=settings.steps, **{f"{name}_{key}": each for key, each in figures.items()})
+                )
+
+
+def _make_optimizers(objective: nn.Module) -> list[torch.optim.Optimizer]:
+    groups = cast(VisionObjective, objective).parameter_groups()
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 def _rates(settings: VisionSettings, step: int) -> list[float]:
     return [learning_rate(settings, step)]
-
-
-def _only_part(make_batch: MakeBatch, step: int) -> PictureBatch:
-    return make_batch(step, 0)

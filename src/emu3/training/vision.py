@@ -25,8 +25,9 @@ from emu3.modeling.vision import Emu3VQVAE
 from emu3.modeling.vision_blocks import SpatialNorm, TemporalDownsample, TemporalResnetBlock, TemporalUpsample
 from emu3.training.codebook import CodebookAverages, CodeUse, k_means, share_first, straight_through_scores
 from emu3.training.discriminator import PatchDiscriminator, balance, discriminator_loss, fooling_loss
-from emu3.training.loop import autocast
-from emu3.training.recipe import RunSettings, arguments_of
+from emu3.training.loop import StepResult
+from emu3.training.machine import autocast
+from emu3.training.recipe import Arguments, RunSettings
 from emu3.training.reconstruction import edge_loss, psnr, structure_loss
 
 LATENTS_A_CODE = 4  # that k-means gets for the first codebook
@@ -37,6 +38,7 @@ class VisionSettings(RunSettings):
     """How a vision tokenizer is trained, whatever the pictures. Steps count batches.
 
     Attributes:
+        batch_size: pictures of a part.
         model: arguments of `Emu3VQVAEConfig`, where training starts from nothing.
         start: a checkpoint, or the folder of a vision tokenizer alone, to go on from; named as on the command line.
         decoder_only: trains the decoder only. Pictures keep their codes, so shards of them stay valid.
@@ -46,6 +48,8 @@ class VisionSettings(RunSettings):
         absolutes: weight of their mean absolute error.
         edges: weight of the mean absolute error of the differences between neighbours, at four scales.
         structure: weight of 1 - SSIM, at three scales.
+        batch_statistics: whether batch norms, which are in the temporal layers only, use and learn the statistics of
+            batches. Else they keep those that they have, so that a picture has the same codes in training as later.
         commitment: weight of the pull of latents towards their codes.
         codebook: how it is learned: by moving "averages" of the latents, or by gradients, see
             `straight_through_scores`, as "inner_product".
@@ -57,7 +61,8 @@ class VisionSettings(RunSettings):
         discriminator_channels: of its first layer.
     """
 
-    model: Annotated[dict[str, Any], arguments_of(Emu3VQVAEConfig)] = field(default_factory=dict)
+    batch_size: int = 32
+    model: Annotated[dict[str, Any], Arguments(Emu3VQVAEConfig)] = field(default_factory=dict)
     start: str | None = None
     decoder_only: bool = False
     learning_rate: float = 1e-3
@@ -66,6 +71,7 @@ class VisionSettings(RunSettings):
     absolutes: float = 0.2
     edges: float = 0.0
     structure: float = 0.0
+    batch_statistics: bool = False
     commitment: float = 0.25
     codebook: Literal["averages", "inner_product"] = "averages"
     continuous_steps: int = 1500
@@ -76,26 +82,11 @@ class VisionSettings(RunSettings):
     discriminator_channels: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.decoder_only and self.start is None:
             raise ValueError("decoder_only = true needs a tokenizer to keep; name it by start = FOLDER")
         if self.start is not None and self.model:
             raise ValueError(f"model and start = {self.start!r} exclude each other; the checkpoint has its model")
-
-
-class StepResult(NamedTuple):
-    """What a batch gives: sums over what counts, so that a step of several batches is one of all of them.
-
-    Attributes:
-        loss: the sum of the losses, a scalar.
-        weight: what it is a sum of, a scalar.
-        metrics: name -> (sum, count).
-        size: pictures of the batch.
-    """
-
-    loss: Tensor
-    weight: Tensor
-    metrics: dict[str, tuple[Tensor, Tensor]]
-    size: int
 
 
 class PictureBatch(NamedTuple):
@@ -159,7 +150,10 @@ class VisionObjective(nn.Module):
 
     def train(self, mode: bool = True) -> "VisionObjective":
         super().train(mode)
-        if self.settings.decoder_only:  # batch norms that moved would change the codes
+        for module in self.tokenizer.modules():
+            if isinstance(module, nn.BatchNorm3d) and not self.settings.batch_statistics:
+                module.eval()
+        if self.settings.decoder_only:  # norms that moved would change the codes
             self.tokenizer.encoder.eval()
         return self
 
@@ -172,8 +166,9 @@ class VisionObjective(nn.Module):
 
     def forward(self, batch: PictureBatch) -> StepResult:
         """Loss and metrics of a batch. In training mode the codebook moves too."""
-        settings, pixels = self.settings, batch.pixels
-        output, commitment_B = self.reconstruct(pixels, batch.codes, batch.step)
+        settings, pixels = self.settings, batch.pixels.to(self.codebook.device)
+        codes = None if batch.codes is None else batch.codes.to(pixels.device)
+        output, commitment_B = self.reconstruct(pixels, codes, batch.step)
         with without_autocast(pixels.device):
             target_BCHW, output_BCHW = (each.flatten(0, -4) for each in (pixels, output))
             count = len(target_BCHW)
@@ -218,20 +213,23 @@ class VisionObjective(nn.Module):
         training moves the codebook; before, it gets the latents themselves.
         """
         single = pixels.ndim == 4
-        with autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.decoder_only):
+        with (
+            autocast(self.settings),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.decoder_only),
+        ):
             latents_BTCHW = self.tokenizer.latents(pixels)[1].float()
         with without_autocast(pixels.device):
             decoded, vectors = self.decoder_input(latents_BTCHW, codes_BHW, step)
             distance_B = (latents_BTCHW - vectors.detach()).square().flatten(1).mean(1)
             if vectors.requires_grad:  # the codes are pulled to the latents as well
                 distance_B = distance_B + (latents_BTCHW.detach() - vectors).square().flatten(1).mean(1)
-        with autocast():
+        with autocast(self.settings):
             return self.tokenizer.pixels(decoded, single).float(), distance_B
 
     @torch.no_grad()
     def codes(self, pixels: Tensor) -> Tensor:
         """Codes (B, T, H, W) of pictures or clips; T is 1 for pictures."""
-        with autocast():
+        with autocast(self.settings):
             latents_BTCHW = self.tokenizer.latents(pixels)[1].float()
         with without_autocast(pixels.device):
             return self.tokenizer.quantize(latents_BTCHW)

@@ -1,0 +1,75 @@
+"""What a run of a language model leaves: a whole checkpoint, or an adapter."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from emu3.checkpoints.files import read_headers
+from emu3.configuration import Emu3TextConfig, Emu3VQVAEConfig
+from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.processing import Emu3Processor
+
+WORDS = "words.txt"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most weights in a checkpoint's files."""
+    counts = Counter(header.dtype for header in read_headers(folder).values())
+    return _DTYPES.get(counts.most_common(1)[0][0], torch.float32)
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """All weights on the CPU, in the first process; the others get nothing."""
+    if not dist.is_initialized():
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def save_checkpoint(
+    model: Emu3ForConditionalGeneration,
+    processor: Emu3Processor,
+    folder: Path,
+    dtype: torch.dtype,
+    beside: Path | None = None,
+) -> None:
+    """Writes a checkpoint whose weights are stored in `dtype`, and loaded in the dtype that they have now.
+
+    `beside` is the checkpoint that it came from, whose list of words it keeps.
+    """
+    weights = whole_weights(model)
+    if not is_first_process():
+        return
+    config, computed = model.config, next(model.parameters()).dtype
+    config.name_or_path = ""  # it would name a folder of the machine that trained
+    stored = {name: each.to(dtype) if each.is_floating_point() else each for name, each in weights.items()}
+    model.save_pretrained(folder, state_dict=stored)
+    for part in (config, cast(Emu3TextConfig, config.text_config), cast(Emu3VQVAEConfig, config.vq_config)):
+        part.dtype = computed
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if beside is not None and (beside / WORDS).is_file() and beside != folder:
+        shutil.copy(beside / WORDS, folder / WORDS)
+
+
+def save_adapter(adapted: Any, base: str, folder: Path) -> None:
+    """Writes PEFT's two files. `base` is the name of the checkpoint that they adapt."""
+    weights = whole_weights(adapted)
+    if not is_first_process():
+        return
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = base
+    # PEFT would ask a hub for the base by its name, to see whether its embeddings were resized.
+    adapted.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form

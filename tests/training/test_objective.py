@@ -1,0 +1,103 @@
+"""The loss of packed samples."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from emu3.configuration import Emu3TextConfig
+from emu3.modeling.text import Emu3ForCausalLM
+from emu3.training import objective
+from emu3.training.objective import NextTokenLoss, PackedAttention, attend_causally, pack
+from emu3.training.sequences import TokenSequence
+
+MODEL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+LENGTHS = (5, 17, 16, 33, 2, 9, 1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Emu3ForCausalLM(Emu3TextConfig(**MODEL)).double()
+
+
+@pytest.fixture
+def sequences():
+    rng = np.random.default_rng(0)
+    made = []
+    for length in LENGTHS:
+        weights = rng.choice(np.array([0, 0.5, 1], np.float32), size=length)
+        weights[0] = 0
+        kinds = rng.integers(0, 4, size=length).astype(np.uint8)
+        made.append(TokenSequence(rng.integers(1, 60, size=length), weights, kinds))
+    return made
+
+
+def run(loss, rows):
+    loss.zero_grad()
+    results = [loss(row) for row in rows]
+    sum(result.loss for result in results).backward()
+    total = sum(float(result.loss.detach()) for result in results)
+    return total, sum(float(result.weight) for result in results), [each.grad for each in loss.parameters()]
+
+
+@pytest.mark.parametrize("room", [0, 30])
+@pytest.mark.parametrize("at_once", [2**27, 60 * 8])
+def test_packed_samples_are_the_samples_apart(model, sequences, room, at_once, monkeypatch):
+    """Loss and all gradients, in float64; with logits of all targets at once, and of eight."""
+    loss = NextTokenLoss(model)
+    apart = run(loss, [pack([each], len(each), 0) for each in sequences])
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", at_once)
+    packed = run(loss, [pack(sequences, sum(LENGTHS) + room, 0)])
+    assert packed[:2] == pytest.approx(apart[:2], rel=1e-14)
+    for a, b in zip(packed[2], apart[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_the_loss_is_that_of_the_documented_forward(model, sequences):
+    loss = NextTokenLoss(model)
+    result = loss(pack(sequences, 90, 0))
+    expected, sums = torch.zeros((), dtype=torch.float64), dict.fromkeys(["prompt", "answer", "draw", "read"], 0.0)
+    for each in sequences:
+        if len(each) < 2:
+            continue
+        logits = model(torch.from_numpy(each.ids)[None]).logits[0, :-1]
+        losses = F.cross_entropy(logits, torch.from_numpy(each.ids[1:]), reduction="none").detach()
+        expected = expected + (losses * torch.from_numpy(each.weights[1:])).sum()
+        for kind, name in enumerate(sums):
+            sums[name] += float(losses[torch.from_numpy((each.kinds[1:] == kind) & (each.weights[1:] > 0))].sum())
+    torch.testing.assert_close(result.loss.detach(), expected)
+    assert {name: float(total) for name, (total, _) in result.metrics.items()} == pytest.approx(sums)
+    counted = sum(int(count) for _, count in result.metrics.values())
+    assert counted == sum((each.weights > 0).sum() for each in sequences)
+    assert result.size == sum(LENGTHS)
+
+
+def test_attending_causally_is_that_of_sdpa():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(attend_causally(query, key, value, 0.3), expected.transpose(1, 2))
+
+
+def test_packed_attention_is_that_of_a_block_diagonal_mask():
+    torch.manual_seed(0)
+    size = sum(LENGTHS) + 6
+    query, key, value = torch.randn(1, 4, size, 8), torch.randn(1, 2, size, 8), torch.randn(1, 2, size, 8)
+    of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    mask = (of[:, None] == of) & torch.ones(len(of), len(of), dtype=torch.bool).tril()
+    used = (slice(None), slice(None), slice(len(of)))
+    expected = F.scaled_dot_product_attention(query[used], key[used], value[used], mask, scale=0.3, enable_gqa=True)
+    mixed, _ = PackedAttention(LENGTHS, size, query.device)(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(mixed[:, : len(of)], expected.transpose(1, 2))
+    assert mixed.isfinite().all()
