@@ -318,8 +318,9 @@ def begin_plainly(tokenizer: Emu3VQVAE) -> None:
     for module in tokenizer.modules():
         match module:
             case SpatialNorm():
-                nn.init.ones_(module.conv_y.bias)
-                nn.init.zeros_(module.conv_b.bias)
+                for conv, value in ((module.conv_y, 1.0), (module.conv_b, 0.0)):
+                    assert conv.bias is not None
+                    conv.bias.fill_(value)
             case TemporalResnetBlock():
                 nn.init.zeros_(module.conv2.conv.weight)
             case TemporalDownsample():
