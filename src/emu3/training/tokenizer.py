@@ -1,5 +1,6 @@
 """The kind of recipe "vision": from people's pictures and clips to a vision tokenizer, with figures and sheets."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,12 @@ def run_objective(
     held_out: HeldOut,
     sheet_every: int | None = None,
 ) -> None:
-    """Trains any objective on any batches, and measures it; leaves the tokenizer in `folder/vision`."""
+    """Trains any objective on any batches, and measures it; leaves the tokenizer in `folder/vision`.
+
+    ValueError where several processes were started: they would share out the codebook, which moves as a whole.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a vision tokenizer is trained by one process; start one, and set parts for larger batches")
 
     def report(step: int) -> None:
         figures = {f"held_out_{name}": value for name, value in held_out.measure(objective).items()}
