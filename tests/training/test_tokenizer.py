@@ -1,5 +1,7 @@
 """The kind "vision": from a folder to a tokenizer, figures and sheets."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from PIL import Image
 
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import loop
+from emu3.training.kinds import KINDS
+from emu3.training.recipe import read_recipe
 from emu3.training.state import read_log
 from emu3.training.tokenizer import VisionRecipe, check_sizes, train_vision
 
@@ -105,3 +109,10 @@ def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is trained by one process; start one, and set parts for larger batches"):
         train_vision(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_for_photographs_fits():
+    kind, recipe, _ = read_recipe(Path(__file__).parents[2] / "recipes" / "photos" / "vision.toml", KINDS)
+    assert kind == "vision"
+    check_sizes(recipe, space=8, time=4)
+    assert recipe.source == "runs/photos"
