@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.data.shards import Shard
+from emu3.icons import recipes
 from emu3.icons.captions import DESCRIBE, full_caption, questions
 from emu3.icons.recipes import (
     KINDS,
@@ -24,7 +25,7 @@ from emu3.icons.recipes import (
 from emu3.icons.scenes import contains_held_out, render
 from emu3.icons.sequences import IconDraftRecipe, IconShardsRecipe, SceneSource
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.training import loop, vision
+from emu3.training import loop
 from emu3.training.recipe import read_recipe
 from emu3.training.state import read_log
 
@@ -62,10 +63,13 @@ def test_batches_depend_on_seed_and_step_only():
 
 
 def test_pictures_of_a_batch():
-    pixels, codes = make_picture_batch([(32, 40)], None, 3, 0, 0)
-    pictures = torch.from_numpy(np.stack([render(scene) for scene in sample_batch([(32, 40)], 3, 0, 0)]))
+    pixels, codes, step = make_picture_batch([(32, 40)], None, 3, 0, 7)
+    pictures = torch.from_numpy(np.stack([render(scene) for scene in sample_batch([(32, 40)], 3, 0, 7)]))
     torch.testing.assert_close(pixels, pictures.movedim(-1, 1) / 127.5 - 1)
     assert codes is None  # without a design
+    assert step == 7
+    other = make_picture_batch([(32, 40)], None, 3, 0, 7, part=1)
+    assert not torch.equal(other.pixels, pixels)
 
 
 def test_a_recipe_before_the_one_it_needs(tmp_path):
@@ -175,7 +179,7 @@ def assert_same_runs(a, b):
     ],
 )
 def test_a_killed_run_of_the_vision_tokenizer_goes_on_bit_for_bit(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(vision, "EVALUATION_PICTURES", 16)
+    monkeypatch.setattr(recipes, "MEASURED_PICTURES", 16)
     settings = {"model": VISION, "steps": 6, "batch_size": 2, "save_every": 3, "report_every": 1}
     recipe = IconVisionRecipe(**settings | changes)
     train_vision(recipe, tmp_path / "whole")
@@ -190,4 +194,4 @@ def test_the_vision_tokenizer_learns(tmp_path):
     recipe = IconVisionRecipe(model=VISION, steps=80, batch_size=4, continuous_steps=40, report_every=20, save_every=80)
     train_vision(recipe, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["evaluation_psnr"] > log[0]["psnr"] + 2
+    assert log[-1]["held_out_psnr"] > log[0]["psnr"] + 2

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.configuration import Emu3VQVAEConfig
@@ -27,23 +26,27 @@ from emu3.icons.sequences import (
     samples_of,
 )
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.training import draft, vision
+from emu3.training import draft
 from emu3.training.codes import encode, to_pixels
+from emu3.training.held_out import HeldOut
 from emu3.training.kinds import KINDS as TRAINING_KINDS
 from emu3.training.machine import training_device
 from emu3.training.recipe import Kind
 from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder
 from emu3.training.state import require_output
+from emu3.training.tokenizer import run_objective
+from emu3.training.vision import PictureBatch, VisionObjective, VisionSettings, load_tokenizer
 
 SAMPLES_OF_A_SHARD = 20_000
 # Mostly the square, sometimes another ratio of the same area.
 SIZES = ((48, 48),) * 6 + ((40, 56), (56, 40), (36, 64), (64, 36))
+MEASURED_PICTURES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class IconVisionRecipe(vision.VisionRecipe):
-    """A vision tokenizer of the icon world; further fields are those of `VisionRecipe`.
+class IconVisionRecipe(VisionSettings):
+    """A vision tokenizer of the icon world; further fields are those of `VisionSettings`.
 
     Attributes:
         sizes: height and width, in pixels, of the pictures of a batch are one of these.
@@ -52,11 +55,12 @@ class IconVisionRecipe(vision.VisionRecipe):
 
     sizes: tuple[tuple[int, int], ...] = SIZES
     shapes: int | None = None
+    batch_statistics: bool = True
 
 
-def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: int) -> list[Scene]:
-    """The scenes of one step, all of one of the sizes, nothing held out; every second one is a crowd."""
-    rng = np.random.default_rng([seed, step])
+def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: int, part: int = 0) -> list[Scene]:
+    """The scenes of one batch, all of one of the sizes, nothing held out; every second one is a crowd."""
+    rng = np.random.default_rng([seed, step, part])
     height, width = sizes[int(rng.integers(len(sizes)))]
     tasks = [TASKS[index] for index in rng.integers(len(TASKS), size=count)]
     return [
@@ -66,23 +70,29 @@ def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: 
 
 
 def make_picture_batch(
-    sizes: Sequence[tuple[int, int]], design: Design | None, count: int, seed: int, step: int
-) -> tuple[Tensor, Tensor | None]:
-    """The pictures (B, C, H, W) of a step, and their codes (B, H, W) by the design."""
-    scenes = sample_batch(sizes, count, seed, step)
+    sizes: Sequence[tuple[int, int]], design: Design | None, count: int, seed: int, step: int, part: int = 0
+) -> PictureBatch:
+    """The pictures of a batch, and their codes by the design."""
+    scenes = sample_batch(sizes, count, seed, step, part)
     codes = None if design is None else torch.from_numpy(np.stack([design.codes_of(scene) for scene in scenes]))
-    return to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes]))), codes
+    return PictureBatch(to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes]))), codes, step)
 
 
 def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
-    """Trains a vision tokenizer; see `emu3.training.vision.train`."""
+    """Trains a vision tokenizer; see `emu3.training.tokenizer.run_objective`."""
     torch.manual_seed(recipe.seed)
-    trainer = vision.VQTrainer(Emu3VQVAEConfig(**recipe.model))
+    if recipe.start is not None:
+        tokenizer, fresh = load_tokenizer(recipe)
+    else:  # with PyTorch's own first weights, as in the shipped run
+        tokenizer, fresh = Emu3VQVAE(Emu3VQVAEConfig(**recipe.model)), True
+    objective = VisionObjective(tokenizer, recipe, fresh)
     design = None
     if recipe.shapes is not None:
         design = Design.of(recipe.shapes)
-        trainer.set_codebook(design.codebook)
-    vision.train(recipe, folder, trainer, partial(make_picture_batch, recipe.sizes, design))
+        objective.set_codebook(design.codebook)
+    make_batch = partial(make_picture_batch, recipe.sizes, design, recipe.batch_size, recipe.seed)
+    measured = make_picture_batch(recipe.sizes, None, MEASURED_PICTURES, recipe.seed + 2, 0)
+    run_objective(recipe, folder, objective, make_batch, HeldOut(measured.pixels))
 
 
 def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:

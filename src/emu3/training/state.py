@@ -142,7 +142,10 @@ def write_log(folder: Path, **values: float) -> str:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """All reports of a run. Of a step that ran twice, after a kill, the last counts."""
+    """All reports of a run, one a step. Of lines of the same step, the later ones count."""
     path = folder / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
+    reports: dict[int, dict[str, Any]] = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        line = json.loads(text)
+        reports.setdefault(line["step"], {}).update(line)
+    return [report for _, report in sorted(reports.items())]
