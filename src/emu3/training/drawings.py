@@ -29,9 +29,21 @@ class Drawings:
         # Drawing must not change the random numbers of training.
         with torch.random.fork_rng():
             pipeline = Emu3Pipeline(merged_copy(self.model), self.processor)
-            pictures = pipeline.image(self.prompts, seed=0)
+            prompts = [each for each in self.prompts if _fits(pipeline, each)]
+            pictures = pipeline.image(prompts, seed=0) if prompts else []
+        if not pictures:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures, self.prompts, columns=4).save(self.folder / f"step-{step:06d}.png")
+        contact_sheet(pictures, prompts, columns=4).save(self.folder / f"step-{step:06d}.png")
+
+
+def _fits(pipeline: Emu3Pipeline, prompt: str) -> bool:
+    """Whether the context holds the prompt and its picture; a caption of the data may be of any length."""
+    try:
+        pipeline.draw_requests(prompt)
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()

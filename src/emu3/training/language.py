@@ -224,7 +224,8 @@ def train(
     model.model.vqmodel.requires_grad_(False)
     builder = SequenceBuilder(processor, model.model.vocabulary, recipe.weights)
     rows = make_rows(recipe, shards, builder)
-    watch = Drawings(model, processor, recipe.prompts or captions(shards), folder / "drawings")
+    own = [each for each, mixed in zip(shards, recipe.data, strict=True) if not mixed.held]
+    watch = Drawings(model, processor, recipe.prompts or captions(own), folder / "drawings")
     hooks = [Hook(recipe.draw_every, watch.draw)] if recipe.draw_every and recipe.task != "chat" else []
     objective = NextTokenLoss(model)
     model.to(training_device())

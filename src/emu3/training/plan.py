@@ -82,14 +82,14 @@ class Plan:
             f"{self.tokens_per_step:,} tokens and {self.flops_per_step:.3g} operations; {self.steps:,} steps",
             f"assumed: {self.flops_per_second / 1e12:.3g} T operations a second on each device",
             "",
-            "devices   weights and optimizer   activations   in all   tokens/s   a step    the run",
+            "devices   weights and optimizer   activations   in all   tokens/s   a step      the run",
         ]
         for need in self.needs:
             run = need.seconds_per_step * self.steps
             lines.append(
                 f"{need.devices:7}{need.state_bytes / 1e9:21.1f} GB{need.activation_bytes / 1e9:11.1f} GB"
                 f"{need.bytes / 1e9:6.0f} GB{self.tokens_per_step / need.seconds_per_step:11,.0f}"
-                f"{need.seconds_per_step:8.3g} s{plain_time(run):>11}"
+                f"{need.seconds_per_step:8.3g} s{plain_time(run):>13}"
             )
         return "\n".join(lines)
 
