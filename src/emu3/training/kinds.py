@@ -2,11 +2,13 @@
 
 from emu3.training.assemble import AssembleRecipe, assemble
 from emu3.training.language import FinetuneRecipe, LoraRecipe, PretrainRecipe, finetune, lora, pretrain
+from emu3.training.preference import PreferenceRecipe, prefer
 from emu3.training.recipe import Kind
 
 KINDS = {
     "pretrain": Kind(PretrainRecipe, pretrain),
     "finetune": Kind(FinetuneRecipe, finetune),
     "lora": Kind(LoraRecipe, lora),
+    "preference": Kind(PreferenceRecipe, prefer),
     "checkpoint": Kind(AssembleRecipe, assemble),
 }
