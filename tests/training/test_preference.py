@@ -226,12 +226,12 @@ def test_grpo_is_its_formula():
     losses, metrics = policy_losses(Scores(new_T, others[0]), *others[1:3], settings, others[3])
     ratio = np.exp(new - old)
     gain = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.28) * advantages)
-    kl = np.exp(reference - new) - (reference - new) - 1
+    kl = ratio * (np.exp(reference - new) - (reference - new) - 1)
     np.testing.assert_allclose(losses.detach(), -gain + 0.1 * kl - 0.05 * entropies, rtol=1e-10)
     clipped = ((ratio > 1.28) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
     np.testing.assert_array_equal(metrics["clipped"], clipped)
     losses.sum().backward()
-    slope = np.where(clipped, 0, -ratio * advantages) + 0.1 * (1 - np.exp(reference - new))
+    slope = np.where(clipped, 0, -ratio * advantages) + 0.1 * ratio * (new - reference)  # that of the distance itself
     np.testing.assert_allclose(new_T.grad, slope, rtol=1e-9, atol=1e-12)
 
 

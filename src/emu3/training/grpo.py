@@ -8,7 +8,7 @@ Groups whose pictures all earn the same teach nothing, and are not learned from.
 
 Sources: Shao et al., arXiv 2402.03300. Two limits of the ratio, and a mean over tokens: Yu et al., arXiv 2503.14476. No
 division by the deviation: Liu et al., arXiv 2503.20783. Only tokens with a choice: Wang et al., arXiv 2506.01939. The
-estimate of the distance: Schulman, "Approximating KL divergence".
+estimate of the distance: the third of Schulman, "Approximating KL divergence".
 """
 
 import time
@@ -162,8 +162,10 @@ def policy_losses(
         "moved": (new_T - old_T).abs().detach(),
     }
     if reference_T is not None:
+        # For pictures that were drawn a few updates ago, the ratio makes it a mean over those of now. Without it, a token
+        # that has become rare counts by the inverse of its probability, and drowns all else.
         away_T = reference_T - new_T
-        kl_T = away_T.exp() - away_T - 1
+        kl_T = ratio_T * (away_T.exp() - away_T - 1)
         loss_T = loss_T + settings.kl * kl_T
         metrics["kl"] = kl_T.detach()
     return loss_T, metrics
