@@ -21,6 +21,8 @@ def test_figures_of_known_groups():
 def test_what_few_pictures_show_does_not_count():
     group = [Seen((("dog", "red", 0, 0), *([("cup", "red", 32, 32)] * (n == 0))), "sky") for n in range(4)]
     assert Variety.of([group]) == Variety(0, 0, 0, 0, 0, 0)
+    twice = Seen((("dog", "red", 0, 0), ("dog", "blue", 32, 32)), "sky")
+    assert Variety.of([[*group, twice]]) == Variety(0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="no picture shows an object"):
         Variety.of([[Seen((), "sky")]])
 

@@ -162,8 +162,8 @@ def policy_losses(
         "moved": (new_T - old_T).abs().detach(),
     }
     if reference_T is not None:
-        # For pictures that were drawn a few updates ago, the ratio makes it a mean over those of now. Without it, a token
-        # that has become rare counts by the inverse of its probability, and drowns all else.
+        # The ratio makes it a mean over pictures of the model as it is, not as it drew. Without it, a token that has
+        # become rare counts by the inverse of its probability, and drowns all else.
         away_T = reference_T - new_T
         kl_T = ratio_T * (away_T.exp() - away_T - 1)
         loss_T = loss_T + settings.kl * kl_T
