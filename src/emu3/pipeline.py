@@ -177,13 +177,14 @@ class Emu3Pipeline:
         answers = self._results(requests, on_event)
         return answers if are_several(messages) else answers[0]
 
-    def stream(self, asked: Any, pictures: Any = None, **options: Any) -> Stream:
+    def stream(self, asked: Any, pictures: Any = None, *, log_probabilities: bool = False, **options: Any) -> Stream:
         """Draw or answer, and report as tokens come. A notebook shows what comes.
 
         Args:
             asked: as for `image` or as for `chat`. A string, or a list of strings, is drawn. With `pictures`, even an
                 empty list, a string is a question.
             pictures: of the question.
+            log_probabilities: whether each `Result` says how likely its ids were.
             **options: those of `emu3.options.Draw` or `emu3.options.Answer`.
 
         Yields:
@@ -200,6 +201,7 @@ class Emu3Pipeline:
             requests = self.draw_requests(asked, **options)
         else:
             requests = [self.encode(each) for each in self.answer_requests(asked, pictures, **options)]
+        requests = [replace(request, log_probabilities=log_probabilities) for request in requests]
         return Stream(self._run(requests), requests, self)
 
     def require(self, ability: str) -> None:
@@ -324,7 +326,8 @@ class Emu3Pipeline:
     def result(self, event: Finished, request: Request) -> Result:
         """What a request that is finished came to."""
         codes = None if request.grammar.kind == "text" else np.asarray(self._visual(request, event.ids).codes_THW)[0]
-        return Result(event.request, self.read(request, event.ids), event.ids, event.reason, codes)
+        output = self.read(request, event.ids)
+        return Result(event.request, output, event.ids, event.reason, codes, event.log_probabilities)
 
     def read(self, request: Request, ids: Sequence[int]) -> Image.Image | str:
         """The picture or the text that all ids of an answer mean."""

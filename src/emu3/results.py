@@ -36,6 +36,8 @@ class Result:
         reason: why it ends.
         codes_HW: the visual tokens of a picture, as the vision tokenizer numbers them; None for an answer. With -1 in
             place of some, `Emu3Pipeline.image` takes them as `pinned`.
+        log_probabilities: of the ids, (ids,) float32, if asked for; 0 where the grammar left no choice. They are those
+            of the distribution that the ids were drawn from: guided, among the legal ids, and as sampling says.
     """
 
     request: int
@@ -43,6 +45,7 @@ class Result:
     ids: tuple[int, ...]
     reason: Reason
     codes_HW: NDArray[Any] | None = None
+    log_probabilities: NDArray[Any] | None = None
 
     def _repr_png_(self) -> bytes | None:
         return None if isinstance(self.output, str) else Pictures([self.output])._repr_png_()

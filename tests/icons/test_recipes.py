@@ -46,6 +46,7 @@ VISION = {
 def test_nanos_recipes_fit_their_kinds(path):
     kind, recipe, _ = read_recipe(path, KINDS)
     kinds = {"vision": "icon_vision", "shards": "icon_shards", "draft": "icon_draft", "language": "pretrain"}
+    kinds["preference"] = "icon_preference"
     assert kind == kinds.get(path.stem, path.stem)
     for source in getattr(recipe, "sources", ()):
         assert source.count > 0

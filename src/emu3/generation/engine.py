@@ -321,7 +321,7 @@ class Engine:
             why = self._explain_broken_logits(sequence)
             return [Failed(sequence.number, f"the model gives no finite logits for token {position}: {why}")]
         try:
-            events, reason = sequence.accept(plan.step, torch.stack(drawn.rows()))
+            events, reason = sequence.accept(plan.step, torch.stack(drawn.rows()), drawn.log_probabilities)
         except Exception as error:
             return [_decoder_failed(sequence, error)]
         return events if reason is None else [*events, self._finish(sequence, reason)]
@@ -333,7 +333,9 @@ class Engine:
             return repr(error)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> Finished:
-        return Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason)
+        found = sequence.log_probabilities
+        found = None if found is None else found[: sequence.emitted].copy()
+        return Finished(sequence.number, tuple(sequence.ids[: sequence.emitted].tolist()), reason, found)
 
     def _remove(self, numbers: Set[int]) -> None:
         """Drop some of the sequences, and close the gaps that their lanes leave."""

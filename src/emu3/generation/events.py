@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 Reason = Literal["stop", "length"]
 """Why an answer ends: it came to its end, or to its limit of tokens."""
@@ -50,11 +52,15 @@ class FrameDone:
 
 @dataclass(frozen=True)
 class Finished:
-    """A request is done; here are all its ids."""
+    """A request is done; here are all its ids.
+
+    `log_probabilities` (ids,) float32 are there if the request asked for them; see `Request`.
+    """
 
     request: int
     ids: tuple[int, ...]
     reason: Reason
+    log_probabilities: NDArray[Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from emu3.generation.decoders.protocol import Decoder
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.grammar import Grammar, Kind
 from emu3.generation.sampling import GREEDY, Sampling
-from emu3.options import MOST_GUIDANCE, MOST_SEED, check_guidance, check_number, check_whole
+from emu3.options import MOST_GUIDANCE, MOST_SEED, check_flag, check_guidance, check_number, check_whole
 
 RASTER = RasterDecoder()
 
@@ -60,6 +60,8 @@ class Request:
         max_new_tokens: the most tokens of the answer; None: what the model's context holds. A single picture takes its
             own length and no limit.
         decoder: decides the tokens of pictures and clips. Texts are written token by token.
+        log_probabilities: whether `Finished` says, of each id, the logarithm of the probability with which it was
+            chosen: guided, among the legal ids, and as `sampling` says; 0 where the grammar left no choice.
 
     Raises:
         ValueError: an empty prompt, one that does not end with an image start though a picture is to follow, a limit
@@ -73,6 +75,7 @@ class Request:
     seed: int = 0
     max_new_tokens: int | None = None
     decoder: Decoder[Any] = RASTER
+    log_probabilities: bool = False
 
     def __post_init__(self) -> None:
         _check_ids("prompt_ids", self.prompt_ids)
@@ -95,6 +98,7 @@ class Request:
                     f"a prompt to draw after ends with the image start {self.grammar.must_follow}, not {ids[-1]}"
                 )
         object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, MOST_SEED))
+        check_flag("log_probabilities", self.log_probabilities)
         has_schedule = self.guidance is not None and callable(self.guidance.scale)
         if has_schedule and not self.has_length and "text" in cast(Guidance, self.guidance).kinds:
             raise ValueError(

@@ -43,8 +43,8 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: logits (B, V). A scale of 1 is the conditional distribution.
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance: logits (B, V). A scale, or one a row (B, 1), of 1 is the conditional distribution.
 
     On logits rather than log-probabilities, which differ by a constant a row that no choice depends on.
     """
@@ -70,6 +70,13 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     return restrict(logits_BV, sampling).softmax(-1)
+
+
+def log_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The logarithm (B, V) of `probabilities`; -inf where an id cannot be chosen."""
+    if sampling.temperature == 0:
+        return probabilities(logits_BV, sampling).log()
+    return restrict(logits_BV, sampling).log_softmax(-1)
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:

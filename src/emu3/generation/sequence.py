@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -138,6 +139,7 @@ class Sequence:
         emitted: how many ids have been reported. ZipAR reports out of order, so they need not be the first ids before a
             part ends.
         newest: the position of the id that the model decided last; forced ids do not count.
+        log_probabilities: of the ids, if the request asks for them; 0 for forced ones.
     """
 
     request: Request
@@ -148,6 +150,7 @@ class Sequence:
     lanes: list[Lane]
     emitted: int = 0
     newest: int = -1
+    log_probabilities: NDArray[np.float32] | None = None
     part: Part = field(init=False)
 
     @classmethod
@@ -161,6 +164,8 @@ class Sequence:
         noise = uniform_noise(request.seed, budget).numpy()
         lanes = [Lane(prompt) for prompt in request.prompts]
         sequence = cls(request, number, budget, noise, np.full(budget, UNDECIDED), lanes)
+        if request.log_probabilities:
+            sequence.log_probabilities = np.zeros(budget, dtype=np.float32)
         sequence._begin_part(request.grammar, pending=0, turn=0)
         return sequence
 
@@ -209,15 +214,24 @@ class Sequence:
             for lane in self.lanes
         ]
 
-    def accept(self, step: Step, drawn: Tensor) -> tuple[list[Event], Reason | None]:
+    def accept(
+        self, step: Step, drawn: Tensor, log_probabilities: list[Tensor] | None = None
+    ) -> tuple[list[Event], Reason | None]:
         """Take what the decoder decides from what was `drawn`; see `Decoder.accept`.
+
+        `log_probabilities` are a row for each target, of its legal ids, if the request asks for them.
 
         Returns the events, each id with the forced ids behind it; and why the answer ends, or None.
         """
         part, ids = self.part, self._ids_of_part()
         events: list[Event] = []
         lo, _ = part.grammar.span(step.targets[0])
-        for k, id_ in part.decoder.accept(part.state, step, drawn, lo):
+        decided = part.decoder.accept(part.state, step, drawn, lo)
+        if self.log_probabilities is not None and log_probabilities is not None:
+            row_of = dict(zip(step.targets, log_probabilities, strict=True))
+            chosen = torch.stack([row_of[k][id_ - lo] for k, id_ in decided])  # one copy from a GPU for all
+            self.log_probabilities[[part.start + k for k, _ in decided]] = chosen.cpu().numpy()
+        for k, id_ in decided:
             ids[k] = id_
             self.newest = part.start + k
             events += self._report(k, forced=False)

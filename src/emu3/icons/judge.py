@@ -148,6 +148,28 @@ def satisfies(detections: Sequence[Detection], requirement: Requirement) -> bool
     return _stands(first, second, requirement.relation)
 
 
+def background_of(picture: NDArray[np.uint8]) -> str | None:
+    """The name of the background of a picture (height, width, 3); None where no pixel looks like one."""
+    color = _find_background(picture)
+    return (
+        None if color is None else tuple(BACKGROUNDS)[np.linalg.norm(_PALETTE[len(COLORS) :] - color, axis=1).argmin()]
+    )
+
+
+def stray_pixels(picture: NDArray[np.uint8], detections: Sequence[Detection]) -> int:
+    """How many pixels of a picture (height, width, 3) are neither background nor in the box of an object."""
+    background = _find_background(picture)
+    if background is None:
+        return int(picture.shape[0] * picture.shape[1])
+    stray = np.linalg.norm(picture.astype(np.float32) - background, axis=2) > COLOR_TOLERANCE
+    for x0, y0, x1, y1 in (thing.box for thing in detections):
+        # Objects may be found a pixel or two off, and are soft at their edges.
+        stray[
+            max(0, y0 - OVERLAP_ALLOWED) : y1 + OVERLAP_ALLOWED, max(0, x0 - OVERLAP_ALLOWED) : x1 + OVERLAP_ALLOWED
+        ] = False
+    return int(stray.sum())
+
+
 def _stands(a: Detection, b: Detection, where: Relation) -> bool:
     """Whether `a` stands on that side of `b`, by GenEval's rule: on a diagonal two sides are right, close by none is.
 

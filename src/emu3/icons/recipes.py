@@ -19,8 +19,10 @@ from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
     ENCODED_AT_ONCE,
     IconDraftRecipe,
+    IconPreferenceRecipe,
     IconShardsRecipe,
     SceneDrafts,
+    ScenePrompts,
     SceneSource,
     check_sources,
     samples_of,
@@ -31,6 +33,7 @@ from emu3.training.codes import encode, to_pixels
 from emu3.training.held_out import HeldOut
 from emu3.training.kinds import KINDS as TRAINING_KINDS
 from emu3.training.machine import training_device
+from emu3.training.preference import prefer
 from emu3.training.recipe import Kind
 from emu3.training.recipe import run_recipe as run_recipe_of
 from emu3.training.sequences import SequenceBuilder
@@ -124,6 +127,15 @@ def train_draft(recipe: IconDraftRecipe, folder: Path) -> None:
     draft.train(recipe, folder, model, SceneDrafts(recipe, builder, codes).batch)
 
 
+def train_preference(recipe: IconPreferenceRecipe, folder: Path) -> None:
+    """Trains a checkpoint by rewards of its icons; see `emu3.training.preference.prefer`.
+
+    `ValueError` where a step has no source of scenes, or where the checkpoint cannot be loaded.
+    """
+    check_sources(recipe.sources, recipe.steps)
+    prefer(recipe, folder, ScenePrompts(recipe.sources, recipe.seed, recipe.batch_size))
+
+
 def encode_sources(sources: Sequence[SceneSource], tokenizer: Emu3VQVAE, folder: Path) -> list[NDArray[Any]]:
     """The codes (scenes, H, W) of each source, kept in the output folder."""
     return [
@@ -136,6 +148,7 @@ KINDS = {
     **TRAINING_KINDS,
     "icon_vision": Kind(IconVisionRecipe, train_vision),
     "icon_shards": Kind(IconShardsRecipe, export_shards),
+    "icon_preference": Kind(IconPreferenceRecipe, train_preference),
     "icon_draft": Kind(IconDraftRecipe, train_draft),
 }
 """The kinds of recipe that `emu3 train` knows."""

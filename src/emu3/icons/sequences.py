@@ -16,6 +16,7 @@ from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
 from emu3.icons.scenes import TASKS, Scene, Task, render, sample_scene
 from emu3.segments import Text, Visual
 from emu3.training.draft import DraftBatch, DraftRecipe
+from emu3.training.preference import PreferenceRecipe
 from emu3.training.recipe import Checked
 from emu3.training.sequences import SequenceBuilder
 
@@ -163,6 +164,36 @@ class SceneDrafts:
         ids_BS = pad_sequence(rows, batch_first=True, padding_value=self.builder.vocabulary.pad)
         height, width = codes.shape[1:]
         return DraftBatch(ids_BS, height, width, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconPreferenceRecipe(PreferenceRecipe):
+    """Learning from rewards by prompts of the icon world; further fields are those of `PreferenceRecipe`.
+
+    Attributes:
+        sources: of the scenes that are asked for. Their sizes do not count: pictures are drawn as the checkpoint does.
+    """
+
+    sources: tuple[SceneSource, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScenePrompts:
+    """Prompts for scenes of some sources, each prompt of its own source."""
+
+    sources: tuple[SceneSource, ...]
+    seed: int
+    count: int
+
+    def __call__(self, rollout: int, part: int) -> list[str]:
+        """The prompts of a part of a rollout."""
+        rng = np.random.default_rng([self.seed, rollout, part])
+        prompts = []
+        for _ in range(self.count):
+            source = self.sources[pick_source(self.sources, rollout, rng)]
+            task, scene = source.scene(int(rng.integers(source.count)))
+            prompts.append(source.prompt(scene, task, rng))
+        return prompts
 
 
 def pick_source(sources: Sequence[SceneSource], step: int, rng: np.random.Generator) -> int:

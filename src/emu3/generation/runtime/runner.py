@@ -17,7 +17,7 @@ from emu3.generation.runtime.drafts import Drafter
 from emu3.generation.runtime.forward import Forward, can_pack, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.runtime.head import Head
-from emu3.generation.sampling import Sampling, guide
+from emu3.generation.sampling import Sampling, guide, log_probabilities
 from emu3.generation.sequence import Draw, Hidden, Inputs, Plan, Sequence
 from emu3.modeling.parallel import processes_of
 from emu3.quantization import QuantizedLinear
@@ -36,10 +36,12 @@ class Drawn(NamedTuple):
     Attributes:
         outcomes: for each target its row, or how the draw failed.
         finite: whether its logits are.
+        log_probabilities: for each target a row (V,) of its legal ids, if the request asks for them.
     """
 
     outcomes: list[Tensor | Exception]
     finite: list[bool]
+    log_probabilities: list[Tensor] | None = None
 
     def rows(self) -> list[Tensor]:
         """The rows of all targets. Raises what the draw raised."""
@@ -169,21 +171,33 @@ class ModelRunner:
         """
         targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
+        asking = [sequence.request.log_probabilities for sequence, plan in planned for _ in plan.targets]
         # Targets that choose alike share the head, the sorting and the draw. Each is named by its index in `targets`.
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
             alike[target.draw, target.span, target.scale, target.sampling].append(n)
         outcomes: dict[int, Tensor | Exception] = {}
         finite: dict[int, bool] = {}
+        chances: dict[int, Tensor] = {}
         for (draw, span, scale, sampling), members in alike.items():
             places = [targets[n].place for n in members]
             logits_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
             finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
             outcomes.update(zip(members, _rows(draw, logits_BV, sampling, noise_B), strict=True))
+            if rows := [row for row, n in enumerate(members) if asking[n]]:
+                found = log_probabilities(logits_BV[rows], sampling)
+                chances.update(zip((members[row] for row in rows), found, strict=True))
         numbers = iter(range(len(targets)))
         by_sequence = [list(islice(numbers, len(plan.targets))) for _, plan in planned]
-        return [Drawn([outcomes[n] for n in own], [finite[n] for n in own]) for own in by_sequence]
+        return [
+            Drawn(
+                [outcomes[n] for n in own],
+                [finite[n] for n in own],
+                [chances[n] for n in own] if sequence.request.log_probabilities else None,
+            )
+            for own, (sequence, _) in zip(by_sequence, planned, strict=True)
+        ]
 
     def _logits(
         self, hidden: Hidden, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
