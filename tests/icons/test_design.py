@@ -56,7 +56,7 @@ def test_the_codes_that_occur_are_told_apart(design):
 
 def test_nanos_recipes_agree_on_the_design():
     vision, language = (read_recipe(NANO / f"{name}.toml", KINDS)[1] for name in ("vision", "language"))
-    assert language.code_factors == [vision.shapes, 1 + len(COLORS), len(BACKGROUNDS)]
+    assert language.code_factors == (vision.shapes, 1 + len(COLORS), len(BACKGROUNDS))
 
 
 def test_too_few_shapes_are_refused():

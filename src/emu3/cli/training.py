@@ -54,6 +54,9 @@ def finetune(
         int | None,
         typer.Option(min=0, help="Pictures that MODEL draws itself, to stay as it is.", show_default="by the model"),
     ] = None,
+    move: Annotated[
+        bool, typer.Option("--move/--no-move", help="Whether a thing on a plain ground is learned at every place.")
+    ] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Teach a checkpoint your own pictures or conversations. The same command goes on after a stop."""
@@ -73,6 +76,7 @@ def finetune(
         learning_rate=learning_rate,
         rank=rank,
         replay=replay,
+        move=move,
         seed=seed,
     )
     run(model, data, output, wishes, typer.echo, progress)

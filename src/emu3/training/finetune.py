@@ -59,6 +59,7 @@ class Wishes:
         task: which of the data count.
         steps, learning_rate, rank: of training.
         replay: pictures that the checkpoint draws by itself, and adapters are held to.
+        move: whether something on a plain ground is drawn at another place each time.
         seed: of all.
     """
 
@@ -68,6 +69,7 @@ class Wishes:
     learning_rate: float | None = None
     rank: int | None = None
     replay: int | None = None
+    move: bool = True
     seed: int = 0
 
 
@@ -137,7 +139,7 @@ def choose(
     visits = min(VISITS, max(LEAST_VISITS, 1800 / count))
     at_once = min(64, max(SAMPLES_AT_ONCE, count // 40))
     steps = wishes.steps or max(20, math.ceil(count * visits / at_once))
-    data = [MixedShards(path=(folder / "data").resolve(), weight=at_once)]
+    data = [MixedShards(path=(folder / "data").resolve(), weight=at_once, moved=wishes.move)]
     tokens = at_once * mean
     if replayed:
         kept = open_shards(folder / "replay")

@@ -53,12 +53,14 @@ class MixedShards(Checked):
         steps: the first step that uses it and the one after the last; None: all steps do.
         held: where it is not 0, the samples are what the checkpoint itself made, and adapters are held to what it
             expects there: so many times as much as another token counts the divergence from it.
+        moved: whether something on a plain ground is drawn at another place each time.
     """
 
     path: Path
     weight: float = 1.0
     steps: tuple[int, int] | None = None
     held: float = 0.0
+    moved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +253,8 @@ def make_rows(recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder
     for source, count in zip(sources, schedule.left_out, strict=True):
         if count:
             print(f"{source.name}: {count} samples are longer than a row of {recipe.length} tokens, and left out")
-    return Rows(schedule, shards, builder, recipe.null_prompt, [each.held for each in recipe.data])
+    held, moved = [each.held for each in recipe.data], [each.moved for each in recipe.data]
+    return Rows(schedule, shards, builder, recipe.null_prompt, held, moved)
 
 
 def _length(sample: Sample, builder: SequenceBuilder, recipe: LanguageRecipe) -> int:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emu3.data.shards import Shard
 from emu3.training.loop import StepResult
+from emu3.training.moving import moved_sample
 from emu3.training.packing import Schedule
 from emu3.training.sequences import KINDS, SequenceBuilder, TokenSequence
 
@@ -75,7 +76,7 @@ class Rows:
     """Makes the rows of a run: a pure function of step and row; picklable.
 
     `null_prompt` is the share of drawings whose prompt is left out, so that guidance has an unconditional model. `held`
-    is for each source as in `pack`; its prompts stay.
+    is for each source as in `pack`; its prompts stay. `moved` says of each whether `moved_sample` moves what it draws.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Rows:
         builder: SequenceBuilder,
         null_prompt: float,
         held: Sequence[float] | None = None,
+        moved: Sequence[bool] | None = None,
     ) -> None:
+        self.moved = [False] * len(shards) if moved is None else list(moved)
         self.schedule, self.shards, self.builder, self.null_prompt = schedule, shards, builder, null_prompt
         self.held = [0.0] * len(shards) if held is None else list(held)
         self._ends = [np.cumsum([len(shard) for shard in each]) for each in shards]
@@ -97,6 +100,8 @@ class Rows:
             at = int(np.searchsorted(self._ends[number], index, side="right"))
             shard = self.shards[number][at]
             sample = shard[index - int(self._ends[number][at]) + len(shard)]
+            if self.moved[number]:
+                sample = moved_sample(sample, rng)
             is_dropped = bool(rng.random() < self.null_prompt) and not self.held[number]
             sequences.append(self.builder.build(sample, without_prompt=is_dropped))
             keys.append(sample.key)
