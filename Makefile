@@ -10,7 +10,7 @@ serve: .venv/.serve  ## nano over HTTP, on this machine only
 	$(BIN)/emu3 serve nano
 
 test: .venv/.installed  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 common: .venv/.installed  ## transformers' common model tests, on these classes and on its own
 	$(BIN)/python tests/common/run.py

@@ -1,11 +1,15 @@
 """What several test files need."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside other processes: threads would wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run: what fails is a change's own fault. `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -20,6 +20,8 @@ RELEASES = ("5.16.1", "5.23.0", "newest")
 FREE = {"transformers", "huggingface_hub", "tokenizers", "hf-xet"}
 SUITES = [
     "tests/parity",
+    "tests/training/test_language.py",
+    "tests/training/test_sequences.py",
     "tests/modeling",
     "tests/generation/test_parity.py",
     "tests/generation/test_tensor_parallel.py",
@@ -61,7 +63,8 @@ def run(release: str) -> bool:
     installed = time.monotonic()
     ask = "import importlib.metadata as m; print(m.version('transformers'))"
     version = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
-    done = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITES], cwd=ROOT)
+    arguments = ["-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
+    done = subprocess.run([python, "-m", "pytest", *arguments, *SUITES], cwd=ROOT)
     verdict = "passed" if done.returncode == 0 else "FAILED"
     took = f"environment {(installed - began) / 60:.1f} min, tests {(time.monotonic() - installed) / 60:.1f} min"
     print(f"transformers {version}: {verdict} ({took})", flush=True)
