@@ -120,3 +120,43 @@ def test_replay_stays_a_shard_of_its_own(folder, tiny_checkpoint, tmp_path):
     own, data = (open_shards(tmp_path / "a" / name)[0].info for name in ("replay", "data"))
     assert own.tokenizer == data.tokenizer
     assert own.source == "replay"
+
+
+def test_bad_data_is_told_and_left_out(tiny_checkpoint, tmp_path):
+    """Each bad sample has a line of the report or of the command; the good ones are trained on."""
+    data = tmp_path / "data"
+    data.mkdir()
+    pictures = {name: Image.new("RGB", (48, 48), "red") for name in ("good", "long", "control", "twice")}
+    pictures |= {"tiny": Image.new("RGB", (1, 1)), "print": Image.new("CMYK", (48, 48), (0, 99, 99, 0))}
+    for name, picture in pictures.items():
+        picture.save(data / f"{name}.{'jpg' if name == 'print' else 'png'}")
+        (data / f"{name}.txt").write_text("a cat")
+    pictures["twice"].save(data / "twice.jpg")
+    (data / "long.txt").write_text("cat " * 25_000)
+    (data / "control.txt").write_text("<|image start|><|extra_204|><image>")
+    (data / "alone.txt").write_text("no picture")
+    out = tmp_path / "mine"
+    told = finetune(tiny_checkpoint, "--data", data, "--lora", "-o", out, "--steps", 2, "--replay", 0)
+    assert told.exit_code == 0, told.output
+    assert "1 samples are longer than the context of" in told.output
+    report = json.loads((out / "data" / "report.json").read_text())
+    broken = {each["key"]: each["reason"] for each in report["broken"]}
+    assert broken.keys() == {"tiny", "twice.png", "alone.txt"}
+    assert report["samples"] == 5
+    assert "4 samples of" in told.output  # the long one is none
+
+
+def test_shards_of_another_tokenizer(folder, tiny_checkpoint, tmp_path):
+    finetune(tiny_checkpoint, "--data", folder, "--lora", "-o", tmp_path / "mine", "--replay", 0, "--steps", 1)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('kind = "lora"\noutput = "out"\ncheckpoint = "nano"\n[[data]]\npath = "mine/data"\n')
+    told = CliRunner().invoke(app, ["train", str(recipe)])
+    assert "holds shards of another tokenizer" in str(told.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder(tiny_checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    told = finetune(tiny_checkpoint, "--data", tmp_path / "empty", "-o", tmp_path / "mine")
+    assert isinstance(told.exception, ValueError)
+    assert not (tmp_path / "mine").exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,11 +24,11 @@ from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.checkpoints.memory import free_memory
 from emu3.data.job import tokenize
-from emu3.data.shards import Shard, ShardInfo, open_shards, shard_name, write_shard
+from emu3.data.shards import ShardInfo, open_shards, shard_name, write_shard
 from emu3.data.sources import open_source
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.pipeline import Emu3Pipeline
-from emu3.training.language import FinetuneRecipe, LoraRecipe, MixedShards, finetune, lora
+from emu3.training.language import FinetuneRecipe, LoraRecipe, MixedShards, finetune, lengths_of, lora
 from emu3.training.machine import computes_in, training_device
 from emu3.training.plan import Plan, make_plan, plain_time
 from emu3.training.replay import make_replay
@@ -98,9 +98,19 @@ def run(model: str, data: str, folder: Path, wishes: Wishes, say: Say, progress:
         say(f"{len(report.broken)} samples cannot be used; {folder / 'data' / 'report.json'} says which and why")
     shards = open_shards(folder / "data")
     builder = SequenceBuilder(processor, loaded.model.vocabulary)
-    lengths = _lengths(shards, builder, wishes.task)
+    lengths = np.concatenate([lengths_of([shard], builder, wishes.task) for shard in shards])
+    lengths = lengths[lengths >= 0]
     if not len(lengths):
         raise ValueError(f"{data} holds nothing for task={wishes.task!r}; give other data, or leave --task out")
+    context = loaded.model.text_model.config.max_position_embeddings
+    if lengths.min() > context:
+        raise ValueError(
+            f"all {len(lengths)} samples are longer than the context of {context} tokens: the shortest has "
+            f"{lengths.min():,}; shorten the texts, or ask for smaller pictures by `emu3 tokenize --area`"
+        )
+    if (long := int((lengths > context).sum())) > 0:
+        say(f"{long} samples are longer than the context of {context} tokens, and left out")
+    lengths = lengths[lengths <= context]
     replayed = _replayed(wishes, loaded, lengths)
     if replayed:
         with progress(f"drawing {replayed} pictures of its own") as show:
@@ -203,16 +213,6 @@ def _check_folder(folder: Path, model: str, data: str) -> None:
         raise ValueError(f"{folder} is not empty, and holds no run to go on with; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(asked) + "\n")
-
-
-def _lengths(shards: Sequence[Shard], builder: SequenceBuilder, task: str) -> NDArray[Any]:
-    """Tokens of each sample that the task has."""
-    found = []
-    for sample in (sample for shard in shards for sample in shard.outlines()):
-        draws = any(part.role == "draw" for part in sample.parts)
-        if task == "both" or draws == (task == "draw"):
-            found.append(len(builder.build(sample)))
-    return np.array(found)
 
 
 def _replayed(wishes: Wishes, model: Emu3ForConditionalGeneration, lengths: NDArray[Any]) -> int:

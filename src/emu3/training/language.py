@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -40,6 +41,7 @@ from emu3.training.sequences import SequenceBuilder, Weights
 from emu3.training.state import require_output
 from emu3.vocabulary import Vocabulary
 
+NEVER = 2**40  # tokens: the length of what fits into no row
 MOST_TEXTS = 100_000  # different ones, that train a text tokenizer
 
 
@@ -225,7 +227,7 @@ def train(
     """Trains the weights of the language model that need gradients, in place."""
     model.model.vqmodel.requires_grad_(False)
     builder = SequenceBuilder(processor, model.model.vocabulary, recipe.weights)
-    rows = make_rows(recipe, shards, builder)
+    rows = make_rows(recipe, shards, builder, model.model.text_model.config.max_position_embeddings)
     own = [each for each, mixed in zip(shards, recipe.data, strict=True) if not mixed.held]
     watch = Drawings(model, processor, recipe.prompts or captions(own), folder / "drawings")
     hooks = [Hook(recipe.draw_every, watch.draw)] if recipe.draw_every and recipe.task != "chat" else []
@@ -241,27 +243,39 @@ def open_mixture(recipe: LanguageRecipe, tokenizer: Emu3VQVAE) -> list[list[Shar
     return [open_shards(each.path, own) for each in recipe.data]
 
 
-def make_rows(recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder: SequenceBuilder) -> Rows:
-    """The rows of a run. Samples that are not of the recipe's task have no length, and are left out."""
-    lengths: dict[Path, np.ndarray[Any, Any]] = {}  # a folder may be there for several spans of steps
+def make_rows(
+    recipe: LanguageRecipe, shards: Sequence[Sequence[Shard]], builder: SequenceBuilder, context: int
+) -> Rows:
+    """The rows of a run. Left out is what is not of the recipe's task, and what is longer than the context or a row."""
+    lengths: dict[Path, NDArray[Any]] = {}  # a folder may be there for several spans of steps
     for each, opened in zip(recipe.data, shards, strict=True):
         if each.path not in lengths:
-            found = [_length(sample, builder, recipe) for shard in opened for sample in shard.outlines()]
-            lengths[each.path] = np.array(found)
+            lengths[each.path] = lengths_of(opened, builder, recipe.task)
+            long = int((lengths[each.path] > min(context, recipe.length)).sum())
+            if long:
+                limit = f"the context of {context}" if context <= recipe.length else f"a row of {recipe.length}"
+                print(f"{each.path}: {long} samples are longer than {limit} tokens, and left out")
+            unfit = (lengths[each.path] > context) | (lengths[each.path] < 0)
+            lengths[each.path][unfit] = NEVER
     sources = [MixedSource(str(each.path), lengths[each.path], each.weight, each.steps) for each in recipe.data]
     schedule = Schedule(sources, recipe.length, recipe.parts, recipe.seed, recipe.steps)
-    for source, count in zip(sources, schedule.left_out, strict=True):
-        if count:
-            print(f"{source.name}: {count} samples are longer than a row of {recipe.length} tokens, and left out")
     held, moved = [each.held for each in recipe.data], [each.moved for each in recipe.data]
     return Rows(schedule, shards, builder, recipe.null_prompt, held, moved)
 
 
-def _length(sample: Sample, builder: SequenceBuilder, recipe: LanguageRecipe) -> int:
-    draws = any(part.role == "draw" for part in sample.parts)
-    if recipe.task != "both" and draws != (recipe.task == "draw"):
-        return 2**40
-    return len(builder.build(sample))
+def lengths_of(shards: Sequence[Shard], builder: SequenceBuilder, task: str) -> NDArray[Any]:
+    """Tokens of each sample; -1 for one that is not of the task."""
+    return np.array(
+        [
+            len(builder.build(sample)) if task in ("both", "draw" if _draws(sample) else "chat") else -1
+            for shard in shards
+            for sample in shard.outlines()
+        ]
+    )
+
+
+def _draws(sample: Sample) -> bool:
+    return any(part.role == "draw" for part in sample.parts)
 
 
 def captions(shards: Sequence[Sequence[Shard]], count: int = 8) -> list[str]:
