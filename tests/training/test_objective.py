@@ -101,3 +101,34 @@ def test_packed_attention_is_that_of_a_block_diagonal_mask():
     mixed, _ = PackedAttention(LENGTHS, size, query.device)(torch.nn.Module(), query, key, value, None, scaling=0.3)
     torch.testing.assert_close(mixed[:, : len(of)], expected.transpose(1, 2))
     assert mixed.isfinite().all()
+
+
+def test_held_samples_are_held_to_the_checkpoint_without_its_adapters(sequences):
+    """The divergence of each of their targets, by hand; the other samples count as before."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    base = Emu3ForCausalLM(Emu3TextConfig(**MODEL)).eval()
+    adapted = Emu3ForCausalLM(Emu3TextConfig(**MODEL)).eval()
+    adapted.load_state_dict(base.state_dict())
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False), adapted)
+    own = [each for each in sequences if len(each) > 1]
+    held = [0.0, 3.0, 0.0, 3.0, 0.0, 3.0]
+    result = NextTokenLoss(adapted)(pack(own, 100, 0, held=held))
+    expected, weight = 0.0, 0.0
+    for each, factor in zip(own, held, strict=True):
+        ids = torch.from_numpy(each.ids)[None]
+        with torch.no_grad():
+            found, before = (model(ids).logits[0, :-1].log_softmax(-1) for model in (adapted, base))
+        losses = F.kl_div(found, before, reduction="none", log_target=True).sum(-1)
+        if not factor:
+            losses = F.nll_loss(found, ids[0, 1:], reduction="none")
+        weights = torch.from_numpy(each.weights[1:]) * (factor or 1.0)
+        expected, weight = expected + float((losses * weights).sum()), weight + float(weights.sum())
+    assert float(result.loss.detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(result.weight) == pytest.approx(weight)
+    total, count = result.metrics["held"]
+    assert int(count) == sum(int((each.weights > 0).sum()) for each, factor in zip(own, held, strict=True) if factor)
+    assert float(total) > 0
+    with pytest.raises(ValueError, match="only a model with adapters can be held"):
+        NextTokenLoss(base)(pack(own, 100, 0, held=held))

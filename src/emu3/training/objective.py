@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -226,11 +227,23 @@ class NextTokenLoss(nn.Module):
 
     def _divergence(self, row: Row, ids_S: Tensor, counts_S: Tensor, states: Tensor, held: Tensor) -> Tensor:
         """Of what the model expects at each held target from what it expects without its adapters (targets held,)."""
+        own_S, lengths = _held_samples(row)
+        own_S = own_S.to(ids_S.device)
         with torch.no_grad(), without_adapters(self.model):
-            before = self.states(row.lengths, ids_S)[:-1][counts_S[1:]][held]
+            before = self.states(lengths, ids_S[own_S])[:-1][counts_S[own_S][1:]]
             expected = self.head(before).float().log_softmax(-1)
         found = self.head(states[held]).float().log_softmax(-1)
         return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+
+
+def _held_samples(row: Row) -> tuple[Tensor, list[int]]:
+    """Which tokens of a row are of samples that are held (S,), and the lengths of these samples."""
+    rest = len(row.ids_S) - sum(row.lengths)
+    starts = [end - length for end, length in zip(accumulate(row.lengths), row.lengths, strict=True)]
+    # The first token of a sample says it for all of them.
+    is_held = [bool(row.held_S[start]) for start in starts]
+    own_S = torch.repeat_interleave(torch.tensor([*is_held, False]), torch.tensor([*row.lengths, rest]))
+    return own_S, [length for length, own in zip(row.lengths, is_held, strict=True) if own]
 
 
 @contextmanager
