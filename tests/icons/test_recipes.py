@@ -188,6 +188,9 @@ def test_a_killed_run_of_the_vision_tokenizer_goes_on_bit_for_bit(tmp_path, monk
     train_vision(recipe, tmp_path / "resumed")
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     assert not Emu3VQVAE.from_pretrained(tmp_path / "resumed" / "vision").training
+    made = (tmp_path / "resumed" / "vision" / "model.safetensors").read_bytes()
+    train_vision(recipe, tmp_path / "resumed")  # a finished run, once more
+    assert (tmp_path / "resumed" / "vision" / "model.safetensors").read_bytes() == made
 
 
 @pytest.mark.slow

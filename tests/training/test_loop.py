@@ -135,9 +135,30 @@ def test_a_loss_that_is_wrong_stops_the_run(tmp_path, kind, message):
     assert objective.layer.weight.isfinite().all()
 
 
+class Cliff(Squares):
+    """In step 4 the loss is fine and its gradient is not."""
+
+    def forward(self, batch):
+        result = super().forward(batch)
+        if batch.keys[0][0] != "4":
+            return result
+        return result._replace(loss=result.loss + 0 * (self.layer.weight.sum() * 0).abs().sqrt())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
+    objective = Cliff()
+    with pytest.raises(TrainingStopped, match=r"the gradient is nan in step 4; samples: 4-0-0.*step-000003; lower"):
+        run(tmp_path, objective)
+    assert objective.layer.weight.isfinite().all()
+
+
 def test_states_are_kept_as_asked(tmp_path):
     run(tmp_path, Squares(), save_every=1, keep_states=2)
     assert [path.name for path in saved_states(tmp_path)] == ["step-000005", "step-000006"]
+    for name in ("step-1000000", "step-999999"):
+        (tmp_path / "state" / name).mkdir()
+        (tmp_path / "state" / name / "progress.json").write_text("{}")
+    assert [path.name for path in saved_states(tmp_path)][-2:] == ["step-999999", "step-1000000"]
 
 
 def square(step, part):

@@ -1,5 +1,6 @@
 """Which samples a step trains on."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emu3.training.packing import MixedSource, Schedule
+from emu3.training.packing import NEVER, MixedSource, Schedule
 
 
 def source(lengths, **values):
@@ -42,6 +43,7 @@ def test_a_row_depends_on_seed_and_step_only():
     again = make(0)
     assert again.row(29, 1) == rows[29][1]
     assert again.row(7, 0) == rows[7][0]
+    assert pickle.loads(pickle.dumps(again)).row(3, 1) == rows[3][1]
     other = make(1)
     assert [other.row(0, row) for row in range(2)] != rows[0]
 
@@ -66,5 +68,7 @@ def test_long_samples_are_left_out_and_counted():
 def test_what_cannot_be_scheduled():
     with pytest.raises(ValueError, match=r"no sample of pets fits .* the shortest of 2 has 11 tokens, a row 10"):
         Schedule([source([11, 12])], 10, 1, 0, 10)
+    with pytest.raises(ValueError, match="pets holds no sample that can be used"):
+        Schedule([source([NEVER])], 10, 1, 0, 10)
     with pytest.raises(ValueError, match="no source for step 4"):
         Schedule([source([1], steps=(0, 4)), source([1], steps=(6, 9))], 10, 1, 0, 9)

@@ -79,3 +79,7 @@ def test_log(tmp_path):
     assert json.loads(lines[0]) == {"step": 1, "loss": 0.12346}
     assert read_log(tmp_path / "run") == [{"step": 1, "loss": 0.12346}, {"step": 2, "loss": 0.25}]
     assert saved_states(tmp_path) == []
+    with (tmp_path / "run" / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # cut by a kill
+    write_log(tmp_path / "run", step=4, loss=0.125)
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 4]

@@ -152,7 +152,7 @@ class SceneDrafts:
     def batch(self, step: int) -> DraftBatch:
         """The batch of a step."""
         rng = np.random.default_rng([self.recipe.seed, step])
-        number = pick_source(self.recipe.sources, step, rng)
+        number = pick_source(self.recipe.sources, step * self.recipe.reuse, rng)
         source, codes = self.recipe.sources[number], self.codes[number]
         with_words, without = [], []
         for index in rng.integers(source.count, size=self.recipe.batch_size):

@@ -95,7 +95,8 @@ def split(found: Sequence[Found], share: float) -> tuple[list[Found], list[Found
     """
     training, held_out = [], []
     for kind in ("picture", "clip"):
-        scored = sorted((_score(each.key), each) for each in found if each.kind == kind) if share else []
+        scored = [(_score(each.key), each) for each in found if each.kind == kind and share]
+        scored.sort(key=lambda pair: pair[0])  # the pictures of one sample have one score
         of_kind = [each for each in found if each.kind == kind]
         chosen = {each for score, each in scored if score < share} or {each for _, each in scored[: len(scored) > 1]}
         training += [each for each in of_kind if each not in chosen]

@@ -138,7 +138,9 @@ class PairBatches:
         pairs = []
         for index in rng.integers(ends[-1], size=self.batch_size).tolist():
             number = next(number for number, end in enumerate(ends) if index < end)
-            pairs.append(pair_of(self._shards[number][index - ends[number] + len(self._shards[number])]))
+            pair = pair_of(self._shards[number][index - ends[number] + len(self._shards[number])])
+            # Keys are those of one source.
+            pairs.append(pair._replace(key=f"{number}:{index}:{pair.key}"))
         return batch_of(pairs, self.layout, self.settings)
 
     @cached_property

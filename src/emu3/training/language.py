@@ -32,16 +32,15 @@ from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training.drawings import Drawings
 from emu3.training.loop import Hook, run_loop
-from emu3.training.machine import training_device
+from emu3.training.machine import computes_in, training_device
 from emu3.training.objective import NextTokenLoss, Rows
-from emu3.training.packing import MixedSource, Schedule
+from emu3.training.packing import NEVER, MixedSource, Schedule
 from emu3.training.recipe import Arguments, Checked, RunSettings
-from emu3.training.results import save_adapter, save_checkpoint, stored_dtype
+from emu3.training.results import configured_dtype, save_adapter, save_checkpoint, stored_dtype
 from emu3.training.sequences import SequenceBuilder, Weights
-from emu3.training.state import require_output
+from emu3.training.state import require_output, saved_states
 from emu3.vocabulary import Vocabulary
 
-NEVER = 2**40  # tokens: the length of what fits into no row
 MOST_TEXTS = 100_000  # different ones, that train a text tokenizer
 
 
@@ -168,7 +167,10 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     vision = Emu3VQVAE.from_pretrained(require_output(recipe.vision))
     shards = open_mixture(recipe, vision)
     torch.manual_seed(recipe.seed)
-    tokenizer = _text_tokenizer(recipe, shards, vision.config.codebook_size)
+    if saved_states(folder):  # its ids are those of the weights
+        tokenizer = AutoTokenizer.from_pretrained(folder.resolve())
+    else:
+        tokenizer = _text_tokenizer(recipe, shards, vision.config.codebook_size)
     names = vocabulary_map(tokenizer)
     vocabulary = Vocabulary.from_map(names)
     ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
@@ -193,7 +195,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> None:
     source = resolve(recipe.checkpoint)
     model, processor = load_model(source, dtype=torch.float32), load_processor(source)
     train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
-    save_checkpoint(model, processor, folder, stored_dtype(source), beside=source)
+    save_checkpoint(model, processor, folder, stored_dtype(source), beside=source, computed=configured_dtype(source))
 
 
 def lora(recipe: LoraRecipe, folder: Path) -> None:
@@ -203,7 +205,8 @@ def lora(recipe: LoraRecipe, folder: Path) -> None:
     except ImportError as error:
         raise ValueError("adapters need PEFT; pip install 'emu3[train]'") from error
     source = resolve(recipe.checkpoint)
-    model, processor = load_model(source), load_processor(source)
+    dtype = "auto" if computes_in(recipe) is torch.bfloat16 else torch.float32
+    model, processor = load_model(source, dtype=dtype), load_processor(source)
     torch.manual_seed(recipe.seed)
     targets = rf".*text_model\.layers\..*\.({'|'.join(recipe.modules)})"
     config = LoraConfig(

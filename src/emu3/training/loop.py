@@ -125,23 +125,23 @@ def run_loop(
                 (result.loss * processes).backward()  # FSDP takes the mean over processes
                 results.append(result._replace(loss=result.loss.detach()))
             totals = _sum_up(results, accelerator.device)
+            if not totals.weight:
+                raise TrainingStopped(_advice(f"nothing counts in step {step}: all weights are 0", keys, folder))
             loss = totals.loss / totals.weight
             if stopped := _is_wrong(loss, recent):
-                state = ["none", *map(str, saved_states(folder))][-1]
-                raise TrainingStopped(
-                    f"loss is {loss:.4g} in step {step}, {stopped}; samples: {', '.join(keys[:8]) or 'not known'}; "
-                    f"last good state: {state}; lower learning_rate, or leave these samples out"
-                )
+                raise TrainingStopped(_advice(f"loss is {loss:.4g} in step {step}, {stopped}", keys, folder))
             recent = [*recent[1 - RECENT_STEPS :], loss]
             trained = [each for each in objective.parameters() if each.grad is not None]
             for parameter in trained:
                 cast(Tensor, parameter.grad).div_(totals.weight)
             norm = nn.utils.clip_grad_norm_(trained, settings.gradient_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if not norm.isfinite():
+                raise TrainingStopped(_advice(f"the gradient is {float(norm)} in step {step}", keys, folder))
             for optimizer in optimizers:
                 optimizer.step()
             averages.update()
             step += 1
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             display.add(loss, float(norm), totals.metrics, totals.size, totals.flops)
             if step % settings.report_every == 0:
                 report = display.report(step, means=report_means)
@@ -239,6 +239,15 @@ def _is_wrong(loss: float, recent: Sequence[float]) -> str | None:
     if len(recent) >= RECENT_STEPS - 1 and loss > EXPLODED * abs(median(recent)) + 1:
         return f"after {median(recent):.4g} in the steps before"
     return None
+
+
+def _advice(what: str, keys: Sequence[str], folder: Path) -> str:
+    """What happened, with which samples, and what to do."""
+    state = ["none", *map(str, saved_states(folder))][-1]
+    return (
+        f"{what}; samples: {', '.join(keys[:8]) or 'not known'}; last good state: {state}; lower learning_rate, or "
+        "leave these samples out"
+    )
 
 
 class _Averages:

@@ -252,6 +252,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     if not layers:
         raise ValueError("only a model with adapters can be held to what its checkpoint expects; train with LoRA")
+    trains = model.training
+    model.eval()  # without dropout, too
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -259,6 +261,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        model.train(trains)
 
 
 def _cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+NEVER = 2**40
+"""Tokens: the length of what fits into no row."""
 
 Place = tuple[int, int]
 """The number of a source, and of a sample in it."""
@@ -52,6 +55,10 @@ class Schedule:
         self.sources, self.length, self.rows, self.seed, self.steps = tuple(sources), length, rows, seed, steps
         self._fitting = [np.flatnonzero(source.lengths <= length) for source in sources]
         for source, fitting in zip(sources, self._fitting, strict=True):
+            if not len(source.lengths) or source.lengths.min() >= NEVER:
+                raise ValueError(
+                    f"{source.name} holds no sample that can be used here; give other data or another task"
+                )
             if not len(fitting):
                 shortest = int(source.lengths.min()) if len(source.lengths) else 0
                 raise ValueError(
@@ -77,6 +84,15 @@ class Schedule:
             self._step += 1
             self._current = self._pack(self._step)
         return self._current[row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which begin anew."""
+        own = ("_orders", "_step", "_current", "_waiting")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._restart()
 
     def _restart(self) -> None:
         self._step, self._current = -1, cast(list[tuple[Place, ...]], [])

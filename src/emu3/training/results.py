@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from emu3.checkpoints.files import read_headers
+from emu3.checkpoints.opened import open_checkpoint, own_dtype
 from emu3.configuration import Emu3TextConfig, Emu3VQVAEConfig
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
@@ -20,8 +20,14 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of most weights in a checkpoint's files."""
-    counts = Counter(header.dtype for header in read_headers(folder).values())
+    counts = Counter(header.dtype for header in open_checkpoint(folder).headers.values())
     return _DTYPES.get(counts.most_common(1)[0][0], torch.float32)
+
+
+def configured_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a checkpoint is loaded where every dtype is fast."""
+    opened = open_checkpoint(folder)
+    return cast(torch.dtype, getattr(torch, own_dtype(opened.config, opened.headers, "cuda")))
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, Any]:
@@ -42,15 +48,16 @@ def save_checkpoint(
     folder: Path,
     dtype: torch.dtype,
     beside: Path | None = None,
+    computed: torch.dtype | None = None,
 ) -> None:
-    """Writes a checkpoint whose weights are stored in `dtype`, and loaded in the dtype that they have now.
+    """Writes a checkpoint whose weights are stored in `dtype`, and loaded in `computed`, by default their own dtype.
 
     `beside` is the checkpoint that it came from, whose list of words it keeps.
     """
     weights = whole_weights(model)
     if not is_first_process():
         return
-    config, computed = model.config, next(model.parameters()).dtype
+    config, computed = model.config, computed or next(model.parameters()).dtype
     config.name_or_path = ""  # it would name a folder of the machine that trained
     stored = {name: each.to(dtype) if each.is_floating_point() else each for name, each in weights.items()}
     model.save_pretrained(folder, state_dict=stored)
@@ -69,7 +76,13 @@ def save_adapter(adapted: Any, base: str, folder: Path) -> None:
     if not is_first_process():
         return
     for config in adapted.peft_config.values():
-        config.base_model_name_or_path = base
+        # A folder is named so that it is found from anywhere on this machine.
+        config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    # PEFT leaves a card that is an empty form, or writes into the one that is there.
+    card = folder / "README.md"
+    own = card.read_bytes() if card.is_file() else None
     # PEFT would ask a hub for the base by its name, to see whether its embeddings were resized.
     adapted.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
+    card.unlink(missing_ok=True)
+    if own is not None:
+        card.write_bytes(own)

@@ -92,7 +92,8 @@ def load_state(
 
 def saved_states(folder: Path) -> list[Path]:
     """The complete states of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob("state/step-*/progress.json") if path.parent.suffix != ".new")
+    states = [path.parent for path in folder.glob("state/step-*/progress.json") if path.parent.suffix != ".new"]
+    return sorted(states, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _tensors(
@@ -136,8 +137,11 @@ def write_log(folder: Path, **values: float) -> str:
     """Appends a report to FOLDER/log.jsonl; returns it as a line for people."""
     line = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with (folder / "log.jsonl").open("a+b") as file:
+        at = file.seek(0, 2)
+        file.seek(max(0, at - 1))
+        is_cut = at > 0 and file.read(1) != b"\n"  # by a kill
+        file.write((b"\n" if is_cut else b"") + json.dumps(line).encode() + b"\n")
     return "  ".join(f"{name} {value}" for name, value in line.items())
 
 
@@ -146,6 +150,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     path = folder / "log.jsonl"
     reports: dict[int, dict[str, Any]] = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:  # half a line, that a kill left
+            continue
         reports.setdefault(line["step"], {}).update(line)
     return [report for _, report in sorted(reports.items())]

@@ -131,6 +131,10 @@ class VisionObjective(nn.Module):
             tokenizer.encoder.requires_grad_(False)
             tokenizer.quant_conv.requires_grad_(False)
         self._counted = -1
+        # A codebook that moves without gradients is no part of a state, as frozen weights are not; its copy is.
+        self.kept_codebook = nn.Buffer(self.codebook.detach().clone())
+        self.register_state_dict_pre_hook(_keep_codebook)
+        self.register_load_state_dict_post_hook(_restore_codebook)
 
     @property
     def codebook(self) -> Tensor:
@@ -296,6 +300,20 @@ class VisionObjective(nn.Module):
 def without_autocast(device: torch.device) -> torch.autocast:
     """A context of full precision, whatever is around it."""
     return torch.autocast(device.type, enabled=False)
+
+
+@torch.no_grad()
+def _keep_codebook(objective: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a state is taken."""
+    assert isinstance(objective, VisionObjective)
+    objective.kept_codebook.copy_(objective.codebook)
+
+
+def _restore_codebook(objective: nn.Module, incompatible: object) -> None:
+    """After a state was loaded."""
+    assert isinstance(objective, VisionObjective)
+    if not objective.codebook.requires_grad:
+        objective.codebook.data.copy_(objective.kept_codebook)
 
 
 def load_tokenizer(settings: VisionSettings) -> tuple[Emu3VQVAE, bool]:
