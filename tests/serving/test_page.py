@@ -202,7 +202,7 @@ def test_a_chat_about_a_picture(page, nano, tmp_path):
         page.get_by_test_id("chat-send").click()
         expect(page.get_by_test_id("chat-send")).to_be_enabled(timeout=20_000)
         page.wait_for_timeout(300)
-    expect(page.get_by_test_id("chat-answer").last).to_contain_text("dogs", timeout=20_000)
+    expect(page.get_by_test_id("chat-answer").last).to_contain_text("dog", timeout=20_000)
 
 
 def test_what_is_wrong_is_said_where_one_looks(page):

@@ -88,8 +88,17 @@ def test_a_folder_of_something_else_stays(folder, tiny_checkpoint, tmp_path):
     assert "is not empty, and holds no run to go on with; name another folder" in str(told.exception)
     out = tmp_path / "run"
     assert finetune(tiny_checkpoint, "--data", folder, "--lora", "-o", out, "--replay", 0, "--steps", 1).exit_code == 0
-    told = finetune(tiny_checkpoint, "--data", tmp_path, "--lora", "-o", out)
-    assert f"holds a run of {tiny_checkpoint} on {folder}; name another folder" in str(told.exception)
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (48, 48)).save(tmp_path / "other" / "one.png")
+    told = finetune(tiny_checkpoint, "--data", tmp_path / "other", "--lora", "-o", out, "--replay", 0)
+    assert f"holds a run with data={str(folder)!r}, not {str(tmp_path / 'other')!r}; name another folder" in str(
+        told.exception
+    )
+    told = finetune(tiny_checkpoint, "--data", folder, "--lora", "-o", out, "--replay", 0, "--rank", 3)
+    assert "holds a run with rank=None, not 3; name another folder" in str(told.exception)
+    told = finetune(tiny_checkpoint, "--data", folder, "-o", folder / "within")
+    assert "lies within the data" in str(told.exception)
+    assert not (folder / "within").exists()
 
 
 def test_what_a_checkpoint_draws_by_itself(tiny_checkpoint):

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -90,7 +91,7 @@ def media_of(file: bytes | str, name: str = "") -> Media:
                 return Media("clip", file)
             if start[:3] == b"GIF" or start[8:12] == b"WEBP":
                 opened.seek(0)
-                with Image.open(opened) as picture:
+                with Image.open(opened, formats=_formats()) as picture:
                     return Media("clip" if getattr(picture, "is_animated", False) else "picture", file)
     except Exception:  # from the file system or a decoder: it shows itself when it is opened
         pass
@@ -143,7 +144,7 @@ def open_clip(media: Media, max_frames: int) -> Clip:
 def _opened(media: Media) -> Iterator[Image.Image]:
     """The picture, whose pixels are not read yet. Any error inside becomes a ValueError."""
     try:
-        with open_file(media.file) as opened, Image.open(opened) as picture:
+        with open_file(media.file) as opened, Image.open(opened, formats=_formats()) as picture:
             if min(picture.size) < 1:
                 raise ValueError(f"{picture.height}x{picture.width} pixels, which is empty")
             yield picture
@@ -232,3 +233,11 @@ def _opened_clip(media: Media) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except Exception as error:
         raise ValueError(f"cannot read the clip: {_why(error)}") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read. Some of its others start programs, such as EPS."""
+    Image.init()
+    wanted = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF")
+    return tuple(name for name in wanted if name in Image.OPEN)

@@ -41,7 +41,9 @@ def encode(
         for pictures_BHWC in track(batches, total=len(starts), description=f"encoding {name}"):
             codes_BHW = tokenizer.quantize(tokenizer.latents(to_pixels(pictures_BHWC.to(device)))[1])[:, 0]
             parts.append(codes_BHW.cpu().numpy().astype(dtype))
-        save_file({"codes": np.concatenate(parts)}, path)
+        fresh = path.with_suffix(".new")  # a kill leaves no half file under the name that is looked for
+        save_file({"codes": np.concatenate(parts)}, fresh)
+        fresh.replace(path)
     return load_file(path)["codes"]
 
 

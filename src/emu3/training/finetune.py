@@ -33,6 +33,7 @@ from emu3.training.machine import computes_in, training_device
 from emu3.training.plan import Plan, make_plan, plain_time
 from emu3.training.replay import make_replay
 from emu3.training.sequences import SequenceBuilder, Weights
+from emu3.training.state import saved_states, step_of
 
 Say = Callable[[str], object]
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -87,7 +88,7 @@ def run(model: str, data: str, folder: Path, wishes: Wishes, say: Say, progress:
     Raises:
         ValueError: nothing can be learned from the data, or the machine has too little memory.
     """
-    _check_folder(folder, model, data)
+    _check_folder(folder, model, data, wishes)
     source = resolve(model)
     loaded, processor = load_model(source), load_processor(source)
     with progress("tokenizing") as show:
@@ -200,19 +201,30 @@ def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed
     return lines
 
 
-def _check_folder(folder: Path, model: str, data: str) -> None:
-    """Notes in the folder what it is for. ValueError where it is for something else."""
-    note, asked = (
-        folder / "asked.json",
-        {"model": model, "data": str(Path(data).resolve() if Path(data).exists() else data)},
-    )
+def _check_folder(folder: Path, model: str, data: str, wishes: Wishes) -> None:
+    """Notes in the folder what it is for. ValueError where it is for something else, or lies within the data."""
+    place = Path(data).resolve() if Path(data).exists() else None
+    if place is not None and place.is_dir() and folder.resolve().is_relative_to(place):
+        raise ValueError(f"{folder} lies within the data, {data}, and would become part of them; name another folder")
+    asked: dict[str, Any] = {"model": model, "data": str(place or data)} | asdict(replace(wishes, steps=None))
+    note = folder / "asked.json"
     if note.is_file():
-        if (found := json.loads(note.read_text())) != asked:
-            raise ValueError(f"{folder} holds a run of {found['model']} on {found['data']}; name another folder")
+        found = json.loads(note.read_text())
+        if other := [name for name in asked if found.get(name) != asked[name]]:
+            name = other[0]
+            raise ValueError(
+                f"{folder} holds a run with {name}={found.get(name)!r}, not {asked[name]!r}; name another folder"
+            )
+        if (states := saved_states(folder)) and wishes.steps and wishes.steps < step_of(states[-1]):
+            raise ValueError(
+                f"{folder} has done {step_of(states[-1])} steps, more than {wishes.steps}; name another one"
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty, and holds no run to go on with; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asked) + "\n")
+    fresh = note.with_name(".asked.json")
+    fresh.write_text(json.dumps(asked) + "\n")
+    fresh.replace(note)
 
 
 def _replayed(wishes: Wishes, model: Emu3ForConditionalGeneration, lengths: NDArray[Any]) -> int:

@@ -32,7 +32,7 @@ from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training.drawings import Drawings
 from emu3.training.loop import Hook, run_loop
-from emu3.training.machine import computes_in, training_device
+from emu3.training.machine import computes_in
 from emu3.training.objective import NextTokenLoss, Rows
 from emu3.training.packing import NEVER, MixedSource, Schedule
 from emu3.training.recipe import Arguments, Checked, RunSettings
@@ -235,7 +235,6 @@ def train(
     watch = Drawings(model, processor, recipe.prompts or captions(own), folder / "drawings")
     hooks = [Hook(recipe.draw_every, watch.draw)] if recipe.draw_every and recipe.task != "chat" else []
     objective = NextTokenLoss(model)
-    model.to(training_device())
     optimizers, rates = partial(make_optimizers, recipe), partial(learning_rates, recipe)
     run_loop(recipe, folder, objective, optimizers, rates, rows, unit="tokens", hooks=hooks)
 
@@ -267,14 +266,19 @@ def make_rows(
 
 
 def lengths_of(shards: Sequence[Shard], builder: SequenceBuilder, task: str) -> NDArray[Any]:
-    """Tokens of each sample; -1 for one that is not of the task."""
-    return np.array(
-        [
-            len(builder.build(sample)) if task in ("both", "draw" if _draws(sample) else "chat") else -1
-            for shard in shards
-            for sample in shard.outlines()
-        ]
-    )
+    """Tokens of each sample; -1 for one that is not of the task, or that the checkpoint's layout cannot spell."""
+    lengths: list[int] = []
+    unspelled: list[str] = []
+    for sample in (sample for shard in shards for sample in shard.outlines()):
+        lengths.append(-1)
+        if task in ("both", "draw" if _draws(sample) else "chat"):
+            try:
+                lengths[-1] = len(builder.build(sample))
+            except ValueError as error:
+                unspelled.append(f"{sample.key}: {error}")
+    if unspelled:
+        print(f"{len(unspelled)} samples cannot be spelled, and are left out, such as {unspelled[0]}")
+    return np.array(lengths)
 
 
 def _draws(sample: Sample) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling, guide, restrict
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.training.machine import autocast
 from emu3.training.objective import attend_causally
 
 # Logits that are computed at once: all of them in float32 would take more memory than all else.
@@ -119,17 +118,14 @@ def score(model: Emu3ForConditionalGeneration, answers: Answers, sampling: Sampl
     run_layers: Callable[..., Tensor] = text_model.run_layers
     if ids_BS.device.type == "cpu":
         run_layers = partial(run_layers, attend=_attend_on_cpu)
-    with autocast():
-        hidden_BSE = run_layers(text_model.embed_tokens(ids_BS), None, torch.arange(ids_BS.shape[1])[None].to(ids_BS))
+    hidden_BSE = run_layers(text_model.embed_tokens(ids_BS), None, torch.arange(ids_BS.shape[1])[None].to(ids_BS))
     head = model.lm_head.weight[lo:hi]
     found: list[tuple[Tensor, Tensor]] = []
     for rows in torch.arange(len(answers.own), device=ids_BS.device).split(_ROWS_AT_ONCE):
         own, targets_T1 = answers.own[rows], answers.targets[rows, None]
-        with autocast():
-            logits_TV = (hidden_BSE[own, answers.places[rows]] @ head.T).float()
-            if answers.negative_places is not None and answers.scales is not None:
-                negative_TV = (hidden_BSE[own + answers.number, answers.negative_places[rows]] @ head.T).float()
+        logits_TV = (hidden_BSE[own, answers.places[rows]] @ head.T).float()
         if answers.negative_places is not None and answers.scales is not None:
+            negative_TV = (hidden_BSE[own + answers.number, answers.negative_places[rows]] @ head.T).float()
             logits_TV = guide(logits_TV, negative_TV, answers.scales[rows])
         found.append(_scores_of(logits_TV, targets_T1, sampling))
     log_probabilities, entropies = (torch.cat(each) for each in zip(*found, strict=True))

@@ -93,7 +93,12 @@ def load_state(
 def saved_states(folder: Path) -> list[Path]:
     """The complete states of a run, oldest first."""
     states = [path.parent for path in folder.glob("state/step-*/progress.json") if path.parent.suffix != ".new"]
-    return sorted(states, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(states, key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The number of steps after which a state was saved."""
+    return int(state.name.removeprefix("step-"))
 
 
 def _tensors(
