@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test common clients versions docs screenshots lint bench nano clean
+.PHONY: demo serve test whole common clients versions docs screenshots lint bench nano clean
 
 demo: .venv/.runtime  ## draw pictures from words, then describe one of them
 	$(BIN)/python examples/demo.py
@@ -11,6 +11,9 @@ serve: .venv/.serve  ## nano over HTTP, on this machine only
 
 test: .venv/.installed  ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+whole: .venv/.installed  ## fine-tuning at the released model's width, two layers of it; minutes and 10 GB of memory
+	$(BIN)/python -m pytest -m whole
 
 common: .venv/.installed  ## transformers' common model tests, on these classes and on its own
 	$(BIN)/python tests/common/run.py

@@ -26,6 +26,7 @@ def command(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_from_conversion_to_adapter_to_drawing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import whole_size
@@ -56,4 +57,5 @@ def test_from_conversion_to_adapter_to_drawing(tmp_path, monkeypatch):
     assert log[-1]["draw"] < 0.8 * log[0]["draw"]
     drawn = ("image", "a cat", "--model", "mine", "-o", "cat.png", "--height", 32, "--width", 32, "--seed", 0)
     command(*drawn)
-    assert Image.open(tmp_path / "cat.png").size == (32, 32)
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.size == (32, 32)
