@@ -5,6 +5,7 @@ is constant, and over the last part it falls linearly to zero, so that a run can
 """
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.checkpoints.vision import load_vision_tokenizer
 from emu3.configuration import Emu3Config, Emu3TextConfig
 from emu3.data.samples import Sample
 from emu3.data.shards import Shard, open_shards
@@ -164,7 +166,7 @@ class LoraRecipe(FinetuneRecipe):
 
 def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     """Trains by the recipe, from the last saved state if any; leaves a checkpoint in the folder."""
-    vision = Emu3VQVAE.from_pretrained(require_output(recipe.vision))
+    vision = load_vision_tokenizer(require_output(recipe.vision))
     shards = open_mixture(recipe, vision)
     torch.manual_seed(recipe.seed)
     if saved_states(folder):  # its ids are those of the weights
@@ -227,7 +229,13 @@ def train(
     processor: Emu3Processor,
     shards: Sequence[Sequence[Shard]],
 ) -> None:
-    """Trains the weights of the language model that need gradients, in place."""
+    """Trains the weights of the language model that need gradients, in place.
+
+    ValueError where several processes would hold adapters to what the checkpoint expects: they would wait for each
+    other wherever only some of their rows have such samples.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(each.held for each in recipe.data):
+        raise ValueError("held samples are for one process; leave them out of data, or start one process")
     model.model.vqmodel.requires_grad_(False)
     builder = SequenceBuilder(processor, model.model.vocabulary, recipe.weights)
     rows = make_rows(recipe, shards, builder, model.model.text_model.config.max_position_embeddings)

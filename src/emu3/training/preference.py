@@ -24,7 +24,7 @@ from emu3.training.grpo import GRPO, GRPOSettings, PromptBatch, load_function
 from emu3.training.loop import run_loop
 from emu3.training.machine import training_device
 from emu3.training.recipe import RunSettings
-from emu3.training.results import save_adapter, save_checkpoint, stored_dtype
+from emu3.training.results import configured_dtype, save_adapter, save_checkpoint, stored_dtype
 from emu3.training.scoring import Reference
 
 
@@ -115,6 +115,10 @@ def prefer(recipe: PreferenceRecipe, folder: Path, source: PromptSource | None =
     """
     objective_of = _dpo if recipe.method == "dpo" else partial(_grpo, source=source)
     checked = objective_of(recipe)  # before anything is loaded
+    if recipe.recompute_layers:
+        raise ValueError(
+            "recompute_layers has no effect here; leave it out, and lower batch_size"
+        )
     origin = resolve(recipe.checkpoint)
     model = load_model(origin, dtype=torch.float32).requires_grad_(False)
     pipeline = Emu3Pipeline(model, load_processor(origin), draft=load_draft(origin, model))
@@ -136,7 +140,8 @@ def prefer(recipe: PreferenceRecipe, folder: Path, source: PromptSource | None =
     if adapted is not None:
         save_adapter(adapted, recipe.checkpoint, folder)
     else:
-        save_checkpoint(model, pipeline.processor, folder, stored_dtype(origin), beside=origin)
+        computed = configured_dtype(origin)
+        save_checkpoint(model, pipeline.processor, folder, stored_dtype(origin), beside=origin, computed=computed)
 
 
 def make_optimizers(recipe: PreferenceRecipe, objective: nn.Module) -> list[torch.optim.Optimizer]:
