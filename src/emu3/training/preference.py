@@ -116,9 +116,7 @@ def prefer(recipe: PreferenceRecipe, folder: Path, source: PromptSource | None =
     objective_of = _dpo if recipe.method == "dpo" else partial(_grpo, source=source)
     checked = objective_of(recipe)  # before anything is loaded
     if recipe.recompute_layers:
-        raise ValueError(
-            "recompute_layers has no effect here; leave it out, and lower batch_size"
-        )
+        raise ValueError("recompute_layers has no effect here; leave it out, and lower batch_size")
     origin = resolve(recipe.checkpoint)
     model = load_model(origin, dtype=torch.float32).requires_grad_(False)
     pipeline = Emu3Pipeline(model, load_processor(origin), draft=load_draft(origin, model))
