@@ -3,8 +3,8 @@
     key         string
     parts       list of {role, train, text, codes, frames, height, width, frames_per_second}
 
-A part has either a text or codes. Codes are those of the vision tokenizer in raster order: uint16 where the codebook has
-at most 65,536 entries, else int32. Texts stay texts: so a shard fits any text tokenizer. The file's metadata are
+A part has either a text or codes. Codes are those of the vision tokenizer in raster order: uint16 where the codebook
+has at most 65,536 entries, else int32. Texts stay texts: so a shard fits any text tokenizer. The file's metadata are
 `ShardInfo`, and the samples that could not be tokenized. The same samples make the same bytes.
 
 A folder holds a shard for each piece of a source: 00000.parquet, 00001.parquet, ...

@@ -1,8 +1,8 @@
 """GRPO: draw several pictures of each prompt, reward them, and make the better ones of a group likelier.
 
 The engine draws, guided and sampled as for a user, and says how likely every token was. A picture's advantage is its
-reward less the mean of its group. It raises or lowers the probability of each token. The ratio of new to old is clipped,
-and the distance to the model at the start costs something.
+reward less the mean of its group. It raises or lowers the probability of each token. The ratio of new to old is
+clipped, and the distance to the model at the start costs something.
 
 Groups whose pictures all earn the same teach nothing, and are not learned from.
 
