@@ -1,7 +1,7 @@
 """A noun that nano never saw: pictures of it to learn from, prompts in other colours, and how its drawings are judged.
 
-A glyph that is none of the forty is drawn as the icon world draws them, one on a plain background and on the lattice,
-in some of the colours. A checkpoint that learned the noun from them, and not the pictures by heart, draws it in the
+A glyph that is none of the forty is drawn as the icon world draws them: one on a plain background, on the lattice, in
+some of the colours. A checkpoint that learned the noun from them, and not the pictures by heart, draws it in the
 colours that were left out.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.quantization import dequantize_head
 from emu3.training.loop import StepResult, run_loop
 from emu3.training.machine import autocast, training_device
-from emu3.training.objective import attend_causally
+from emu3.training.objective import attend_on_cpu
 from emu3.training.recipe import RunSettings
 
 
@@ -107,7 +107,7 @@ def read(model: Emu3ForConditionalGeneration, batch: DraftBatch) -> Reading:
     lo, hi = vocabulary.visual_span
     ids_BS = batch.ids_BS.to(text_model.embed_tokens.weight.device)
     on_cpu = ids_BS.device.type == "cpu"
-    run_layers = partial(text_model.run_layers, attend=_attend_on_cpu) if on_cpu else text_model.run_layers
+    run_layers = partial(text_model.run_layers, attend=attend_on_cpu) if on_cpu else text_model.run_layers
     with autocast():
         places_1S = torch.arange(ids_BS.shape[1], device=ids_BS.device)[None]
         hidden_BSE = run_layers(text_model.embed_tokens(ids_BS), None, places_1S)
@@ -118,12 +118,6 @@ def read(model: Emu3ForConditionalGeneration, batch: DraftBatch) -> Reading:
     with_words, without = hidden_BSE.gather(1, inputs_BS[..., None].expand(-1, -1, hidden_BSE.shape[2])).chunk(2)
     codes_BS = ids_BS.gather(1, inputs_BS + 1).chunk(2)[0] - lo
     return Reading(with_words, without, codes_BS.where((codes_BS >= 0) & (codes_BS < hi - lo), hi - lo))
-
-
-def _attend_on_cpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return attend_causally(query, key, value, scaling), None
 
 
 def draft_loss(

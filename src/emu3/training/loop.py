@@ -74,12 +74,11 @@ def run_loop(
     make_batch: Callable[[int, int], Batch],
     unit: str,
     hooks: Sequence[Hook] = (),
-    report_means: bool = True,
 ) -> None:
     """Trains to the last step, from the last saved state if there is one; leaves the objective in evaluation mode.
 
     The log in `folder` gets a line every `report_every` steps: the metrics, and `unit`s ("tokens", "pictures") per
-    second. With `report_means`, metrics are means since the last line, else those of the line's own step.
+    second. Metrics are means since the last line.
 
     Args:
         objective: what is trained; its weights that need gradients change in place.
@@ -144,7 +143,7 @@ def run_loop(
             step += 1
             display.add(loss, float(norm), totals.metrics, totals.size, totals.flops)
             if step % settings.report_every == 0:
-                report = display.report(step, means=report_means)
+                report = display.report()
                 if rank == 0:
                     display.print(write_log(folder, step=step, **report))
                     accelerator.log(report, step=step)

@@ -23,7 +23,7 @@ pre {{ background: #f3f4f6; padding: 1rem; overflow-x: auto }}
 
 
 def write_report(folder: Path) -> None:
-    """Writes both, from the log, the recipe as it was run, and the sheets of drawings that lie in the folder."""
+    """Writes both, from the log, the sheets of drawings, and the recipe where `emu3 finetune` wrote one."""
     log = read_log(folder)
     if not log:
         return

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling, guide, restrict
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
-from emu3.training.objective import attend_causally
+from emu3.training.objective import attend_on_cpu
 
 # Logits that are computed at once: all of them in float32 would take more memory than all else.
 _ROWS_AT_ONCE = 4096
@@ -117,7 +117,7 @@ def score(model: Emu3ForConditionalGeneration, answers: Answers, sampling: Sampl
     ids_BS = answers.ids_BS
     run_layers: Callable[..., Tensor] = text_model.run_layers
     if ids_BS.device.type == "cpu":
-        run_layers = partial(run_layers, attend=_attend_on_cpu)
+        run_layers = partial(run_layers, attend=attend_on_cpu)
     hidden_BSE = run_layers(text_model.embed_tokens(ids_BS), None, torch.arange(ids_BS.shape[1])[None].to(ids_BS))
     head = model.lm_head.weight[lo:hi]
     found: list[tuple[Tensor, Tensor]] = []
@@ -130,12 +130,6 @@ def score(model: Emu3ForConditionalGeneration, answers: Answers, sampling: Sampl
         found.append(_scores_of(logits_TV, targets_T1, sampling))
     log_probabilities, entropies = (torch.cat(each) for each in zip(*found, strict=True))
     return Scores(log_probabilities, entropies)
-
-
-def _attend_on_cpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return attend_causally(query, key, value, scaling), None
 
 
 def _scores_of(logits_TV: Tensor, targets_T1: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

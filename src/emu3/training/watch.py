@@ -39,7 +39,6 @@ class Display:
         self._losses: list[float] = []
         self._norms: list[float] = []
         self._sums: dict[str, tuple[float, float]] = {}
-        self._last: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -56,20 +55,18 @@ class Display:
         self._norms.append(norm)
         self._size += size
         self._flops += flops
-        self._last = metrics
         for name, (total, count) in metrics.items():
             before = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before[0] + total, before[1] + count)
         speed = self._size / max(1e-9, time.monotonic() - self._began)
         self._bar.update(self._task, advance=1, state=f"loss {loss:.4g}  {speed:,.0f} {self.unit}/s")
 
-    def report(self, step: int, means: bool) -> dict[str, float]:
-        """The log's values since the last report, or those of the last step where `means` is not set."""
+    def report(self) -> dict[str, float]:
+        """The log's values: means since the last report."""
         seconds = max(1e-9, time.monotonic() - self._began)
-        found = self._sums if means else self._last
-        losses, norms = (self._losses, self._norms) if means else (self._losses[-1:], self._norms[-1:])
+        losses, norms = self._losses, self._norms
         values = {"loss": sum(losses) / len(losses)}
-        values |= {name: total / count for name, (total, count) in found.items() if count}
+        values |= {name: total / count for name, (total, count) in self._sums.items() if count}
         values |= {"gradient_norm": sum(norms) / len(norms), f"{self.unit}_per_second": self._size / seconds}
         if self._flops:
             self._peak = self._peak or peak_flops(self._settings)
