@@ -257,6 +257,7 @@ def test_several_prompts_are_numbered_and_keep_their_settings(
     settings = {"model": str(tiny_checkpoint), "version": __version__, "negative_prompt": None, "ratio": "1:1"}
     settings |= {
         "guidance_scale": 3.0,
+        "guidance_floor": 0.0,
         "top_k": 2048,
         "top_p": 1.0,
         "decoding": "predictive",

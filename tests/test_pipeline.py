@@ -388,6 +388,27 @@ def test_unknown_checkpoints_are_refused():
         Emu3Pipeline.from_pretrained("no such thing")
 
 
+def test_guidance_is_the_checkpoints_own_unless_asked_for(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_checkpoint, folder)
+    path = folder / "config.json"
+
+    def guidances(drawing, **asked):
+        path.write_text(json.dumps(json.loads((tiny_checkpoint / "config.json").read_text()) | {"drawing": drawing}))
+        (request,) = Emu3Pipeline.from_pretrained(folder).draw_requests("a cat", height=16, width=16, **asked)
+        return request.guidance and (request.guidance.scale, request.guidance.floor)
+
+    assert guidances(None) == (3.0, 0.0)
+    assert guidances({"guidance_floor": 0.1}) == (3.0, 0.1)
+    assert guidances({"guidance_scale": 1.5, "guidance_floor": 0.1, "other": 1}) == (1.5, 0.1)
+    assert guidances({"guidance_scale": 1.5, "guidance_floor": 0.1}, guidance_scale=2, guidance_floor=0) == (2.0, 0.0)
+    assert guidances({"guidance_scale": 1.0}) is None
+    with pytest.raises(ValueError, match="guidance_floor must be a finite number from 0 to 1, got 3"):
+        guidances({"guidance_floor": 3})
+    with pytest.raises(ValueError, match=r'"drawing" in config\.json must name options'):
+        guidances([1])
+
+
 @pytest.mark.parametrize(
     ("abilities", "lacking", "said"),
     [

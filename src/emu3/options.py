@@ -278,11 +278,22 @@ class Draw(_Options):
     )
     height: int | None = _option(None, "Pixels; with the width, in place of ratio and area.", *_SIDE, type_=int)
     width: int | None = _option(None, "Pixels; with the height, in place of ratio and area.", *_SIDE, type_=int)
-    guidance_scale: float | Callable[[float], float] = _option(
-        3.0,
-        "How closely to follow the words. 1: no guidance, half the work; 0: only the negative prompt is drawn.",
+    guidance_scale: float | Callable[[float], float] | None = _option(
+        None,
+        "How closely to follow the words. 1: no guidance, half the work; 0: only the negative prompt is drawn. "
+        "Default: the checkpoint's own, or 3.",
         check_guidance,
+        type_=float,
         flags=("--guidance",),
+    )
+    guidance_floor: float | None = _option(
+        None,
+        "Guidance leaves out what the words alone make less likely than this share of the likeliest; 0: nothing. "
+        "Default: the checkpoint's own, or 0.",
+        check_number,
+        0,
+        1,
+        type_=float,
     )
     top_k: int = _option(2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)
     top_p: float = _option(1.0, "Sample among the likeliest, up to this mass.", check_probability)

@@ -28,7 +28,7 @@ from emu3.generation.events import Event, Failed, Finished
 from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
 from emu3.generation.runtime.head import Head
-from emu3.generation.sampling import Sampling, guide, probabilities
+from emu3.generation.sampling import Sampling, guide, implausible, probabilities
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.layout import Emu3Layout, Layout
 from emu3.modeling.parallel import least
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 _MAKING_ENGINE = threading.Lock()
 # What is not drawn yet, in a preview.
 _GREY = (128, 128, 128)
+_GUIDANCE = {"guidance_scale": 3.0, "guidance_floor": 0.0}
+"""Of a checkpoint that recommends none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +244,7 @@ class Emu3Pipeline:
         `pinned` are codes (H, W) that are given, and -1 where one is to be drawn; see `PinnedGrid`. Their size is then
         that of the picture.
         """
-        draw = make(Draw, options)
+        draw = self.settled(make(Draw, options))
         self.require("draw")
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
@@ -252,7 +254,8 @@ class Emu3Pipeline:
         grammar, guidance = self.layout.grammar(shape) if grid is None else grid, None
         if draw.guidance_scale != 1:
             negative_ids = self.layout.prompt(draw.negative_prompt or "", shape)
-            guidance = Guidance(tuple(negative_ids), draw.guidance_scale)
+            scale, floor = cast(float, draw.guidance_scale), cast(float, draw.guidance_floor)
+            guidance = Guidance(tuple(negative_ids), scale, floor=floor)
         decoder = decoder_named(draw.decoding) if isinstance(draw.decoding, str) else draw.decoding
         sampling = Sampling(draw.temperature, draw.top_k, draw.top_p)
         requests = []
@@ -261,6 +264,14 @@ class Emu3Pipeline:
             requests.append(Request(ids, grammar, sampling, guidance, seed, decoder=decoder))
             requests[-1].budget(self.engine.context)  # refuses what does not fit
         return requests
+
+    def settled(self, draw: Draw) -> Draw:
+        """With the guidance that the checkpoint's config.json recommends under "drawing", where none is asked for."""
+        own = getattr(self.model.config, "drawing", None) or {}
+        if not isinstance(own, dict):
+            raise ValueError(f'"drawing" in config.json must name options, such as guidance_scale, got {own!r:.80}')
+        defaults = {name: own.get(name, value) for name, value in _GUIDANCE.items()}
+        return replace(draw, **{name: value for name, value in defaults.items() if getattr(draw, name) is None})
 
     def _shape(self, draw: Draw) -> Shape:
         """Height and width in visual tokens."""
@@ -366,6 +377,8 @@ class Emu3Pipeline:
             guided_BV = logits_BV[:1]
             if scale is not None:
                 guided_BV = guide(guided_BV, logits_BV[1:], scale)
+                if request.floor:
+                    guided_BV[implausible(logits_BV[:1], request.floor)] = -torch.inf
             found[k] = probabilities(guided_BV, sampling)[0, ids[k] - int(lo[k])]
         return found
 

@@ -30,9 +30,10 @@ from emu3.vocabulary import EMU3, Vocabulary
 WARM = Sampling(1.3, top_k=12, top_p=0.95)
 
 
-def request(vocabulary, height, width, frames=1, sampling=WARM, seed=0, scale=3.0):
+def request(vocabulary, height, width, frames=1, sampling=WARM, seed=0, scale=3.0, floor=0.0):
     prompt = (vocabulary.bos, 5, 6, 7 + seed, vocabulary.boi, 1, vocabulary.img)
-    guidance = None if scale is None else Guidance((vocabulary.bos, vocabulary.boi, 1, vocabulary.img), scale)
+    negative = (vocabulary.bos, vocabulary.boi, 1, vocabulary.img)
+    guidance = None if scale is None else Guidance(negative, scale, floor=floor)
     grammar = GridGrammar(height, width, frames, vocabulary=vocabulary)
     return Request(prompt, grammar, sampling, guidance, seed)
 
@@ -54,7 +55,8 @@ def mixed(model, vocabulary):
     size = model.config.text_config.vocab_size
     sizes = [(3, 4, 1), (2, 1, 1), (1, 2, 1), (4, 3, 1), (2, 3, 3), (5, 5, 1), (1, 1, 4)]
     pictures = [
-        request(vocabulary, *size, seed=seed, scale=[3.0, None, 1.5][seed % 3]) for seed, size in enumerate(sizes)
+        request(vocabulary, *size, seed=seed, scale=[3.0, None, 1.5][seed % 3], floor=[0.0, 0.0, 0.6][seed % 3])
+        for seed, size in enumerate(sizes)
     ]
     texts = [Request((vocabulary.bos, n), TextGrammar(size, (vocabulary.eos,)), WARM, None, n, 9 + n) for n in range(2)]
     return [*pictures[:3], texts[0], *pictures[3:], texts[1]]

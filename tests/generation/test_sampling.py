@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from emu3.generation.sampling import GREEDY, Sampling, choose, guide, restrict, uniform_noise
+from emu3.generation.sampling import GREEDY, Sampling, choose, guide, implausible, restrict, uniform_noise
 
 # Few distinct values, so that ties are common: half precision makes them common in real logits.
 rows = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 0.25, 1.0, 2.5]), min_size=1, max_size=12)
@@ -42,6 +42,16 @@ def test_guidance_on_a_slice_gives_the_probabilities_of_guidance_on_everything(s
     whole = processor(None, conditional)
     sliced = guide(conditional[:, 5:12], unconditional[:, 5:12], scale)
     torch.testing.assert_close(sliced.softmax(-1), whole[:, 5:12].softmax(-1), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, st.floats(0.001, 1))
+def test_the_floor_is_a_share_of_the_likeliest(row, floor):
+    logits_BV = torch.tensor([row])
+    shares = logits_BV.double().softmax(-1) / logits_BV.double().softmax(-1).max()
+    left_out = implausible(logits_BV, floor)
+    clear = (shares - floor).abs() > 1e-5 * floor
+    assert (left_out == (shares < floor))[clear].all() and not left_out[0, logits_BV.argmax()]
 
 
 def test_draw_follows_the_probabilities():

@@ -105,7 +105,8 @@ def test_what_is_loaded(server):
     model = server.client.get("/api/model").json()
     assert (model["name"], model["abilities"], model["factor"]) == ("nano", ["draw", "read"], 4)
     assert (model["width"], model["height"]) == (12, 12)
-    assert model["options"]["guidance_scale"]["default"] == 3.0
+    own = {name: model["options"][name]["default"] for name in ("guidance_scale", "guidance_floor")}
+    assert own == {"guidance_scale": 1.5, "guidance_floor": 0.05}
     assert {"purple", "cats"} <= set(model["words"])
 
 

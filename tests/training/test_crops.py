@@ -1,6 +1,7 @@
 """Crops of people's pictures and clips."""
 
 import pickle
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -173,3 +174,18 @@ def test_a_source_without_pictures():
 
     with pytest.raises(ValueError, match="'words' has no pictures or clips to train on; `emu3 data` says"):
         find_media(Empty())
+
+
+def test_recoloured_crops_are_the_same_but_for_the_order_of_channels():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    plain, changed = (
+        [cut(frames, 2, CropSettings(size=16, recolor=share), np.random.default_rng(seed)) for seed in range(40)]
+        for share in (0.0, 0.5)
+    )
+    orders = list(permutations(range(3)))
+    found = [
+        [order for order in orders if torch.equal(a[:, list(order)], b)] for a, b in zip(plain, changed, strict=True)
+    ]
+    assert all(len(each) == 1 for each in found)
+    assert {each[0] for each in found} == set(orders)
+    assert 0.5 < sum(each[0] == (0, 1, 2) for each in found) / len(found) < 0.8

@@ -12,7 +12,7 @@ from emu3.checkpoints.load import load_model
 from emu3.cli import app
 from emu3.data.shards import open_shards
 from emu3.pipeline import Emu3Pipeline
-from emu3.training.replay import QUESTION, make_replay
+from emu3.training.replay import QUESTION, make_replay, neighbours
 from emu3.training.state import read_log
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -122,6 +122,32 @@ def test_what_a_checkpoint_draws_by_itself(tiny_checkpoint):
     assert make_replay(pipeline, 1, seed=5, can_read=False)[0].key == "0-alone"
     other = make_replay(pipeline, 1, seed=6, can_read=False)[0]
     assert not np.array_equal(other.parts[0].content.codes_THW, by_key["0-alone"].parts[0].content.codes_THW)
+
+
+KNOWN = ["a red cat and a blue dog", "two pink dogs"]
+
+
+def test_neighbours_have_known_words_in_place_of_new_ones():
+    """What stands behind the same word: a rocket is red, so it becomes what is red elsewhere."""
+    made = neighbours(["a red rocket", "a blue rocket and a rocket", "a red cat", "shiny rocket"], KNOWN, 50, 3)
+    assert set(made) == {"a red cat", *(f"a blue dog and a {word}" for word in ("red", "blue"))}
+    assert len(made) == 50 and made == neighbours(
+        ["a red rocket", "a blue rocket and a rocket", "a red cat", "shiny rocket"], KNOWN, 50, 3
+    )
+    assert neighbours(["a red cat", "rocket", "a green rocket"], KNOWN, 5, 0) == []
+    assert neighbours([], KNOWN, 5, 0) == neighbours(["a red rocket"], [], 5, 0) == []
+
+
+def test_neighbours_are_drawn():
+    samples = make_replay(Emu3Pipeline.from_pretrained("nano"), 4, seed=5, captions=["a photo of a rocket"])
+    like = [sample for sample in samples if sample.key.endswith("-like")]
+    known = {
+        word for sample in samples if sample.key.endswith("-drawn") for word in sample.parts[0].content.text.split()
+    }
+    assert like and {part.role for sample in like for part in sample.parts} == {"prompt", "draw"}
+    for sample in like:
+        words = sample.parts[0].content.text.split()
+        assert words[:4] == ["a", "photo", "of", "a"] and len(words) == 5 and set(words) <= known
 
 
 def test_replay_stays_a_shard_of_its_own(folder, tiny_checkpoint, tmp_path):

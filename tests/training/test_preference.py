@@ -51,17 +51,22 @@ def picture(seed, height=4, width=4):
     return Visual(np.random.default_rng(seed).integers(16, size=(1, height, width)))
 
 
-@pytest.mark.parametrize("scale, sampling", [(1.0, Sampling(top_k=0)), (3.0, Sampling(1.3, top_k=5, top_p=0.9))])
-def test_scores_are_what_the_engine_says(pipeline, scale, sampling):
+@pytest.mark.parametrize(
+    "scale, floor, sampling",
+    [(1.0, 0.0, Sampling(top_k=0)), (3.0, 0.0, Sampling(1.3, top_k=5, top_p=0.9)), (3.0, 0.7, Sampling(top_k=0))],
+)
+def test_scores_are_what_the_engine_says(pipeline, scale, floor, sampling):
     """Of pictures of two prompts of different length, padded in one batch."""
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    requests = pipeline.draw_requests([RED, TWO], seed=3, guidance_scale=scale, **options)
+    requests = pipeline.draw_requests([RED, TWO], seed=3, guidance_scale=scale, guidance_floor=floor, **options)
     requests = [replace(request, log_probabilities=True) for request in requests]
     drawn = {event.request: event for event in pipeline.engine.stream(requests) if hasattr(event, "log_probabilities")}
     answers = Answers.of(requests, [drawn[n].ids for n in range(2)], pipeline.layout.vocabulary.pad)
     scores = score(pipeline.model, answers, sampling)
     forced = np.concatenate([np.subtract(*request.grammar.span(np.arange(len(drawn[0].ids)))) for request in requests])
     wanted = np.concatenate([drawn[n].log_probabilities for n in range(2)])[forced != -1]
+    alone = [pipeline.probabilities(request, drawn[n].ids) for n, request in enumerate(requests)]
+    np.testing.assert_allclose(np.log(np.concatenate(alone))[forced != -1], wanted, atol=1e-5)
     np.testing.assert_allclose(scores.log_probabilities.detach().numpy(), wanted, atol=1e-5)
     assert answers.own.tolist() == [0] * 16 + [1] * 16
     assert (scores.entropies <= math.log(5 if sampling.top_k else 16) + 1e-6).all()
@@ -89,6 +94,9 @@ def test_answers_that_do_not_go_together_are_refused(pipeline):
     ids = plain.grammar.ids_of(picture(0).codes_THW).tolist()
     with pytest.raises(ValueError, match="guided all or none"):
         Answers.of([guided, plain], [ids, ids], 0)
+    floored = pipeline.draw_requests([RED], guidance_scale=3.0, guidance_floor=0.1)[0]
+    with pytest.raises(ValueError, match=r"one floor of guidance, got \[0.0, 0.1\]"):
+        Answers.of([guided, floored], [ids, ids], 0)
     with pytest.raises(ValueError, match="does not allow"):
         Answers.of([plain], [[0, *ids[1:]]], 0)
 

@@ -37,9 +37,10 @@ def test_a_drawing(builder):
     sequence, v = builder.build(drawing()), builder.vocabulary
     words, shown = builder.layout.words.encode("a car"), picture(builder)
     assert sequence.ids.tolist() == [v.bos, *words, *shown, v.eos]
-    asked = 1 + len(words)
-    assert sequence.weights.tolist() == [0.0] * asked + [0.5] * (len(shown) + 1)
-    assert sequence.kinds.tolist() == [PROMPT] * asked + [DRAW] * (len(shown) + 1)
+    asked = 1 + len(words) + shown.index(v.img) + 1
+    written = len(sequence) - asked
+    assert sequence.weights.tolist() == [0.0] * asked + [0.5] * written
+    assert sequence.kinds.tolist() == [PROMPT] * asked + [DRAW] * written
     without = builder.build(drawing(), without_prompt=True)
     assert without.ids.tolist() == [v.bos, *shown, v.eos]
     assert builder.build(drawing(train=False)).weights.sum() == 0
@@ -60,7 +61,16 @@ def test_an_edit_is_its_parts_in_a_row(builder):
     v, shown = builder.vocabulary, picture(builder)
     sequence = builder.build(edit)
     assert sequence.ids.tolist() == [v.bos, *shown, *builder.layout.words.encode("bluer"), *shown, v.eos]
-    assert sequence.weights.sum() == 0.25 * len(shown) + 0.5 * (len(shown) + 1)
+    assert sequence.weights.sum() == 0.25 * len(shown) + 0.5 * (len(shown) - shown.index(v.img))
+
+
+def test_only_the_first_of_several_drawings_is_asked_for(builder):
+    """Whether another one follows, and its size, the model decides."""
+    v, shown = builder.vocabulary, picture(builder)
+    two = builder.build(Sample("x", (*drawing().parts, Part("draw", Visual(CODES)))))
+    ends = np.flatnonzero(two.ids == v.img)
+    assert two.weights[ends].tolist() == [0.0, 0.5]
+    assert (two.weights == 0.5).sum() == len(two) - ends[0] - 1 == 2 * len(shown) - shown.index(v.img)
 
 
 def test_a_conversation_is_what_the_model_is_asked_with(builder):

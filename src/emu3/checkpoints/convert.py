@@ -155,6 +155,8 @@ def convert(
     configs = _target_configs(found, layout)
     if known := abilities or found.raw_config.get("abilities"):
         next(iter(configs.values()))["abilities"] = list(known)
+    if drawing := found.raw_config.get("drawing"):
+        next(iter(configs.values()))["drawing"] = drawing
     total = sum(move.bytes for move in moves)
     done, merged = 0, 0
 

@@ -39,8 +39,8 @@ def image(
         typer.echo(f"{len(prompts)} prompts of one word each; quote the words of one picture", err=True)
     paths = output_paths(output, len(prompts))
     seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
-    settings = asdict(replace(draw, seed=seed))
     pipeline = load_pipeline(model, load, "draw")
+    settings = asdict(pipeline.settled(replace(draw, seed=seed)))
     from emu3.generation.events import Started, Tokens
     from emu3.results import Result
 

@@ -28,18 +28,22 @@ class Guidance:
         scale: a number, or a function from progress to a number. Progress is 0 at the first token of a picture, and
             towards 1 at the last. At 1, which is no guidance, the negative prompt is not run.
         kinds: the parts of an answer that are guided. The negative prompt sees the others too.
+        floor: ids that are less likely, by the prompt alone, than this share of the likeliest are left out. 0: none.
 
     Raises:
-        ValueError: a scale that is no finite number, or so large that logits could overflow.
+        ValueError: a scale that is no finite number, or so large that logits could overflow; a floor that is not from 0
+            to 1.
     """
 
     negative_ids: tuple[int, ...]
     scale: float | Callable[[float], float] = 3.0
     kinds: frozenset[Kind] = frozenset(("text", "visual"))
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         _check_ids("negative_ids", self.negative_ids)
         check_guidance("guidance scale", self.scale)
+        object.__setattr__(self, "floor", check_number("guidance floor", self.floor, 0, 1))
 
 
 def _check_ids(name: str, ids: object) -> None:
@@ -125,6 +129,11 @@ class Request:
         if self.guidance is None or self.guidance.scale == 1:
             return (self.prompt_ids,)
         return (self.prompt_ids, self.guidance.negative_ids)
+
+    @property
+    def floor(self) -> float:
+        """Of guidance; 0 where there is none."""
+        return 0.0 if self.guidance is None else self.guidance.floor
 
     def sampling_of(self, kind: Kind) -> Sampling:
         """How ids of a part of this kind are chosen."""

@@ -8,6 +8,7 @@ B rows, V legal ids.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,15 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tenso
     On logits rather than log-probabilities, which differ by a constant a row that no choice depends on.
     """
     return torch.lerp(unconditional_BV, conditional_BV, scale)
+
+
+def implausible(conditional_BV: Tensor, floor: float) -> Tensor:
+    """Which ids (B, V) are less likely, by conditional logits, than a share of the likeliest one.
+
+    Guidance multiplies ratios of probabilities, and where both are tiny, ratios are noise: an id that neither branch
+    would write can win. Source: the plausibility constraint of Li et al., arXiv 2210.15097.
+    """
+    return conditional_BV < conditional_BV.amax(-1, keepdim=True) + math.log(floor)
 
 
 def restrict(logits_BV: Tensor, sampling: Sampling) -> Tensor:

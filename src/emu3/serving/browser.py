@@ -28,7 +28,8 @@ router = APIRouter(include_in_schema=False)
 
 _PAGE = Path(__file__).parent / "page"
 _MOST_PREVIEWS = 8
-_SHOWN = ("negative_prompt", "ratio", "guidance_scale", "temperature", "top_k", "top_p", "decoding", "seed")
+_NUMBERS = ("guidance_scale", "guidance_floor", "temperature", "top_k", "top_p")
+_SHOWN = ("negative_prompt", "ratio", *_NUMBERS, "decoding", "seed")
 
 
 Value = TypeVar("Value")
@@ -79,7 +80,10 @@ async def model(request: Request) -> dict[str, Any]:
     """What is loaded, and with which options it draws."""
     service = service_of(request)
     grid = (await service.draw(request, "a", 1, None, {})).grid if service.can("draw") else None
-    options = {each.name: {"default": each.default, "help": each.metadata["help"]} for each in fields(Draw)}
+    settled = service.pipeline.settled(Draw())
+    options = {
+        each.name: {"default": getattr(settled, each.name), "help": each.metadata["help"]} for each in fields(Draw)
+    }
     return {
         "name": service.name,
         "abilities": [ability for ability in ("draw", "read") if service.can(ability)],

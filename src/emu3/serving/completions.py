@@ -29,7 +29,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore
     service, fields = service_of(request), cast(Any, body)
     prompt = asked_to_draw(fields.messages, fields.modalities)
     if prompt is not None and ("image" in (fields.modalities or ()) or service.can("draw")):
-        options = given(fields, "negative_prompt", "guidance_scale", "seed", "decoding")
+        options = given(fields, "negative_prompt", "guidance_scale", "guidance_floor", "seed", "decoding")
         reply: _Reply = _Drawn(await service.draw(request, prompt, 1, fields.size, options))
     else:
         talk = await service.prepare(request, read_messages, fields.messages, service.fetcher)

@@ -70,7 +70,7 @@ class _Images(Body):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
 
 
-DRAWN = ("negative_prompt", "guidance_scale", "seed", "top_k", "top_p", "temperature", "decoding")
+DRAWN = ("negative_prompt", "guidance_scale", "guidance_floor", "seed", "top_k", "top_p", "temperature", "decoding")
 """Options of drawing that the routes of OpenAI take, beyond OpenAI's own."""
 
 ImagesRequest = option_fields("ImagesRequest", _Images, Draw, DRAWN)
@@ -92,7 +92,8 @@ class _Chat(Body):
 
 
 _Answering = option_fields("ChatRequest", _Chat, Answer, ("temperature", "top_k", "top_p", "seed"))
-ChatRequest = option_fields("ChatRequest", _Answering, Draw, ("negative_prompt", "guidance_scale", "decoding"))
+_DRAWN_IN_CHAT = ("negative_prompt", "guidance_scale", "guidance_floor", "decoding")
+ChatRequest = option_fields("ChatRequest", _Answering, Draw, _DRAWN_IN_CHAT)
 """Body of /v1/chat/completions."""
 
 

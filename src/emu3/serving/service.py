@@ -23,7 +23,7 @@ from emu3.asked import Asked
 from emu3.checkpoints.opened import holder
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar
-from emu3.options import MOST_SEED, Serve
+from emu3.options import MOST_SEED, Draw, Serve, make
 from emu3.results import Result
 from emu3.serving.errors import Refused
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
@@ -105,6 +105,8 @@ class Service:
         seed = options.pop("seed", None)
         seed = secrets.randbelow(2**31) if seed is None else min(seed, MOST_SEED - count)
         options |= {"seed": seed, **self._size(size)}
+        settled = self.pipeline.settled(make(Draw, options))
+        options |= {"guidance_scale": settled.guidance_scale, "guidance_floor": settled.guidance_floor}
         requests = await self.prepare(request, self.pipeline.draw_requests, [prompt] * count, pinned=pinned, **options)
         kept = 0 if pinned is None else int((np.asarray(pinned) >= 0).sum())
         return Pictures(self, prompt, [Asked(request) for request in requests], options, kept)

@@ -57,6 +57,7 @@ class CropSettings:
         size: height and width of a crop in pixels.
         zoom: a crop shows between 1 / zoom and all of a picture's shorter side, but is not enlarged for it.
         flip: whether every second crop is mirrored.
+        recolor: share of the crops whose red, green and blue change places, so that few pictures teach all colours.
         frames: of a clip.
         stride: from one frame of a crop to the next, in frames of the clip.
         cache_megabytes: of decoded pictures that each process keeps.
@@ -65,6 +66,7 @@ class CropSettings:
     size: int
     zoom: float = 4.0
     flip: bool = True
+    recolor: float = 0.0
     frames: int = 8
     stride: int = 1
     cache_megabytes: int = 1024
@@ -217,6 +219,7 @@ def cut(frames_THWC: NDArray[np.uint8], count: int, settings: CropSettings, rng:
     side = min(shorter, round(settings.size * (shorter / settings.size) ** rng.random()))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
     mirrored = settings.flip and rng.random() < 0.5
+    channels = rng.permutation(3) if settings.recolor and rng.random() < settings.recolor else np.arange(3)
     chosen = []
     for number in range(count):
         frame = frames_THWC[min(first + stride * number, length - 1), top : top + side, left : left + side]
@@ -224,4 +227,4 @@ def cut(frames_THWC: NDArray[np.uint8], count: int, settings: CropSettings, rng:
             picture = Image.fromarray(frame).resize((settings.size, settings.size), Image.Resampling.BICUBIC)
             frame = np.asarray(picture)
         chosen.append(frame[:, ::-1] if mirrored else frame)
-    return torch.from_numpy(np.stack(chosen)).movedim(-1, 1).float() / 127.5 - 1.0
+    return torch.from_numpy(np.stack(chosen)[..., channels]).movedim(-1, 1).float() / 127.5 - 1.0

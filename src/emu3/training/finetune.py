@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.checkpoints.memory import free_memory
 from emu3.data.job import tokenize
-from emu3.data.shards import ShardInfo, open_shards, shard_name, write_shard
+from emu3.data.shards import Shard, open_shards, shard_name, write_shard
 from emu3.data.sources import open_source
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.pipeline import Emu3Pipeline
+from emu3.segments import Text
 from emu3.training.language import FinetuneRecipe, LoraRecipe, MixedShards, finetune, lengths_of, lora
 from emu3.training.machine import computes_in, training_device
 from emu3.training.plan import Plan, make_plan, plain_time
@@ -41,11 +43,12 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 RECIPE = "recipe.json"
 SMALL = 1024  # width of a model that draws some pictures in seconds
 
-VISITS = 75  # of each sample, where there are few
+VISITS = 40  # of each sample, where there are few
 LEAST_VISITS = 3
-SAMPLES_AT_ONCE = 6  # of the data in a step, where there are few
+SAMPLES_AT_ONCE = 3  # of the data in a step, where there are few
 MOST_TOKENS = 8192  # of a row
 REPLAYED = 96
+REPLAYED_AT_ONCE = 2  # samples of these in a step, for each of the data
 HELD = 4.0  # how much more than others counts a token at which the checkpoint is held to itself
 WIDEST = 4096  # width of the model that learning rates are known for
 RATES = {"lora": 2e-4, "all": 2e-5}
@@ -115,9 +118,7 @@ def run(model: str, data: str, folder: Path, wishes: Wishes, say: Say, progress:
     replayed = _replayed(wishes, loaded, lengths)
     if replayed:
         with progress(f"drawing {replayed} pictures of its own") as show:
-            _make_replay(
-                Emu3Pipeline(loaded, processor), replayed, wishes.seed, folder / "replay", shards[0].info, show
-            )
+            _make_replay(Emu3Pipeline(loaded, processor), replayed, wishes.seed, folder / "replay", shards, show)
     recipe = choose(model, loaded, folder, lengths, replayed, wishes, builder)
     need = make_plan(recipe, loaded.model.text_model.config, [1], half=computes_in(recipe) is torch.bfloat16)
     free = free_memory(training_device())
@@ -153,9 +154,9 @@ def choose(
     data = [MixedShards(path=(folder / "data").resolve(), weight=at_once, moved=wishes.move)]
     tokens = at_once * mean
     if replayed:
-        kept = open_shards(folder / "replay")
-        data.append(MixedShards(path=(folder / "replay").resolve(), weight=at_once, held=HELD))
-        tokens += at_once * float(np.mean([len(builder.build(each)) for shard in kept for each in shard.outlines()]))
+        kept, again = open_shards(folder / "replay"), REPLAYED_AT_ONCE * at_once
+        data.append(MixedShards(path=(folder / "replay").resolve(), weight=again, held=HELD))
+        tokens += again * float(np.mean([len(builder.build(each)) for shard in kept for each in shard.outlines()]))
     rows = max(1, math.ceil(tokens / MOST_TOKENS))
     length = max(64 * math.ceil(tokens / rows / 64), int(lengths.max()))
     width = loaded.model.text_model.config.hidden_size
@@ -237,11 +238,22 @@ def _replayed(wishes: Wishes, model: Emu3ForConditionalGeneration, lengths: NDAr
 
 
 def _make_replay(
-    pipeline: Emu3Pipeline, count: int, seed: int, folder: Path, info: ShardInfo, show: Callable[[int, int], object]
+    pipeline: Emu3Pipeline, count: int, seed: int, folder: Path, data: list[Shard], show: Callable[[int, int], object]
 ) -> None:
     """Leaves the pictures as a shard, once."""
     if (folder / shard_name(0)).is_file():
         return
     can_read = "read" in (getattr(pipeline.model.config, "abilities", None) or ("read",))
-    samples = make_replay(pipeline, count, seed, can_read, show)
-    write_shard(folder / shard_name(0), replace(info, source="replay", settings="replay"), samples)
+    samples = make_replay(pipeline, count, seed, can_read, _captions(data), show)
+    write_shard(folder / shard_name(0), replace(data[0].info, source="replay", settings="replay"), samples)
+
+
+def _captions(shards: list[Shard]) -> list[str]:
+    """The prompts of pictures that are drawn."""
+    outlines = chain.from_iterable(shard.outlines() for shard in shards)
+    return [
+        prompt.content.text
+        for sample in outlines
+        for prompt, draw in pairwise(sample.parts)
+        if prompt.role == "prompt" and draw.role == "draw" and isinstance(prompt.content, Text)
+    ]

@@ -56,7 +56,8 @@ class GRPOSettings(Checked):
 
     Attributes:
         group: pictures of each prompt.
-        guidance_scale, temperature, top_k, top_p, decoding: how they are drawn; see `emu3.options.Draw`.
+        guidance_scale, guidance_floor, temperature, top_k, top_p, decoding: how they are drawn; see
+            `emu3.options.Draw`.
         clip_low, clip_high: by how much a token's probability may fall or rise, as a share, before it stops to count.
         kl: weight of the distance to the start.
         entropy: weight of the entropy that is added as a reward; 0: none.
@@ -69,6 +70,7 @@ class GRPOSettings(Checked):
 
     group: int = 8
     guidance_scale: float = 3.0
+    guidance_floor: float = 0.0
     temperature: float = 1.0
     top_k: int = 2048
     top_p: float = 1.0
@@ -248,6 +250,7 @@ class GRPO(nn.Module):
         requests = pipeline.draw_requests(
             words,
             guidance_scale=settings.guidance_scale,
+            guidance_floor=settings.guidance_floor,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,

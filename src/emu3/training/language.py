@@ -121,6 +121,7 @@ class PretrainRecipe(LanguageRecipe):
         texts: files that train it too.
         code_factors: sizes of the factors whose product is the size of the codebook; see `share_factors`.
         image_area: size of drawn pictures in pixels, unless a request names another.
+        drawing: `guidance_scale` and `guidance_floor` of drawn pictures, unless a request names others.
         image_processor: for pictures that are read.
     """
 
@@ -131,6 +132,7 @@ class PretrainRecipe(LanguageRecipe):
     texts: tuple[Path, ...] = ()
     code_factors: tuple[int, ...] | None = None
     image_area: int
+    drawing: dict[str, float] = field(default_factory=dict)
     image_processor: PictureSettings = field(default_factory=PictureSettings)
 
 
@@ -179,6 +181,8 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     text_config = Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids)
     config = Emu3Config(vq_config=vision.config, text_config=text_config, vocabulary_map=names)
     config.abilities = ["draw", "read"]
+    if recipe.drawing:
+        config.drawing = recipe.drawing
     model = Emu3ForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vision.state_dict())
     model.generation_config = GenerationConfig(**ids)

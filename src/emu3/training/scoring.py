@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emu3.generation.request import Request
-from emu3.generation.sampling import Sampling, guide, restrict
+from emu3.generation.sampling import Sampling, guide, implausible, restrict
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.training.objective import attend_on_cpu
 
@@ -39,6 +39,7 @@ class Answers(NamedTuple):
         negative_places: the same in the lane of the negative prompt; None without guidance.
         targets: the token (T,) as an index into the legal ids.
         scales: of guidance (T, 1); None without.
+        floor: of guidance, for all.
         span: the legal ids, lo..hi-1.
         number: of answers.
     """
@@ -49,6 +50,7 @@ class Answers(NamedTuple):
     negative_places: Tensor | None
     targets: Tensor
     scales: Tensor | None
+    floor: float
     span: tuple[int, int]
     number: int
 
@@ -58,7 +60,9 @@ class Answers(NamedTuple):
         guided = {len(request.prompts) for request in requests}
         if len(guided) != 1:
             raise ValueError("answers that are compared are guided all or none; split the batch")
-        (lanes,) = guided
+        (lanes,), floors = guided, {request.floor for request in requests}
+        if len(floors) != 1:
+            raise ValueError(f"answers that are compared have one floor of guidance, got {sorted(floors)}")
         rows = [
             [*request.prompts[lane], *each]
             for lane in range(lanes)
@@ -88,6 +92,7 @@ class Answers(NamedTuple):
             None if lanes == 1 else starts[own_T, 1] + places_T,
             torch.tensor(targets),
             None if lanes == 1 else torch.tensor([1.0 if scale is None else scale for scale in scales])[:, None],
+            floors.pop(),
             spans.pop(),
             len(requests),
         )
@@ -123,19 +128,25 @@ def score(model: Emu3ForConditionalGeneration, answers: Answers, sampling: Sampl
     found: list[tuple[Tensor, Tensor]] = []
     for rows in torch.arange(len(answers.own), device=ids_BS.device).split(_ROWS_AT_ONCE):
         own, targets_T1 = answers.own[rows], answers.targets[rows, None]
-        logits_TV = (hidden_BSE[own, answers.places[rows]] @ head.T).float()
+        logits_TV, left_out_TV = (hidden_BSE[own, answers.places[rows]] @ head.T).float(), None
         if answers.negative_places is not None and answers.scales is not None:
             negative_TV = (hidden_BSE[own + answers.number, answers.negative_places[rows]] @ head.T).float()
-            logits_TV = guide(logits_TV, negative_TV, answers.scales[rows])
-        found.append(_scores_of(logits_TV, targets_T1, sampling))
+            guided_TV = guide(logits_TV, negative_TV, answers.scales[rows])
+            if answers.floor:
+                left_out_TV = implausible(logits_TV.detach(), answers.floor)
+            logits_TV = guided_TV
+        found.append(_scores_of(logits_TV, left_out_TV, targets_T1, sampling))
     log_probabilities, entropies = (torch.cat(each) for each in zip(*found, strict=True))
     return Scores(log_probabilities, entropies)
 
 
-def _scores_of(logits_TV: Tensor, targets_T1: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _scores_of(
+    logits_TV: Tensor, left_out_TV: Tensor | None, targets_T1: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
     if sampling.temperature == 0:
         raise ValueError("answers that are drawn at temperature 0 leave nothing to learn; give one above 0")
-    restricted_TV = restrict(logits_TV, sampling)
+    allowed_TV = logits_TV if left_out_TV is None else logits_TV.masked_fill(left_out_TV, -torch.inf)
+    restricted_TV = restrict(allowed_TV, sampling)
     # Since it was drawn, other ids may have overtaken it. It stays among those that count.
     chosen_T1 = (logits_TV / sampling.temperature).gather(1, targets_T1)
     logs_TV = restricted_TV.scatter(1, targets_T1, chosen_T1).log_softmax(-1)

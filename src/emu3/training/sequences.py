@@ -3,7 +3,8 @@
     a drawing        bos words boi H*W img rows eof eoi eos
     a conversation   the chat template's text, with pictures in place of <image>; each answer ends with eos
 
-The loss counts what the model is to write: answers and drawings. What each kind of token weighs, a recipe says.
+The loss counts what the model is to write: answers and drawings. What each kind of token weighs, a recipe says. Who
+asks for a drawing gives its size, so boi H*W img belong to the prompt.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Weights(Checked):
 
     Attributes:
         answer: tokens of an answer and the eos behind them.
-        draw: tokens of a picture that is drawn, structure and eos included; 0.5 as in Emu3's training.
-        prompt: of texts that are given.
+        draw: codes of a picture that is drawn, structure and eos included; 0.5 as in Emu3's training.
+        prompt: of texts that are given, and of a drawing's size.
         read: tokens of a picture that is read; they teach drawing without a prompt.
     """
 
@@ -93,7 +94,10 @@ class SequenceBuilder:
     def _in_a_row(self, sample: Sample, without_prompt: bool) -> list[Piece]:
         """bos, the parts one after the other, eos. Without its prompt, what is drawn follows bos."""
         parts = [part for part in sample.parts if part.role == "draw" or not without_prompt]
-        spelled = [self._spell(part) for part in parts or sample.parts]
+        spelled: list[Piece] = []
+        for part in parts or sample.parts:
+            is_asked_for = part.role == "draw" and all(kind != DRAW for _, kind, _ in spelled)
+            spelled += self._drawing(part) if is_asked_for else [self._spell(part)]
         _, kind, counts = spelled[-1]
         return [([self.vocabulary.bos], PROMPT, True), *spelled, ([self.vocabulary.eos], kind, counts)]
 
@@ -153,6 +157,12 @@ class SequenceBuilder:
                 return self._picture(part.content), DRAW if part.role == "draw" else READ, part.train
             case Media():
                 raise AssertionError(f"{part} is not tokenized")
+
+    def _drawing(self, part: Part) -> list[Piece]:
+        """A picture that is asked for: its opening is given, and is no target."""
+        assert isinstance(part.content, Visual)
+        opening = self.layout.opening(part.content.shape)
+        return [(opening, PROMPT, part.train), (self._picture(part.content)[len(opening) :], DRAW, part.train)]
 
     def _text(self, words: str) -> Ids:
         """Ids of plain text; the same text is encoded once."""

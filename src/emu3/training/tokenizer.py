@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -29,6 +29,7 @@ class VisionRecipe(VisionSettings):
         crop: height and width of the pictures of a batch, in pixels.
         zoom: a crop shows between 1 / zoom and all of a picture's shorter side.
         flip: whether every second crop is mirrored. Turn it off where writing matters.
+        recolor: share of the crops whose red, green and blue change places, so that few pictures teach all colours.
         clip_share: share of the batches that are clips, if there are clips.
         frames: of a clip; a batch of clips has `batch_size` frames in all.
         stride: from one frame to the next.
@@ -43,6 +44,7 @@ class VisionRecipe(VisionSettings):
     crop: int = 128
     zoom: float = 4.0
     flip: bool = True
+    recolor: float = 0.0
     clip_share: float = 0.5
     frames: int = 8
     stride: int = 1
@@ -58,6 +60,7 @@ class VisionRecipe(VisionSettings):
             size=self.crop,
             zoom=self.zoom,
             flip=self.flip,
+            recolor=self.recolor,
             frames=self.frames,
             stride=self.stride,
             cache_megabytes=self.cache_megabytes,
@@ -76,7 +79,7 @@ def train_vision(recipe: VisionRecipe, folder: Path) -> None:
     source = open_source(recipe.source, kind=recipe.source_kind)
     training, held_out = split(find_media(source), recipe.held_out)
     crops = Crops(source, training, recipe.crops(), recipe.seed)
-    kept = Crops(source, held_out, recipe.crops(), recipe.seed + 1)
+    kept = Crops(source, held_out, replace(recipe.crops(), recolor=0.0), recipe.seed + 1)
     has_clips = kept.has("clip") and recipe.clip_share > 0
     measured = HeldOut(
         kept.pictures(recipe.held_out_crops, 0) if kept.has("picture") or kept.has("clip") else None,
@@ -97,7 +100,7 @@ def check_sizes(recipe: VisionRecipe, space: int, time: int) -> None:
     for name, lowest in (("zoom", 1), ("stride", 1), ("frames", 1), ("held_out_crops", 1), ("sheet_every", 1)):
         if getattr(recipe, name) < lowest:
             raise ValueError(f"{name} is {getattr(recipe, name)}; give at least {lowest}")
-    for name in ("clip_share", "held_out"):
+    for name in ("clip_share", "held_out", "recolor"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"{name} is {getattr(recipe, name)}; give a share from 0 to 1")
 

@@ -17,7 +17,7 @@ from emu3.generation.runtime.drafts import Drafter
 from emu3.generation.runtime.forward import Forward, can_pack, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.runtime.head import Head
-from emu3.generation.sampling import Sampling, guide, log_probabilities
+from emu3.generation.sampling import Sampling, guide, implausible, log_probabilities
 from emu3.generation.sequence import Draw, Hidden, Inputs, Plan, Sequence
 from emu3.modeling.parallel import processes_of
 from emu3.quantization import QuantizedLinear
@@ -171,19 +171,20 @@ class ModelRunner:
         """
         targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
+        floors = [sequence.request.floor for sequence, plan in planned for _ in plan.targets]
         asking = [sequence.request.log_probabilities for sequence, plan in planned for _ in plan.targets]
         # Targets that choose alike share the head, the sorting and the draw. Each is named by its index in `targets`.
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
-            alike[target.draw, target.span, target.scale, target.sampling].append(n)
+            alike[target.draw, target.span, target.scale, floors[n], target.sampling].append(n)
         outcomes: dict[int, Tensor | Exception] = {}
         finite: dict[int, bool] = {}
         chances: dict[int, Tensor] = {}
-        for (draw, span, scale, sampling), members in alike.items():
+        for (draw, span, scale, floor, sampling), members in alike.items():
             places = [targets[n].place for n in members]
-            logits_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale)
+            logits_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale, floor)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
-            finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
+            finite.update(zip(members, logits_BV.amax(-1).isfinite().tolist(), strict=True))
             outcomes.update(zip(members, _rows(draw, logits_BV, sampling, noise_B), strict=True))
             if rows := [row for row, n in enumerate(members) if asking[n]]:
                 found = log_probabilities(logits_BV[rows], sampling)
@@ -200,11 +201,17 @@ class ModelRunner:
         ]
 
     def _logits(
-        self, hidden: Hidden, lanes: list[int], places: list[int], span: tuple[int, int], scale: float | None
+        self,
+        hidden: Hidden,
+        lanes: list[int],
+        places: list[int],
+        span: tuple[int, int],
+        scale: float | None,
+        floor: float,
     ) -> Tensor:
         """Logits (B, V) in float32 of the legal ids only.
 
-        With a scale, each is guided by the next lane, which holds the negative prompt.
+        With a scale, each is guided by the next lane, which holds the negative prompt. Below the floor it is -inf.
         """
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
@@ -212,7 +219,8 @@ class ModelRunner:
         if scale is None:
             return logits_BV
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
-        return guide(conditional_BV, unconditional_BV, scale)
+        guided_BV = guide(conditional_BV, unconditional_BV, scale)
+        return guided_BV.masked_fill(implausible(conditional_BV, floor), -torch.inf) if floor else guided_BV
 
 
 def _rows(draw: Draw, logits_BV: Tensor, sampling: Sampling, noise_B: Tensor) -> list[Tensor | Exception]:

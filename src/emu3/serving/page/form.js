@@ -1,7 +1,7 @@
 import { byId, el } from "./dom.js";
 
 const RATIOS = ["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"];
-const NUMBERS = ["guidance_scale", "temperature", "top_k", "top_p"];
+const NUMBERS = ["guidance_scale", "guidance_floor", "temperature", "top_k", "top_p"];
 
 const divisor = (a, b) => (b ? divisor(b, a % b) : a);
 

@@ -9,6 +9,7 @@ const NAMES = {
   width: "Width",
   height: "Height",
   guidance_scale: "Guidance",
+  guidance_floor: "Guidance floor",
   temperature: "Temperature",
   top_k: "Top k",
   top_p: "Top p",
