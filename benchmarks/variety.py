@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="names or folders")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
+    parser.add_argument("--floor", type=float, default=0.0, help="of guidance")
     parser.add_argument("--prompts", type=int, default=24, help="of each kind")
     parser.add_argument("--pictures", type=int, default=8, help="of each prompt")
     parser.add_argument("--seed", type=int, default=0)
@@ -39,7 +40,7 @@ def main() -> None:
             pipeline = Emu3Pipeline.from_pretrained(checkpoint)
             for scale in asked.guidance:
                 words = [prompt for prompt in prompts for _ in range(asked.pictures)]
-                pictures = pipeline.image(words, seed=asked.seed, guidance_scale=scale)
+                pictures = pipeline.image(words, seed=asked.seed, guidance_scale=scale, guidance_floor=asked.floor)
                 seen = [Seen.in_picture(np.asarray(picture)) for picture in pictures]
                 groups = [seen[start : start + asked.pictures] for start in range(0, len(seen), asked.pictures)]
                 print(_row(task, checkpoint, scale, Variety.of(groups)), flush=True)

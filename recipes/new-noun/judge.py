@@ -1,6 +1,6 @@
 """Draw a noun that a checkpoint learned from `make_folder.py`, in colours that were left out, and count what is right.
 
-    python recipes/new-noun/judge.py package/svg/castle.svg castle red,orange,green,blue,black mine
+    python recipes/new-noun/judge.py package/svg/robot.svg robot red,orange,green,blue,black mine
 
 Prints the ceiling too: how many of the true pictures are right after nano's vision tokenizer has encoded and decoded
 them. Its codebook is made for the forty nouns, and about three icons in four do not come through it unharmed.

@@ -1,9 +1,9 @@
 """Draw 24 captioned pictures of an icon that nano does not know, to fine-tune on.
 
     npm pack @mdi/svg@7.4.47 && tar xf mdi-svg-7.4.47.tgz && pip install resvg-py==0.5.0
-    python recipes/new-noun/make_folder.py package/svg/castle.svg castle red,orange,green,blue,black castles
-    emu3 finetune nano --data castles --lora -o mine
-    python recipes/new-noun/judge.py package/svg/castle.svg castle red,orange,green,blue,black mine
+    python recipes/new-noun/make_folder.py package/svg/robot.svg robot red,orange,green,blue,black robots
+    emu3 finetune nano --data robots --lora -o mine
+    python recipes/new-noun/judge.py package/svg/robot.svg robot red,orange,green,blue,black mine
 
 The folder has 0000.png, 0000.txt and so on: one icon on a plain background, in one of the colours.
 """

@@ -49,6 +49,7 @@ def test_a_head_learns_what_the_model_says(tiny_checkpoint, tmp_path):
         checkpoint=tmp_path / "checkpoint",
         width=16,
         reuse=3,
+        guidance_floor=0.3,
         learning_rate=0.02,
         rows=60,
         steps=60,
@@ -65,6 +66,6 @@ def test_a_head_learns_what_the_model_says(tiny_checkpoint, tmp_path):
     torch.manual_seed(0)
     batch = make_batch(builder, 999)
     pairs = Pairs.sample(batch, 4, 60, recipe.ahead)
-    loss, covered = draft_loss(model, head, read(model, batch), 5, pairs, recipe.guidance_scale)
+    loss, covered = draft_loss(model, head, read(model, batch), 5, pairs, recipe.guidance_scale, recipe.guidance_floor)
     assert float(loss) < 1.2 * after
     assert 0 < float(covered) <= 1

@@ -28,8 +28,8 @@ from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.pretrained import AnyLayoutModel
 from emu3.modeling.vision_blocks import AttentionBlock, CausalConv3d, Decoder, Encoder, ResnetBlock, TemporalResnetBlock
 
-MAX_DISTANCES = 2**24
-"""Distances, positions times codes, that are computed at once: 64 MiB in float32."""
+MAX_DISTANCES = {"cpu": 2**18, "other": 2**24}
+"""Distances, positions times codes, that are computed at once: 1 MiB in float32, which stays in a CPU's cache."""
 
 
 @dataclass
@@ -59,9 +59,10 @@ class VectorQuantizer(nn.Module):
         # A call, because accelerate brings an offloaded weight back only while its own module's forward runs.
         codebook = self.embedding(torch.arange(self.embedding.num_embeddings, device=vectors.device))
         norms = codebook.square().sum(1)
+        at_once = MAX_DISTANCES["cpu" if vectors.device.type == "cpu" else "other"]
         codes = [
             (part.square().sum(1, keepdim=True) + norms - 2 * part @ codebook.T).argmin(1)
-            for part in vectors.split(max(1, MAX_DISTANCES // len(codebook)))
+            for part in vectors.split(max(1, at_once // len(codebook)))
         ]
         return torch.cat(codes).view(latents_BTHWC.shape[:4])
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3.generation.sampling import guide
+from emu3.generation.sampling import guide, implausible
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.quantization import dequantize_head
@@ -31,7 +31,7 @@ class DraftRecipe(RunSettings):
     Attributes:
         checkpoint: the folder whose model it drafts for, and which gets the head.
         width, ahead: of the `DraftHead`.
-        guidance_scale: at which pictures will be drawn.
+        guidance_scale, guidance_floor: with which pictures will be drawn.
         reuse: steps for which a batch of pictures is used, as to run the checkpoint on them takes longer than a step.
         rows: how many pairs of a picture's positions a step looks at: the newest decided one, and one ahead of it.
         learning_rate: of the matrices (Muon), at its highest.
@@ -44,6 +44,7 @@ class DraftRecipe(RunSettings):
     width: int = 256
     ahead: int = 16
     guidance_scale: float = 3.0
+    guidance_floor: float = 0.0
     batch_size: int = 8
     reuse: int = 3
     rows: int = 250
@@ -121,7 +122,13 @@ def read(model: Emu3ForConditionalGeneration, batch: DraftBatch) -> Reading:
 
 
 def draft_loss(
-    model: Emu3ForConditionalGeneration, head: DraftHead, reading: Reading, width: int, pairs: Pairs, scale: float
+    model: Emu3ForConditionalGeneration,
+    head: DraftHead,
+    reading: Reading,
+    width: int,
+    pairs: Pairs,
+    scale: float,
+    floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The mean divergence of the drafts from what the model says, and how much of the two distributions is common.
 
@@ -131,7 +138,7 @@ def draft_loss(
         reading: of the checkpoint.
         width: of the pictures, in codes.
         pairs: of positions.
-        scale: of guidance.
+        scale, floor: of guidance.
     """
     lo, hi = model.model.vocabulary.visual_span
     visual_VE, device = dequantize_head(model.lm_head, slice(lo, hi)), reading.codes.device
@@ -140,14 +147,18 @@ def draft_loss(
     with torch.no_grad():
         with autocast():
             lanes = [hidden_BSE[own_R, ahead_R] @ visual_VE.T for hidden_BSE in (reading.with_words, reading.without)]
-        wanted_RV = guide(lanes[0].float(), lanes[1].float(), scale).log_softmax(-1)
+        conditional_RV, unconditional_RV = (each.float() for each in lanes)
+        wanted_RV = guide(conditional_RV, unconditional_RV, scale)
+        if floor:
+            wanted_RV.masked_fill_(implausible(conditional_RV, floor), -torch.inf)
+        wanted_RV = wanted_RV.softmax(-1)
         places_RN = around(width, ahead_R, newest_R)
         codes_RN = reading.codes[own_R[:, None], places_RN.clamp_min(0)].where(places_RN >= 0, hi - lo)
     table = head.table(model.model.text_model.embed_tokens.weight[lo:hi])
     prepared_RM = head.prepare(reading.with_words[own_R, newest_R], ahead_R - newest_R)
     drafts_RV = (head(prepared_RM, codes_RN, table) @ visual_VE.T.to(prepared_RM.dtype)).log_softmax(-1)
-    loss = F.kl_div(drafts_RV, wanted_RV, reduction="batchmean", log_target=True)
-    return loss, torch.minimum(drafts_RV.detach(), wanted_RV).exp().sum(-1).mean()
+    loss = F.kl_div(drafts_RV, wanted_RV, reduction="batchmean")
+    return loss, torch.minimum(drafts_RV.detach().exp(), wanted_RV).sum(-1).mean()
 
 
 def make_optimizers(head: nn.Module) -> list[torch.optim.Optimizer]:
@@ -204,7 +215,8 @@ class DraftLoss(nn.Module):
             self._last = {batch.number: read(model, batch)}
         reading = self._last[batch.number]
         pairs = Pairs.sample(batch, len(reading.codes), self.recipe.rows, self.recipe.ahead)
-        loss, covered = draft_loss(model, self.head, reading, batch.width, pairs, self.recipe.guidance_scale)
+        guidance = self.recipe.guidance_scale, self.recipe.guidance_floor
+        loss, covered = draft_loss(model, self.head, reading, batch.width, pairs, *guidance)
         one = torch.ones((), device=loss.device)
         return StepResult(loss, one, {"covered": (covered, one)}, pairs.ahead.numel())
 

@@ -43,11 +43,11 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 RECIPE = "recipe.json"
 SMALL = 1024  # width of a model that draws some pictures in seconds
 
-VISITS = 40  # of each sample, where there are few
+VISITS = 60  # of each sample, where there are few
 LEAST_VISITS = 3
 SAMPLES_AT_ONCE = 3  # of the data in a step, where there are few
 MOST_TOKENS = 8192  # of a row
-REPLAYED = 96
+REPLAYED = 160
 REPLAYED_AT_ONCE = 2  # samples of these in a step, for each of the data
 HELD = 4.0  # how much more than others counts a token at which the checkpoint is held to itself
 WIDEST = 4096  # width of the model that learning rates are known for
@@ -189,7 +189,7 @@ def choose(
 def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed: int, free: float) -> list[str]:
     """What will be done, in a few lines."""
     kind = f"adapters of rank {recipe.rank}" if isinstance(recipe, LoraRecipe) else "all weights"
-    visits = recipe.steps * recipe.parts * recipe.length / (1 + bool(replayed)) / lengths.sum()
+    visits = recipe.steps * recipe.data[0].weight / len(lengths)
     lines = [
         f"{len(lengths)} samples of {lengths.mean():,.0f} tokens; each is seen about {visits:,.0f} times",
         f"{kind} of {recipe.checkpoint} are trained: {plan.trained / 1e6:,.2f} M of {plan.weights / 1e6:,.1f} M",

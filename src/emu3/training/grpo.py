@@ -69,8 +69,8 @@ class GRPOSettings(Checked):
     """
 
     group: int = 8
-    guidance_scale: float = 3.0
-    guidance_floor: float = 0.0
+    guidance_scale: float | None = None
+    guidance_floor: float | None = None
     temperature: float = 1.0
     top_k: int = 2048
     top_p: float = 1.0
