@@ -54,7 +54,7 @@ def main() -> None:
     exact = Emu3Pipeline.from_pretrained(NANO, dtype="float32")
     sampling = Sampling(top_k=2048)
     prompts = [evaluation_prompts(TASKS[n % len(TASKS)], 1, seed=n)[0].prompt for n in range(count)]
-    requests = exact.draw_requests(prompts, seed=0, decoding="raster", guidance_scale=3.0)
+    requests = exact.draw_requests(prompts, seed=0, decoding="raster", guidance_scale=3.0, guidance_floor=0.0)
     pictures = {event.request: event.ids for event in exact.engine.stream(requests) if isinstance(event, Finished)}
     expected = [guided_logits(exact, request, pictures[n]) for n, request in enumerate(requests)]
     rows = []

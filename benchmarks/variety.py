@@ -21,8 +21,8 @@ TASKS = ("single_object", "two_object", "counting")  # their prompts leave all o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="names or folders")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
-    parser.add_argument("--floor", type=float, default=0.0, help="of guidance")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[None], help="scales")
+    parser.add_argument("--floor", type=float, help="of guidance; by default, as the scale, the checkpoint's own")
     parser.add_argument("--prompts", type=int, default=24, help="of each kind")
     parser.add_argument("--pictures", type=int, default=8, help="of each prompt")
     parser.add_argument("--seed", type=int, default=0)

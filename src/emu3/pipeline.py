@@ -268,10 +268,9 @@ class Emu3Pipeline:
     def settled(self, draw: Draw) -> Draw:
         """With the guidance that the checkpoint's config.json recommends under "drawing", where none is asked for."""
         own = getattr(self.model.config, "drawing", None) or {}
-        if not isinstance(own, dict):
-            raise ValueError(f'"drawing" in config.json must name options, such as guidance_scale, got {own!r:.80}')
-        defaults = {name: own.get(name, value) for name, value in _GUIDANCE.items()}
-        return replace(draw, **{name: value for name, value in defaults.items() if getattr(draw, name) is None})
+        missing = [name for name in _GUIDANCE if getattr(draw, name) is None]
+        found: Any = {name: _GUIDANCE[name] if own.get(name) is None else own[name] for name in missing}
+        return replace(draw, **found)
 
     def _shape(self, draw: Draw) -> Shape:
         """Height and width in visual tokens."""
@@ -377,8 +376,8 @@ class Emu3Pipeline:
             guided_BV = logits_BV[:1]
             if scale is not None:
                 guided_BV = guide(guided_BV, logits_BV[1:], scale)
-                if request.floor:
-                    guided_BV[implausible(logits_BV[:1], request.floor)] = -torch.inf
+                if floor := request.floor_at(scale):
+                    guided_BV[implausible(logits_BV[:1], floor)] = -torch.inf
             found[k] = probabilities(guided_BV, sampling)[0, ids[k] - int(lo[k])]
         return found
 

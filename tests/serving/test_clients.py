@@ -146,7 +146,7 @@ def test_sillytavern_and_others_of_automatic1111(server, nano):
     body = {"prompt": CAR, "batch_size": 2, "width": 512, "height": 512, "steps": 20, "sampler_name": "Euler a"}
     body |= {"negative_prompt": "", "cfg_scale": 3, "seed": 7, "override_settings": {}, "n_iter": 1}
     answer = server.post("/sdapi/v1/txt2img", body).json()
-    assert [same(nano, each, seed=7 + n) for n, each in enumerate(answer["images"])] == [True, True]
+    assert [same(nano, each, seed=7 + n, guidance_scale=3) for n, each in enumerate(answer["images"])] == [True, True]
     assert json.loads(answer["info"])["all_seeds"] == [7, 8]
     assert len(server.post("/sdapi/v1/txt2img", {"prompt": CAR, "seed": -1}).json()["images"]) == 1
 

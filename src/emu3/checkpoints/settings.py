@@ -142,6 +142,8 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
     "tie_word_embeddings": _FLAG,
     # Conversion and training write it. Without it, nothing is known.
     "abilities": _list_of(_one_of(*ABILITIES), 1, len(ABILITIES)) | _NULL,
+    # How pictures are drawn unless a request says otherwise.
+    "drawing": _object({"guidance_scale": _real(-1e6, 1e6) | _NULL, "guidance_floor": _SHARE | _NULL}),
 }
 """config.json."""
 

@@ -28,7 +28,8 @@ class Guidance:
         scale: a number, or a function from progress to a number. Progress is 0 at the first token of a picture, and
             towards 1 at the last. At 1, which is no guidance, the negative prompt is not run.
         kinds: the parts of an answer that are guided. The negative prompt sees the others too.
-        floor: ids that are less likely, by the prompt alone, than this share of the likeliest are left out. 0: none.
+        floor: above a scale of 1, ids that are less likely, by the prompt alone, than this share of the likeliest are
+            left out. 0: none.
 
     Raises:
         ValueError: a scale that is no finite number, or so large that logits could overflow; a floor that is not from 0
@@ -130,10 +131,9 @@ class Request:
             return (self.prompt_ids,)
         return (self.prompt_ids, self.guidance.negative_ids)
 
-    @property
-    def floor(self) -> float:
-        """Of guidance; 0 where there is none."""
-        return 0.0 if self.guidance is None else self.guidance.floor
+    def floor_at(self, scale: float | None) -> float:
+        """The floor of guidance at a scale; 0 up to 1, where guidance does not lead further than the prompt."""
+        return 0.0 if self.guidance is None or scale is None or scale <= 1 else self.guidance.floor
 
     def sampling_of(self, kind: Kind) -> Sampling:
         """How ids of a part of this kind are chosen."""

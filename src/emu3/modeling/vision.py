@@ -29,7 +29,7 @@ from emu3.modeling.pretrained import AnyLayoutModel
 from emu3.modeling.vision_blocks import AttentionBlock, CausalConv3d, Decoder, Encoder, ResnetBlock, TemporalResnetBlock
 
 MAX_DISTANCES = {"cpu": 2**18, "other": 2**24}
-"""Distances, positions times codes, that are computed at once: 1 MiB in float32, which stays in a CPU's cache."""
+"""Distances, positions times codes, that are computed at once: 1 MiB in float32 stays in a CPU's cache."""
 
 
 @dataclass

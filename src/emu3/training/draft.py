@@ -149,7 +149,7 @@ def draft_loss(
             lanes = [hidden_BSE[own_R, ahead_R] @ visual_VE.T for hidden_BSE in (reading.with_words, reading.without)]
         conditional_RV, unconditional_RV = (each.float() for each in lanes)
         wanted_RV = guide(conditional_RV, unconditional_RV, scale)
-        if floor:
+        if floor and scale > 1:
             wanted_RV.masked_fill_(implausible(conditional_RV, floor), -torch.inf)
         wanted_RV = wanted_RV.softmax(-1)
         places_RN = around(width, ahead_R, newest_R)

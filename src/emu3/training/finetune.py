@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ SAMPLES_AT_ONCE = 3  # of the data in a step, where there are few
 MOST_TOKENS = 8192  # of a row
 REPLAYED = 160
 REPLAYED_AT_ONCE = 2  # samples of these in a step, for each of the data
+LONGEST_CAPTION = 400  # characters of those that pictures are drawn for
 HELD = 4.0  # how much more than others counts a token at which the checkpoint is held to itself
 WIDEST = 4096  # width of the model that learning rates are known for
 RATES = {"lora": 2e-4, "all": 2e-5}
@@ -189,7 +190,8 @@ def choose(
 def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed: int, free: float) -> list[str]:
     """What will be done, in a few lines."""
     kind = f"adapters of rank {recipe.rank}" if isinstance(recipe, LoraRecipe) else "all weights"
-    visits = recipe.steps * recipe.data[0].weight / len(lengths)
+    share = recipe.data[0].weight / sum(each.weight for each in recipe.data)
+    visits = recipe.steps * recipe.parts * recipe.length * share / lengths.sum()
     lines = [
         f"{len(lengths)} samples of {lengths.mean():,.0f} tokens; each is seen about {visits:,.0f} times",
         f"{kind} of {recipe.checkpoint} are trained: {plan.trained / 1e6:,.2f} M of {plan.weights / 1e6:,.1f} M",
@@ -249,11 +251,7 @@ def _make_replay(
 
 
 def _captions(shards: list[Shard]) -> list[str]:
-    """The prompts of pictures that are drawn."""
+    """What samples of a prompt and a drawing ask for, if it is short, as captions are."""
     outlines = chain.from_iterable(shard.outlines() for shard in shards)
-    return [
-        prompt.content.text
-        for sample in outlines
-        for prompt, draw in pairwise(sample.parts)
-        if prompt.role == "prompt" and draw.role == "draw" and isinstance(prompt.content, Text)
-    ]
+    asked = (each.parts[0].content for each in outlines if [part.role for part in each.parts] == ["prompt", "draw"])
+    return [content.text for content in asked if isinstance(content, Text) and len(content.text) <= LONGEST_CAPTION]

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -29,6 +29,7 @@ from emu3.data.tokenize import tokenizer_hash
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
+from emu3.options import Draw
 from emu3.processing import Emu3Processor
 from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
@@ -64,6 +65,17 @@ class MixedShards(Checked):
     steps: tuple[int, int] | None = None
     held: float = 0.0
     moved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings(Checked):
+    """The guidance that a checkpoint recommends; see `emu3.options.Draw`."""
+
+    guidance_scale: float | None = None
+    guidance_floor: float | None = None
+
+    def __post_init__(self) -> None:
+        Draw(guidance_scale=self.guidance_scale, guidance_floor=self.guidance_floor)  # refuses wrong ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +133,7 @@ class PretrainRecipe(LanguageRecipe):
         texts: files that train it too.
         code_factors: sizes of the factors whose product is the size of the codebook; see `share_factors`.
         image_area: size of drawn pictures in pixels, unless a request names another.
-        drawing: `guidance_scale` and `guidance_floor` of drawn pictures, unless a request names others.
+        drawing: how pictures are drawn, unless a request says otherwise.
         image_processor: for pictures that are read.
     """
 
@@ -132,7 +144,7 @@ class PretrainRecipe(LanguageRecipe):
     texts: tuple[Path, ...] = ()
     code_factors: tuple[int, ...] | None = None
     image_area: int
-    drawing: dict[str, float] = field(default_factory=dict)
+    drawing: DrawingSettings = field(default_factory=DrawingSettings)
     image_processor: PictureSettings = field(default_factory=PictureSettings)
 
 
@@ -181,8 +193,8 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     text_config = Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids)
     config = Emu3Config(vq_config=vision.config, text_config=text_config, vocabulary_map=names)
     config.abilities = ["draw", "read"]
-    if recipe.drawing:
-        config.drawing = recipe.drawing
+    if drawing := {name: value for name, value in asdict(recipe.drawing).items() if value is not None}:
+        config.drawing = drawing
     model = Emu3ForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vision.state_dict())
     model.generation_config = GenerationConfig(**ids)

@@ -44,7 +44,6 @@ def make_replay(
     """
     samples: list[Sample] = []
     described: list[str] = []
-    in_all = count * (1 + bool(captions and can_read))
     for start in range(0, count, AT_ONCE):
         drawn = _draw(pipeline, [""] * min(AT_ONCE, count - start), seed + start)
         said = _describe(pipeline, drawn) if can_read else [""] * len(drawn)
@@ -57,14 +56,16 @@ def make_replay(
                 samples.append(Sample(f"{place}-drawn", (Part("prompt", Text(words)), draw)))
                 talk = (Part("read", visual), Part("prompt", Text(QUESTION)), Part("answer", Text(words)))
                 samples.append(Sample(f"{place}-said", talk))
-        on_progress(start + len(drawn), in_all)
+        on_progress(start + len(drawn), count)
     prompts = neighbours(captions, described, count, seed)
     for start in range(0, len(prompts), AT_ONCE):
         asked = prompts[start : start + AT_ONCE]
-        for place, (words, result) in enumerate(zip(asked, _draw(pipeline, asked, seed + start), strict=True), start):
+        for place, (words, result) in enumerate(
+            zip(asked, _draw(pipeline, asked, seed + count + start), strict=True), start
+        ):
             draw = Part("draw", Visual(np.asarray(result.codes_HW)[None]))
             samples.append(Sample(f"{place}-like", (Part("prompt", Text(words)), draw)))
-        on_progress(count + start + len(asked), in_all)
+        on_progress(count + start + len(asked), count + len(prompts))
     return samples
 
 

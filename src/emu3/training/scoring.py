@@ -60,9 +60,11 @@ class Answers(NamedTuple):
         guided = {len(request.prompts) for request in requests}
         if len(guided) != 1:
             raise ValueError("answers that are compared are guided all or none; split the batch")
-        (lanes,), floors = guided, {request.floor for request in requests}
+        (lanes,), floors = guided, {0.0 if each.guidance is None else each.guidance.floor for each in requests}
         if len(floors) != 1:
-            raise ValueError(f"answers that are compared have one floor of guidance, got {sorted(floors)}")
+            raise ValueError(
+                f"answers that are compared have one floor of guidance, got {sorted(floors)}; split the batch"
+            )
         rows = [
             [*request.prompts[lane], *each]
             for lane in range(lanes)
@@ -133,7 +135,7 @@ def score(model: Emu3ForConditionalGeneration, answers: Answers, sampling: Sampl
             negative_TV = (hidden_BSE[own + answers.number, answers.negative_places[rows]] @ head.T).float()
             guided_TV = guide(logits_TV, negative_TV, answers.scales[rows])
             if answers.floor:
-                left_out_TV = implausible(logits_TV.detach(), answers.floor)
+                left_out_TV = implausible(logits_TV.detach(), answers.floor) & (answers.scales[rows] > 1)
             logits_TV = guided_TV
         found.append(_scores_of(logits_TV, left_out_TV, targets_T1, sampling))
     log_probabilities, entropies = (torch.cat(each) for each in zip(*found, strict=True))

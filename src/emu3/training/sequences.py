@@ -96,7 +96,7 @@ class SequenceBuilder:
         parts = [part for part in sample.parts if part.role == "draw" or not without_prompt]
         spelled: list[Piece] = []
         for part in parts or sample.parts:
-            is_asked_for = part.role == "draw" and all(kind != DRAW for _, kind, _ in spelled)
+            is_asked_for = part.role == "draw" and not (spelled and spelled[-1][1] == DRAW)
             spelled += self._drawing(part) if is_asked_for else [self._spell(part)]
         _, kind, counts = spelled[-1]
         return [([self.vocabulary.bos], PROMPT, True), *spelled, ([self.vocabulary.eos], kind, counts)]

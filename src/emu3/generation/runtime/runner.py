@@ -171,7 +171,7 @@ class ModelRunner:
         """
         targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
-        floors = [sequence.request.floor for sequence, plan in planned for _ in plan.targets]
+        floors = [sequence.request.floor_at(target.scale) for sequence, plan in planned for target in plan.targets]
         asking = [sequence.request.log_probabilities for sequence, plan in planned for _ in plan.targets]
         # Targets that choose alike share the head, the sorting and the draw. Each is named by its index in `targets`.
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -182,9 +182,11 @@ class ModelRunner:
         chances: dict[int, Tensor] = {}
         for (draw, span, scale, floor, sampling), members in alike.items():
             places = [targets[n].place for n in members]
-            logits_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale, floor)
+            logits_BV, left_out_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale, floor)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
-            finite.update(zip(members, logits_BV.amax(-1).isfinite().tolist(), strict=True))
+            finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
+            if left_out_BV is not None:
+                logits_BV = logits_BV.masked_fill(left_out_BV, -torch.inf)
             outcomes.update(zip(members, _rows(draw, logits_BV, sampling, noise_B), strict=True))
             if rows := [row for row, n in enumerate(members) if asking[n]]:
                 found = log_probabilities(logits_BV[rows], sampling)
@@ -208,19 +210,19 @@ class ModelRunner:
         span: tuple[int, int],
         scale: float | None,
         floor: float,
-    ) -> Tensor:
-        """Logits (B, V) in float32 of the legal ids only.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, V) in float32 of the legal ids only, and which of these the floor leaves out.
 
-        With a scale, each is guided by the next lane, which holds the negative prompt. Below the floor it is -inf.
+        With a scale, each is guided by the next lane, which holds the negative prompt.
         """
         if scale is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
         logits_BV = self.head.logits(hidden.at(lanes, places), span)
         if scale is None:
-            return logits_BV
+            return logits_BV, None
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
-        guided_BV = guide(conditional_BV, unconditional_BV, scale)
-        return guided_BV.masked_fill(implausible(conditional_BV, floor), -torch.inf) if floor else guided_BV
+        left_out_BV = implausible(conditional_BV, floor) if floor else None
+        return guide(conditional_BV, unconditional_BV, scale), left_out_BV
 
 
 def _rows(draw: Draw, logits_BV: Tensor, sampling: Sampling, noise_B: Tensor) -> list[Tensor | Exception]:

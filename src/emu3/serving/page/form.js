@@ -70,7 +70,9 @@ export class Form {
   write(record) {
     this.field("prompt").value = record.prompt ?? "";
     this.field("negative_prompt").value = record.negative_prompt ?? "";
-    for (const name of NUMBERS) if (typeof record[name] === "number") this.field(name).value = record[name];
+    // Pictures from before there was a floor were drawn without one.
+    const known = typeof record.guidance_scale === "number" ? { guidance_floor: 0, ...record } : record;
+    for (const name of NUMBERS) if (typeof known[name] === "number") this.field(name).value = known[name];
     if (record.seed !== undefined) this.field("seed").value = record.seed;
     if (record.width > 0 && record.height > 0) this.ratio(shape(record.width, record.height));
     else if (record.ratio) this.ratio(record.ratio);
