@@ -62,6 +62,19 @@ def mixed(model, vocabulary):
     return [*pictures[:3], texts[0], *pictures[3:], texts[1]]
 
 
+@pytest.mark.parametrize("decoder", [RasterDecoder(), PredictiveDecoder(), JacobiDecoder()])
+def test_the_floor_holds_for_every_decoder(model, vocabulary, decoder):
+    """At 1, only what is likeliest by the prompt alone is left, as in greedy decoding without guidance."""
+    (floored,) = finished(model, decoder, [request(vocabulary, 4, 5, scale=3.0, floor=1.0)])
+    (greedy,) = finished(model, RasterDecoder(), [request(vocabulary, 4, 5, scale=None, sampling=GREEDY)])
+    assert floored == greedy
+    (guided,) = finished(model, decoder, [request(vocabulary, 4, 5, scale=3.0)])
+    assert guided != greedy
+    # A scale of at most 1 does not lead further than the prompt: there the floor leaves out nothing.
+    half, same = (request(vocabulary, 4, 5, scale=0.5, floor=floor) for floor in (0.0, 1.0))
+    assert finished(model, decoder, [half]) == finished(model, decoder, [same])
+
+
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9))
 def test_turns_are_those_of_a_wavefront(height, width, frames, window):
     grammar = GridGrammar(height, width, frames, vocabulary=EMU3)

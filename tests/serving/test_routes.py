@@ -28,8 +28,9 @@ def ask(text, *pictures):
 
 
 def test_pictures_are_those_of_the_pipeline(server, nano):
-    answer = server.post("/v1/images/generations", {"prompt": CAR, "seed": 7, "n": 2, "guidance_scale": 2.5}).json()
-    expected = nano.image([CAR] * 2, seed=7, guidance_scale=2.5)
+    guided = {"guidance_scale": 2.5, "guidance_floor": 0.4}
+    answer = server.post("/v1/images/generations", {"prompt": CAR, "seed": 7, "n": 2, **guided}).json()
+    expected = nano.image([CAR] * 2, seed=7, **guided)
     found = [picture(each["b64_json"]) for each in answer["data"]]
     assert [each.tobytes() for each in found] == [each.tobytes() for each in expected]
     assert [each["seed"] for each in answer["data"]] == [7, 8]
@@ -39,9 +40,8 @@ def test_pictures_are_those_of_the_pipeline(server, nano):
     assert answer["usage"]["input_tokens"] == 2 * (prompt + empty)
     assert answer["usage"]["output_tokens"] == 2 * length
     record = json.loads(found[1].text["emu3"])
-    again = nano.image(
-        record["prompt"], **{name: record[name] for name in ("seed", "height", "width", "guidance_scale")}
-    )
+    names = ("seed", "height", "width", "guidance_scale", "guidance_floor")
+    again = nano.image(record["prompt"], **{name: record[name] for name in names})
     assert again[0].tobytes() == found[1].tobytes()
 
 
