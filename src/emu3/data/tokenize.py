@@ -136,7 +136,7 @@ class Tokenizer:
 
         ValueError where another vision tokenizer is found under the name, as on another machine.
         """
-        network = arrange(load_vision_tokenizer(resolve(self.model), device))
+        network = with_channels_last(load_vision_tokenizer(resolve(self.model), device))
         if (found := tokenizer_hash(network)) != self.hash:
             raise ValueError(f"{self.model!r} is another vision tokenizer here: {found}, not {self.hash}")
         return Encoder(self, network, device, threads)
@@ -168,8 +168,8 @@ class _Draft:
     parts: list[Part | _Slot]
 
 
-def arrange(network: Emu3VQVAE) -> Emu3VQVAE:
-    """The network with the channels of its convolutions last in memory, which takes a third less time on a CPU."""
+def with_channels_last(network: Emu3VQVAE) -> Emu3VQVAE:
+    """The network with the channels of its convolutions last in memory, which is faster on a CPU."""
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             weight = module.weight.detach().contiguous(memory_format=torch.channels_last)

@@ -60,9 +60,8 @@ def make_replay(
     prompts = neighbours(captions, described, count, seed)
     for start in range(0, len(prompts), AT_ONCE):
         asked = prompts[start : start + AT_ONCE]
-        for place, (words, result) in enumerate(
-            zip(asked, _draw(pipeline, asked, seed + count + start), strict=True), start
-        ):
+        drawn = _draw(pipeline, asked, seed + count + start)
+        for place, (words, result) in enumerate(zip(asked, drawn, strict=True), start):
             draw = Part("draw", Visual(np.asarray(result.codes_HW)[None]))
             samples.append(Sample(f"{place}-like", (Part("prompt", Text(words)), draw)))
         on_progress(count + start + len(asked), count + len(prompts))
