@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import os
 import posixpath
@@ -96,6 +97,34 @@ def name_of(spec: str, files: Sequence[str]) -> str:
     if len(files) == 1:
         return readable(posixpath.basename(files[0]))
     return readable(posixpath.basename(_shared_folder(files).rstrip("/")) or spec)
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """16 hex digits of a sequence of bytes; other digits for another sequence."""
+    digest = hashlib.blake2b()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def content_of(path: Path) -> bytes:
+    """32 bytes that tell a file's content from any other; none where it cannot be read."""
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError:
+        return b""
+
+
+def state_of(address: str) -> bytes:
+    """Bytes that change when a file does: of its content, or at an address of what the store says of it."""
+    if not is_address(address):
+        return content_of(Path(address))
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(address)
+    return str(system.ukey(path)).encode()
 
 
 def find_inside(folders: Sequence[str], name: str) -> str | None:

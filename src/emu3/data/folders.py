@@ -7,7 +7,6 @@ cats/metadata.csv                                    or file_name,text
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from emu3.data.captions import caption_of, drawing, read_caption, read_rows
-from emu3.data.files import readable
+from emu3.data.files import content_of, digest_of, readable
 from emu3.data.media import CLIPS, PICTURES, media_of
 from emu3.data.samples import Broken, Sample
 
@@ -63,15 +62,12 @@ class FolderSource:
         return -(-len(self._entries) // PIECE)
 
     def fingerprint(self, piece: int) -> str:
-        """Another one where files of a piece were added, removed or renamed, or have another size or caption."""
-        digest = hashlib.sha256()
+        """Another one where files of a piece were added, removed, renamed or changed, or have another caption."""
+        parts = []
         for entry in self._entries[piece * PIECE : (piece + 1) * PIECE]:
-            files = [name for name in (entry.picture, entry.text) if name]
-            sizes = [
-                self.folder.joinpath(name).stat().st_size for name in files if self.folder.joinpath(name).is_file()
-            ]
-            digest.update(repr((entry.key, entry.picture, entry.text, entry.caption, entry.problem, sizes)).encode())
-        return digest.hexdigest()[:16]
+            parts.append(repr(entry).encode())
+            parts += [content_of(self.folder / name) for name in (entry.picture, entry.text) if name]
+        return digest_of(parts)
 
     def read(self, piece: int) -> Iterator[Sample | Broken]:
         """The samples of a piece. Only captions are opened, and animations to see whether they move."""

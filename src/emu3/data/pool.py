@@ -78,8 +78,8 @@ class Tally:
 
 def tokenize_piece(encoder: Encoder, source: Source, place: Place, piece: int) -> None:
     """Tokenizes one piece and writes its shard: the work that is the same everywhere."""
-    samples, broken = encoder.tokenize(source, piece)
-    write_shard(place.join(shard_name(piece)), encoder.tokenizer.info(source, piece), samples, broken)
+    info = encoder.tokenizer.info(source, piece)  # before: what is changed meanwhile is not taken for done
+    write_shard(place.join(shard_name(piece)), info, *encoder.tokenize(source, piece))
 
 
 def tokenize_pieces(

@@ -15,7 +15,7 @@ from typing import Any
 
 from emu3.data.captions import COLUMNS, caption_of, drawing
 from emu3.data.conversations import LISTS, PICTURES, read_media, read_talk
-from emu3.data.files import expand, name_of, names_of, readable
+from emu3.data.files import digest_of, expand, name_of, names_of, readable, state_of
 from emu3.data.media import is_address, open_file
 from emu3.data.samples import Broken, Sample
 
@@ -61,6 +61,20 @@ class ParquetSource:
     def pieces(self) -> int:
         """One for each row group."""
         return len(self._groups)
+
+    def fingerprint(self, piece: int) -> str:
+        """Another one where its row group was changed; of a file at an address, where the file was."""
+        number, group, _ = self._groups[piece]
+        file = self._files[number]
+        if is_address(file) or number in self._problems:
+            return digest_of([state_of(file), str(group).encode()])
+        with open_file(file) as opened, _parquet().ParquetFile(opened) as table:
+            rows = table.metadata.row_group(group)
+            chunks = [rows.column(index) for index in range(rows.num_columns)]
+            ranges = [
+                (each.dictionary_page_offset or each.data_page_offset, each.total_compressed_size) for each in chunks
+            ]
+        return digest_of(_bytes_at(file, ranges))
 
     def read(self, piece: int) -> Iterator[Sample | Broken]:
         """The rows of a row group. Where it is damaged, it ends with one that is broken."""
@@ -119,6 +133,10 @@ class DatasetSource:
         """Runs of 1,000 rows."""
         return -(-len(self._rows) // PIECE)
 
+    def fingerprint(self, piece: int) -> str:
+        """Another one where the data set is another."""
+        return digest_of([self._rows._fingerprint.encode(), str(piece).encode()])
+
     def read(self, piece: int) -> Iterator[Sample | Broken]:
         """The rows of a run."""
         last = min((piece + 1) * PIECE, len(self._rows))
@@ -126,6 +144,14 @@ class DatasetSource:
             rows = self._rows[first : min(first + _ROWS, last)].to_pylist()
             for number, row in enumerate(rows, start=first):
                 yield read_row(row, f"{posixpath.basename(self.name)}:{number}", self._folders)
+
+
+def _bytes_at(file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """Each range of a file, given as where it begins and how long it is."""
+    with open_file(file) as opened:
+        for start, size in ranges:
+            opened.seek(start)
+            yield opened.read(size)
 
 
 def read_row(row: Mapping[str, Any], key: str, folders: Sequence[str]) -> Sample | Broken:

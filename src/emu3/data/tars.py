@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from emu3.data.captions import caption_of, drawing, parse_json, read_caption
-from emu3.data.files import expand, name_of, names_of, readable
+from emu3.data.files import digest_of, expand, name_of, names_of, readable, state_of
 from emu3.data.media import CLIPS, PICTURES, media_of, open_file
 from emu3.data.samples import Broken, Sample
 
@@ -43,6 +43,10 @@ class TarSource:
     def pieces(self) -> int:
         """One for each archive."""
         return len(self._files)
+
+    def fingerprint(self, piece: int) -> str:
+        """Another one where the archive was changed."""
+        return digest_of([state_of(self._files[piece])])
 
     def read(self, piece: int) -> Iterator[Sample | Broken]:
         """The samples of an archive. Where it is cut off or damaged, it ends with one that is broken."""

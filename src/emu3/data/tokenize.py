@@ -118,7 +118,7 @@ class Tokenizer:
         return f"draw {height}x{width}, read {self.sizes.min_pixels}..{self.sizes.max_pixels} pixels, {digest}"
 
     def info(self, source: Source, piece: int) -> ShardInfo:
-        """What a piece's shard says that it was made by: so one of a folder that was changed is not taken for done.
+        """What a piece's shard says that it was made by: so one of a source that was changed is not taken for done.
 
         A source may have a method `fingerprint(piece)`, whose value changes with what is in the piece.
         """
