@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from emu3.checkpoints.load import load_model
 from emu3.data.samples import Part, Sample
 from emu3.data.shards import ShardInfo, write_shard
 from emu3.generation.sampling import Sampling
 from emu3.pipeline import Emu3Pipeline
 from emu3.segments import Text, Visual
 from emu3.testing import write_tiny_checkpoint
-from emu3.training.dpo import DPO, DPOSettings, Pair, PairBatches, batch_of, dpo_losses, pair_of
+from emu3.training.dpo import DPO, DPOSettings, Pair, PairBatches, batch_of, dpo_losses, pair_of, write_pairs
 from emu3.training.grpo import (
     GRPO,
     GRPOSettings,
@@ -173,7 +174,7 @@ def test_adapters_that_are_switched_off_are_the_model_at_the_start(pipeline, fre
 
     reference, settings = Reference(fresh.model, None), DPOSettings()
     answers = batch_of([Pair("a", RED, picture(1), picture(2))], pipeline.layout, settings).answers
-    with pytest.raises(ValueError, match="no adapters; give the reference a copy"):
+    with pytest.raises(ValueError, match=r"no adapters to switch off; .* or compare with a copy"):
         reference.score(answers, settings.sampling)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False), fresh.model)
     wanted = score(pipeline.model, answers, settings.sampling).log_probabilities
@@ -308,8 +309,12 @@ def test_all_right_teaches_nothing(fresh):
     result.loss.backward()
 
 
-def test_functions_by_name():
+def test_functions_by_name(tmp_path, monkeypatch):
     assert load_function("math:sqrt") is math.sqrt
+    (tmp_path / "rewards_of_mine.py").write_text("def five(prompt, picture):\n    return 5.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    assert load_function("rewards_of_mine:five")("a cat", None) == 5
     for name in ("math", "math:nothing", "nowhere.at.all:f", "math:pi"):
         with pytest.raises(ValueError, match="give module:function"):
             load_function(name)
@@ -354,7 +359,8 @@ def test_recipe_of_rewards(pipeline, tmp_path):
         ({"reward": "math:pi"}, "is no function"),
         ({"prompts": "nowhere.txt"}, "no such file"),
         ({"method": "ppo"}, "method"),
-        ({"method": "dpo"}, "no shards there"),
+        ({"method": "dpo"}, "data is missing"),
+        ({"method": "dpo", "data": ["nowhere"]}, "holds no shards"),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, KINDS, **{**fields, "reward": "math:sqrt", **wrong})
@@ -364,10 +370,15 @@ def test_recipe_of_rewards(pipeline, tmp_path):
 def test_recipe_of_pairs(tmp_path):
     """With adapters: leaves PEFT's two files."""
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny", side=16)
-    info = ShardInfo(tokenizer="t", codebook_size=16, settings="s", source="pairs")
-    write_shard(tmp_path / "pairs" / "0.parquet", info, [_sample(n) for n in range(2)])
+    tokenizer = load_model(checkpoint).model.vqmodel
+    write_pairs(tmp_path / "pairs", [pair_of(_sample(n)) for n in range(2)], tokenizer)
     fields = {"checkpoint": str(checkpoint), "method": "dpo", "data": ["pairs"], "steps": 6, "batch_size": 2}
     out = run(tmp_path, KINDS, **fields, rank=2, learning_rate=3e-2, report_every=2, dpo={"beta": 0.5})
     assert (out / "adapter_model.safetensors").is_file() and (out / "adapter_config.json").is_file()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[0]["loss"] > log[-1]["loss"] and log[-1]["margin"] > 0
+    with torch.no_grad():
+        next(tokenizer.parameters()).add_(1)
+    write_pairs(tmp_path / "pairs", [pair_of(_sample(n)) for n in range(2)], tokenizer)
+    with pytest.raises(ValueError, match="shards of another tokenizer"):
+        run(tmp_path, KINDS, **fields)

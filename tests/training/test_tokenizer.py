@@ -55,6 +55,8 @@ def test_from_a_folder_to_a_tokenizer_and_its_fine_tuned_decoder(folder, tmp_pat
         sheet_every=3,
         held_out_crops=4,
     )
+    with pytest.raises(ValueError, match="lies within the data"):
+        train_vision(recipe, folder / "out")
     train_vision(recipe, tmp_path / "out")
     log = read_log(tmp_path / "out")
     assert [line["step"] for line in log] == [3, 6]

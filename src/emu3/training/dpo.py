@@ -24,13 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3.data.samples import Sample
-from emu3.data.shards import Shard
+from emu3.data.samples import Part, Sample
+from emu3.data.shards import Shard, ShardInfo, shard_name, write_shard
+from emu3.data.tokenize import tokenizer_hash
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
 from emu3.layout import Layout
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.modeling.vision import Emu3VQVAE
 from emu3.segments import Shape, Text, Visual
 from emu3.training.loop import StepResult
 from emu3.training.recipe import Checked
@@ -86,6 +88,19 @@ def pair_of(sample: Sample) -> Pair:
             "train = false"
         )
     return Pair(sample.key, contents[0].text, contents[1], contents[2])
+
+
+def write_pairs(folder: Path, pairs: Sequence[Pair], tokenizer: Emu3VQVAE) -> None:
+    """Writes pairs, whose codes `tokenizer` made, as a shard; a recipe's `data` names the folder."""
+    size = tokenizer.config.codebook_size
+    info = ShardInfo(tokenizer=tokenizer_hash(tokenizer), codebook_size=size, settings="pairs", source="pairs")
+    samples = [
+        Sample(
+            each.key, (Part("prompt", Text(each.prompt)), Part("draw", each.chosen), Part("draw", each.rejected, False))
+        )
+        for each in pairs
+    ]
+    write_shard(folder / shard_name(0), info, samples)
 
 
 class PairBatch(NamedTuple):

@@ -18,7 +18,7 @@ from emu3.generation.sampling import guide, implausible
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.quantization import dequantize_head
-from emu3.training.loop import StepResult, run_loop
+from emu3.training.loop import StepResult, rate_factor, run_loop
 from emu3.training.machine import autocast, training_device
 from emu3.training.objective import attend_on_cpu
 from emu3.training.recipe import RunSettings
@@ -174,8 +174,7 @@ def make_optimizers(head: nn.Module) -> list[torch.optim.Optimizer]:
 
 def learning_rates(recipe: DraftRecipe, step: int) -> list[float]:
     """The rates of a step, of Muon and of AdamW: rising, flat, then falling to zero."""
-    falling = (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps)
-    factor = min(1.0, (step + 1) / recipe.warmup, falling)
+    factor = rate_factor(step, recipe.steps, recipe.warmup, recipe.decay_share)
     return [recipe.learning_rate * factor, recipe.other_learning_rate * factor]
 
 

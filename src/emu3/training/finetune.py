@@ -35,7 +35,7 @@ from emu3.training.machine import computes_in, training_device
 from emu3.training.plan import Plan, make_plan, plain_time
 from emu3.training.replay import make_replay
 from emu3.training.sequences import SequenceBuilder, Weights
-from emu3.training.state import saved_states, step_of
+from emu3.training.state import require_outside, saved_states, step_of
 
 Say = Callable[[str], object]
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -207,8 +207,7 @@ def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed
 def _check_folder(folder: Path, model: str, data: str, wishes: Wishes) -> None:
     """Notes in the folder what it is for. ValueError where it is for something else, or lies within the data."""
     place = Path(data).resolve() if Path(data).exists() else None
-    if place is not None and place.is_dir() and folder.resolve().is_relative_to(place):
-        raise ValueError(f"{folder} lies within the data, {data}, and would become part of them; name another folder")
+    require_outside(folder, data)
     asked: dict[str, Any] = {"model": model, "data": str(place or data)} | asdict(replace(wishes, steps=None))
     note = folder / "asked.json"
     if note.is_file():

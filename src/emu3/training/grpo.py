@@ -11,6 +11,8 @@ division by the deviation: Liu et al., arXiv 2503.20783. Only tokens with a choi
 estimate of the distance: the third of Schulman, "Approximating KL divergence".
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +29,10 @@ from emu3.generation.events import Failed, Finished
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling
 from emu3.pipeline import Emu3Pipeline
+from emu3.training.adapters import merged_adapters
 from emu3.training.loop import StepResult
 from emu3.training.recipe import Checked
-from emu3.training.scoring import Answers, Reference, Scores, merged, score
+from emu3.training.scoring import Answers, Reference, Scores, score
 
 Reward = Callable[[str, Image.Image], float]
 """(prompt, picture) -> how good it is; 1 for one that is right."""
@@ -39,8 +42,13 @@ GroupReward = Callable[[str, Sequence[Image.Image]], list[float]]
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that "module:function" names. ValueError where there is none."""
+    """The function that "module:function" names; a module may be a file of the current folder.
+
+    ValueError where there is none.
+    """
     module, colon, function = name.partition(":")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
     try:
         found = getattr(import_module(module), function) if colon else None
     except (ImportError, AttributeError) as error:
@@ -219,7 +227,7 @@ class GRPO(nn.Module):
         first = batch.part not in self._parts
         if first:
             # As a user draws: the weights with their adapters, in their own precision.
-            with merged(self.model), torch.autocast(self.model.lm_head.weight.device.type, enabled=False):
+            with merged_adapters(self.model), torch.autocast(self.model.lm_head.weight.device.type, enabled=False):
                 self._others[0].engine.refresh()
                 drawn = self.draw(batch)
             self._parts[batch.part] = self.score(drawn)

@@ -6,12 +6,11 @@ is constant, and over the last part it falls linearly to zero, so that a run can
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +32,9 @@ from emu3.options import Draw
 from emu3.processing import Emu3Processor
 from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
+from emu3.training.adapters import add_adapters
 from emu3.training.drawings import Drawings
-from emu3.training.loop import Hook, run_loop
+from emu3.training.loop import Hook, rate_factor, run_loop
 from emu3.training.machine import computes_in
 from emu3.training.objective import NextTokenLoss, Rows
 from emu3.training.packing import NEVER, MixedSource, Schedule
@@ -218,22 +218,11 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> None:
 
 def lora(recipe: LoraRecipe, folder: Path) -> None:
     """Trains by the recipe, from the last saved state if any; leaves an adapter in the folder."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("adapters need PEFT; pip install 'emu3[train]'") from error
     source = resolve(recipe.checkpoint)
     dtype = "auto" if computes_in(recipe) is torch.bfloat16 else torch.float32
     model, processor = load_model(source, dtype=dtype), load_processor(source)
     torch.manual_seed(recipe.seed)
-    targets = rf".*text_model\.layers\..*\.({'|'.join(recipe.modules)})"
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=cast(int, recipe.alpha), lora_dropout=recipe.dropout, target_modules=targets
-    )
-    model.requires_grad_(False)
-    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        adapted = get_peft_model(cast(Any, model), config)
+    adapted = add_adapters(model, recipe.rank, recipe.alpha, recipe.modules, recipe.dropout)
     train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
     save_adapter(adapted, recipe.checkpoint, folder)
 
@@ -374,7 +363,6 @@ def make_optimizers(recipe: LanguageRecipe, model: nn.Module) -> list[torch.opti
 
 def learning_rates(recipe: LanguageRecipe, step: int) -> list[float]:
     """The rates of a step, of the layers' matrices and of all else: rising, flat, then falling to zero."""
-    falling = (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps)
-    factor = min(1.0, (step + 1) / max(1, recipe.warmup), falling)
+    factor = rate_factor(step, recipe.steps, recipe.warmup, recipe.decay_share)
     other = recipe.learning_rate if recipe.embedding_learning_rate is None else recipe.embedding_learning_rate
     return [recipe.learning_rate * factor, other * factor]

@@ -65,6 +65,12 @@ class TrainingStopped(ValueError):
     """The loss is no number, or many times what it was."""
 
 
+def rate_factor(step: int, steps: int, warmup: int, decay_share: float) -> float:
+    """What a step's rate is of the highest: rising over the warm-up, then 1, over the last share falling to zero."""
+    falling = (steps - step) / max(1.0, decay_share * steps)
+    return min(1.0, (step + 1) / max(1, warmup), falling)
+
+
 def run_loop(
     settings: RunSettings,
     folder: Path,

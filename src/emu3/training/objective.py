@@ -5,8 +5,7 @@ Letters: S, E, N, K, D, V, see CONTRIBUTING.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emu3.data.shards import Shard
+from emu3.training.adapters import without_adapters
 from emu3.training.loop import StepResult
 from emu3.training.moving import moved_sample
 from emu3.training.packing import Schedule
@@ -251,24 +251,6 @@ def _held_samples(row: Row) -> tuple[Tensor, list[int]]:
     is_held = [bool(row.held_S[start]) for start in starts]
     own_S = torch.repeat_interleave(torch.tensor([*is_held, False]), torch.tensor([*row.lengths, rest]))
     return own_S, [length for length, own in zip(row.lengths, is_held, strict=True) if own]
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The checkpoint as it was. ValueError for a model without adapters, which has no checkpoint to go back to."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
-    if not layers:
-        raise ValueError("only a model with adapters can be held to what its checkpoint expects; train with LoRA")
-    trains = model.training
-    model.eval()  # without dropout, too
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        model.train(trains)
 
 
 def _cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

@@ -71,11 +71,6 @@ class Schedule:
                 raise ValueError(f"no source for step {step}; give one whose steps cover it")
         self._restart()
 
-    @property
-    def left_out(self) -> list[int]:
-        """How many samples of each source are longer than a row."""
-        return [len(source.lengths) - len(fit) for source, fit in zip(self.sources, self._fitting, strict=True)]
-
     def row(self, step: int, row: int) -> tuple[Place, ...]:
         """The samples of a row, in order. Steps that come one after the other are found fastest."""
         if step < self._step:

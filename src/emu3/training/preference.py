@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,14 +14,16 @@ from torch import nn
 
 from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.data.shards import open_shards
+from emu3.data.tokenize import tokenizer_hash
 from emu3.layout import Emu3Layout
 from emu3.modeling.draft import load_draft
-from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.pipeline import Emu3Pipeline
 from emu3.tokenization import PlainText
+from emu3.training.adapters import add_adapters
 from emu3.training.dpo import DPO, DPOSettings, PairBatches
 from emu3.training.grpo import GRPO, GRPOSettings, PromptBatch, load_function
-from emu3.training.loop import run_loop
+from emu3.training.loop import rate_factor, run_loop
 from emu3.training.machine import training_device
 from emu3.training.recipe import RunSettings
 from emu3.training.results import configured_dtype, save_adapter, save_checkpoint, stored_dtype
@@ -123,7 +125,7 @@ def prefer(recipe: PreferenceRecipe, folder: Path, source: PromptSource | None =
     torch.manual_seed(recipe.seed)
     adapted: Any = None
     if recipe.rank:
-        adapted = add_adapters(model, recipe)
+        adapted = add_adapters(model, recipe.rank, recipe.alpha, recipe.modules)
         reference = Reference(model, None)
     else:
         reference = Reference(model, copy.deepcopy(model).to(training_device()))
@@ -150,31 +152,24 @@ def make_optimizers(recipe: PreferenceRecipe, objective: nn.Module) -> list[torc
 
 def learning_rates(recipe: PreferenceRecipe, step: int) -> list[float]:
     """The rate of a step: rising, flat, then falling to zero."""
-    falling = (recipe.steps - step) / max(1.0, recipe.decay_share * recipe.steps)
-    return [recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup), falling)]
-
-
-def add_adapters(model: Emu3ForConditionalGeneration, recipe: PreferenceRecipe) -> Any:
-    """Adapters of low rank beside the matrices of the model's layers, in place."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("adapters need PEFT; pip install 'emu3[train]'") from error
-    targets = rf".*text_model\.layers\..*\.({'|'.join(recipe.modules)})"
-    config = LoraConfig(r=recipe.rank, lora_alpha=cast(int, recipe.alpha), target_modules=targets)
-    return get_peft_model(cast(Any, model), config)
+    return [recipe.learning_rate * rate_factor(step, recipe.steps, recipe.warmup, recipe.decay_share)]
 
 
 Made = Callable[[Emu3Pipeline, Reference], tuple[nn.Module, Callable[[int, int], Any]]]
 
 
 def _dpo(recipe: PreferenceRecipe) -> Made:
-    paths = tuple(path for folder in recipe.data for path in sorted(folder.glob("*.parquet")))
-    if not paths:
-        raise ValueError(f"data = {[str(path) for path in recipe.data]}: no shards there; name folders with pairs")
+    if not recipe.data:
+        raise ValueError(
+            "data is missing; name folders with shards of pairs, as `write_pairs` of emu3.training.dpo makes"
+        )
+    for folder in recipe.data:
+        open_shards(folder)
 
     def make(pipeline: Emu3Pipeline, reference: Reference) -> tuple[nn.Module, Callable[[int, int], Any]]:
         layout = Emu3Layout(pipeline.model.model.vocabulary, PlainText(pipeline.processor.tokenizer))
+        own = tokenizer_hash(pipeline.model.model.vqmodel)
+        paths = tuple(Path(shard.path) for folder in recipe.data for shard in open_shards(folder, own))
         batches = PairBatches(paths, layout, recipe.dpo, recipe.seed, recipe.batch_size)
         return DPO(pipeline.model, recipe.dpo, reference), batches
 

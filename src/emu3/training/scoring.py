@@ -9,19 +9,18 @@ top-k and top-p. Only tokens count for which the grammar leaves a choice.
 Shapes: B lanes, S tokens of a lane, E model width, V legal ids, T tokens with a choice, of all answers.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emu3.generation.request import Request
 from emu3.generation.sampling import Sampling, guide, implausible, restrict
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.training.adapters import without_adapters
 from emu3.training.objective import attend_on_cpu
 
 # Logits that are computed at once: all of them in float32 would take more memory than all else.
@@ -172,41 +171,5 @@ class Reference:
         """`score`, by the model as it was."""
         if self.copy is not None:
             return score(self.copy, answers, sampling)
-        with _without_adapters(self.model):
+        with without_adapters(self.model):
             return score(self.model, answers, sampling)
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """With the model's adapters, if there are any, added to its weights: so the engine reads them, after `refresh`."""
-    layers = _adapted(model)
-    try:
-        for layer in layers:
-            layer.merge()
-        yield
-    finally:
-        for layer in layers:
-            layer.unmerge()
-
-
-@contextmanager
-def _without_adapters(model: nn.Module) -> Iterator[None]:
-    layers = _adapted(model)
-    if not layers:
-        raise ValueError("the model has no adapters; give the reference a copy of its first weights")
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-def _adapted(model: nn.Module) -> list[Any]:
-    """The layers with adapters of peft. Without peft there are none."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

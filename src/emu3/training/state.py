@@ -138,6 +138,13 @@ def require_output(folder: Path) -> Path:
     return folder
 
 
+def require_outside(folder: Path, data: str | Path) -> None:
+    """`ValueError` where a run's folder lies within a folder of data, of which its drawings would become a part."""
+    place = Path(data).resolve()
+    if place.is_dir() and folder.resolve().is_relative_to(place):
+        raise ValueError(f"{folder} lies within the data, {data}, and would become part of them; name another folder")
+
+
 def write_log(folder: Path, **values: float) -> str:
     """Appends a report to FOLDER/log.jsonl; returns it as a line for people."""
     line = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}

@@ -15,7 +15,7 @@ from emu3.training.crops import Crops, CropSettings, find_media, split
 from emu3.training.held_out import HeldOut
 from emu3.training.loop import Hook, run_loop
 from emu3.training.results import is_first_process
-from emu3.training.state import write_log
+from emu3.training.state import require_outside, write_log
 from emu3.training.vision import PictureBatch, VisionObjective, VisionSettings, learning_rate, load_tokenizer
 
 
@@ -73,6 +73,7 @@ MakeBatch = Callable[[int, int], PictureBatch]
 
 def train_vision(recipe: VisionRecipe, folder: Path) -> None:
     """Runs the recipe to its end, from its last saved state if any; leaves the tokenizer in `folder/vision`."""
+    require_outside(folder, recipe.source)
     torch.manual_seed(recipe.seed)
     tokenizer, fresh = load_tokenizer(recipe)
     check_sizes(recipe, tokenizer.spatial_scale_factor, tokenizer.config.temporal_downsample_factor)
