@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Emu3ForConditionalGeneration as ReferenceModel
 
 from emu3 import cli
+from emu3.checkpoints import resolve
 from emu3.checkpoints.config import RefusedTensorsError
 from emu3.checkpoints.convert import convert
 from emu3.checkpoints.info import inspect
@@ -397,3 +398,9 @@ def test_a_killed_conversion_leaves_nothing_that_loads(checkpoints, tmp_path: Pa
     assert len(rounds) == 20 and len(midway) >= 3  # how many depends on what else runs
     for result in rounds:
         assert result["halves"] == [] and result["completed"], result
+
+
+def test_what_a_checkpoint_recommends_goes_along(tmp_path: Path) -> None:
+    for layout in ("legacy", "documented"):
+        convert(resolve("nano") if layout == "legacy" else tmp_path / "legacy", tmp_path / layout, to=layout)
+        assert read_config(tmp_path / layout)["drawing"] == {"guidance_scale": 1.5, "guidance_floor": 0.05}

@@ -1,5 +1,6 @@
 """How likely each id was, as the engine that chose it says: as the model itself says when it reads the whole answer."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,14 @@ WARM = Sampling(1.3, top_k=12, top_p=0.95)
 def requests(model, vocabulary):
     """Pictures and clips, guided and not, one with pinned codes."""
     end = (vocabulary.boi, 1, vocabulary.img)
-    guidances = [Guidance((vocabulary.bos, *end), 3.0), None, Guidance((vocabulary.bos, *end), lambda p: 1 + 2 * p)]
+    negative = vocabulary.bos, *end
+    guidances = [
+        Guidance(negative, 3.0),
+        None,
+        Guidance(negative, lambda p: 1 + 2 * p),
+        Guidance(negative, 3.0, floor=0.6),
+        Guidance(negative, lambda p: 2 * p, floor=0.6),
+    ]
     grammars = [
         GridGrammar(3, 4, vocabulary=vocabulary),
         GridGrammar(2, 3, 2, vocabulary=vocabulary),
@@ -53,6 +61,9 @@ def scored(model, request, ids):
             rows = [each[k : k + 1, lo:hi].float() for each in logits]
             scale = request.guidance_at(request.grammar, k)
             guided = rows[0] if scale is None else guide(rows[0], rows[1], scale)
+            if scale is not None and scale > 1 and request.guidance.floor:
+                lowest = rows[0].max() + math.log(request.guidance.floor)
+                guided = guided.masked_fill(rows[0] < lowest, -torch.inf)
             found[k] = probabilities(guided, request.sampling_of(request.grammar.kind))[0, id_ - lo].log()
     return found
 

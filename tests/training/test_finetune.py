@@ -135,6 +135,7 @@ def test_neighbours_have_known_words_in_place_of_new_ones():
         ["a red rocket", "a blue rocket and a rocket", "a red cat", "shiny rocket"], KNOWN, 50, 3
     )
     assert neighbours(["a red cat", "rocket", "a green rocket"], KNOWN, 5, 0) == []
+    assert set(neighbours(["A red Rocket."], KNOWN, 5, 0)) == {"A red cat."}
     assert neighbours([], KNOWN, 5, 0) == neighbours(["a red rocket"], [], 5, 0) == []
 
 

@@ -12,10 +12,12 @@ from emu3.data.samples import Part, Sample
 from emu3.data.shards import ShardInfo, write_shard
 from emu3.data.tokenize import tokenizer_hash
 from emu3.modeling.text import Emu3ForCausalLM
+from emu3.options import Draw
 from emu3.pipeline import Emu3Pipeline
 from emu3.segments import Text, Visual
 from emu3.tokenization import train_tokenizer, vocabulary_map
 from emu3.training.language import (
+    DrawingSettings,
     FinetuneRecipe,
     LanguageRecipe,
     LoraRecipe,
@@ -143,6 +145,7 @@ def test_from_scratch(pets, tiny_checkpoint, tmp_path):
         vision=tmp_path / "vision",
         text_entries=258,
         image_area=2304,
+        drawing=DrawingSettings(guidance_scale=1.5),
         image_processor=PictureSettings(min_pixels=64, max_pixels=2304),
     )
     pretrain(recipe, tmp_path / "run")
@@ -151,6 +154,7 @@ def test_from_scratch(pets, tiny_checkpoint, tmp_path):
     assert (tmp_path / "run" / "drawings" / "step-000030.png").is_file()
     pipeline = Emu3Pipeline.from_pretrained(tmp_path / "run")
     assert pipeline.image("a red cat", seed=0)[0].size == (48, 48)
+    assert pipeline.settled(Draw()).guidance_scale == 1.5
     tokenizer = load_processor(tmp_path / "run").tokenizer
     assert tokenizer.encode("a red cat", add_special_tokens=False) != list(b"a red cat")
 

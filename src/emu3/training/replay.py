@@ -72,13 +72,14 @@ def neighbours(captions: Sequence[str], known: Sequence[str], count: int, seed: 
     """Up to `count` captions like these, of known words alone: "a red castle" becomes "a red cat".
 
     A word that no known text has is replaced by one that stands behind the same word in a known text. These are the
-    prompts that a checkpoint forgets first: they differ from the new captions by the new word alone.
+    prompts that a checkpoint forgets first: they differ from the new captions by the new word alone. Capital letters,
+    and full stops and commas behind a word, make no other word of it.
     """
     following: dict[str, list[str]] = {}
     for text in known:
-        for word, follower in pairwise(text.split()):
+        for word, follower in pairwise(map(_bare, text.split())):
             following.setdefault(word, []).append(follower)
-    words_known = {word for text in known for word in text.split()}
+    words_known = {_bare(word) for text in known for word in text.split()}
     fit = [text for text in captions if _can_replace(text.split(), words_known, following)]
     if not fit:
         return []
@@ -87,17 +88,22 @@ def neighbours(captions: Sequence[str], known: Sequence[str], count: int, seed: 
     for _ in range(count):
         words = fit[int(rng.integers(len(fit)))].split()
         for place, word in enumerate(words):
-            if word not in words_known:
-                choices = following[words[place - 1]]
-                words[place] = choices[int(rng.integers(len(choices)))]
+            if (bare := _bare(word)) not in words_known:
+                choices = following[_bare(words[place - 1])]
+                words[place] = choices[int(rng.integers(len(choices)))] + word[len(bare) :]
         made.append(" ".join(words))
     return made
 
 
 def _can_replace(words: Sequence[str], known: Collection[str], following: Mapping[str, Sequence[str]]) -> bool:
     """Whether a caption has unknown words, and something is known to stand behind the word before each."""
-    new = [place for place, word in enumerate(words) if word not in known]
-    return bool(new) and all(place > 0 and words[place - 1] in following for place in new)
+    new = [place for place, word in enumerate(words) if _bare(word) not in known]
+    return bool(new) and all(place > 0 and _bare(words[place - 1]) in following for place in new)
+
+
+def _bare(word: str) -> str:
+    """A word in small letters, without what closes a clause behind it."""
+    return word.lower().rstrip(".,;:!?")
 
 
 def _draw(pipeline: Emu3Pipeline, prompts: Sequence[str], seed: int) -> list[Result]:
