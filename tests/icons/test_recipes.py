@@ -64,12 +64,12 @@ def test_batches_depend_on_seed_and_step_only():
 
 
 def test_pictures_of_a_batch():
-    pixels, codes, step = make_picture_batch([(32, 40)], None, 3, 0, 7)
+    pixels, codes, step = make_picture_batch([(32, 40)], None, 3, 0, 0.0, 7)
     pictures = torch.from_numpy(np.stack([render(scene) for scene in sample_batch([(32, 40)], 3, 0, 7)]))
     torch.testing.assert_close(pixels, pictures.movedim(-1, 1) / 127.5 - 1)
     assert codes is None  # without a design
     assert step == 7
-    other = make_picture_batch([(32, 40)], None, 3, 0, 7, part=1)
+    other = make_picture_batch([(32, 40)], None, 3, 0, 0.0, 7, part=1)
     assert not torch.equal(other.pixels, pixels)
 
 

@@ -5,6 +5,7 @@ must change the codes of every glyph alike. Learned codes are not regular: the s
 in two colours. Scenes are known exactly, so a codebook can be designed that gives every cell of 4x4 pixels its code.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emu3.icons.scenes import BACKGROUNDS, COLORS, LATTICE, Scene, cells_of
-from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
+from emu3.icons.scenes import BACKGROUNDS, COLORS, LATTICE, SIDES, Scene, cells_of
+from emu3.icons.sprites import ICON, NOUNS, noun_index, scaled_mask
 from emu3.training.codebook import k_means
 
 SCALE = 2.0
@@ -30,23 +31,20 @@ class Design:
     Attributes:
         codebook: (codes, 16 + 3 + 1): the pixels of the shape; the colour of the ink, or of the background where there
             is no ink; the tone, a number for the background.
-        shape_of_cell: the shape of each cell of each glyph, (nouns, 4, 4).
+        shape_of_cell: for each size of a glyph in pixels, the shape of each cell of each glyph, (nouns, cells, cells).
     """
 
     codebook: Tensor
-    shape_of_cell: NDArray[np.int64]
+    shape_of_cell: Mapping[int, NDArray[np.int64]]
 
     @classmethod
     def of(cls, shapes: int) -> Self:
         """The design with at least two shapes: the empty one, and clusters of the inked cells of all glyphs."""
         if shapes < 2:
             raise ValueError(f"shapes={shapes} leaves only the empty one; give at least 2")
-        side = ICON // LATTICE
-        glyphs = torch.from_numpy(np.stack([mask(noun) for noun in NOUNS])).float()
-        cells = glyphs.unfold(1, LATTICE, LATTICE).unfold(2, LATTICE, LATTICE).flatten(3).flatten(0, 2)  # (cells, 16)
-        inked = cells.amax(1) > 0
-        shape_vectors = torch.cat((torch.zeros(1, LATTICE**2), k_means(cells[inked].unique(dim=0), shapes - 1)))
-        nearest = torch.cdist(cells, shape_vectors).argmin(1).where(inked, 0)
+        cells = _cells_of_glyphs(ICON).flatten(0, 2)
+        inked = cells[cells.amax(1) > 0].unique(dim=0)
+        shape_vectors = torch.cat((torch.zeros(1, LATTICE**2), k_means(inked, shapes - 1)))
         inks, backgrounds = (
             SCALE * (torch.tensor(list(colors.values())) / 127.5 - 1) for colors in (COLORS, BACKGROUNDS)
         )
@@ -57,16 +55,37 @@ class Design:
             for ink in (None, *inks)
             for background, tone in zip(backgrounds, tones, strict=True)
         ]
-        return cls(torch.stack(vectors), nearest.view(len(NOUNS), side, side).numpy())
+        return cls.of_codebook(torch.stack(vectors))
+
+    @classmethod
+    def of_codebook(cls, codebook: Tensor) -> Self:
+        """The design whose codebook this is, such as that of a trained tokenizer."""
+        shape_vectors = codebook[:: (1 + len(COLORS)) * len(BACKGROUNDS), : LATTICE**2]
+        shape_of_cell = {}
+        for side in SIDES:
+            cells = _cells_of_glyphs(side)
+            nearest = torch.cdist(cells.flatten(0, 2), shape_vectors).argmin(1).view(cells.shape[:3])
+            shape_of_cell[side] = nearest.where(cells.amax(3) > 0, 0).numpy()
+        return cls(codebook, shape_of_cell)
+
+    def shapes_of(self, noun: str, side: int) -> NDArray[np.int64]:
+        """The shape of each cell of a glyph of so many pixels a side, (side / 4, side / 4)."""
+        return self.shape_of_cell[side][noun_index(noun)]
 
     def codes_of(self, scene: Scene) -> NDArray[np.int64]:
         """The codes (H, W) of a scene."""
         background = list(BACKGROUNDS).index(scene.background)
         codes_HW = np.full((scene.height // LATTICE, scene.width // LATTICE), background)
         for thing in scene.objects:
-            shapes = self.shape_of_cell[noun_index(thing.noun)]
+            shapes = self.shapes_of(thing.noun, thing.side)
             ink = 1 + list(COLORS).index(thing.color)
             inked = (shapes * (1 + len(COLORS)) + ink) * len(BACKGROUNDS) + background
             box = codes_HW[cells_of(thing)]
             box[:] = np.where(shapes > 0, inked, box)
         return codes_HW
+
+
+def _cells_of_glyphs(side: int) -> Tensor:
+    """The pixels of each cell of each glyph in a size, (nouns, cells, cells, 16)."""
+    glyphs = torch.from_numpy(np.stack([scaled_mask(noun, side) for noun in NOUNS]))
+    return glyphs.unfold(1, LATTICE, LATTICE).unfold(2, LATTICE, LATTICE).flatten(3)

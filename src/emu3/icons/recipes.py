@@ -15,6 +15,7 @@ from emu3.configuration import Emu3VQVAEConfig
 from emu3.data.shards import ShardInfo, shard_name, write_shard
 from emu3.data.tokenize import tokenizer_hash
 from emu3.icons.design import Design
+from emu3.icons.motion import CLIP_TASKS, FRAMES, MAX_SCENES, Clip, render_clip, sample_clip
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
     ENCODED_AT_ONCE,
@@ -53,12 +54,16 @@ class IconVisionRecipe(VisionSettings):
 
     Attributes:
         sizes: height and width, in pixels, of the pictures of a batch are one of these.
-        shapes: of a designed codebook; None: the codebook is learned.
+        shapes: of a designed codebook; None: the codebook is learned, or that of the tokenizer to start from.
+        clip_share: share of the batches that are clips, as many as have `batch_size` frames.
+        sheet_every: steps between two measurements with a sheet; None: measured at the end, without a sheet.
     """
 
     sizes: tuple[tuple[int, int], ...] = SIZES
     shapes: int | None = None
     batch_statistics: bool = True
+    clip_share: float = 0.0
+    sheet_every: int | None = None
 
 
 def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: int, part: int = 0) -> list[Scene]:
@@ -73,12 +78,36 @@ def sample_batch(sizes: Sequence[tuple[int, int]], count: int, seed: int, step: 
 
 
 def make_picture_batch(
-    sizes: Sequence[tuple[int, int]], design: Design | None, count: int, seed: int, step: int, part: int = 0
+    sizes: Sequence[tuple[int, int]],
+    design: Design | None,
+    count: int,
+    seed: int,
+    clip_share: float,
+    step: int,
+    part: int = 0,
 ) -> PictureBatch:
-    """The pictures of a batch, and their codes by the design."""
-    scenes = sample_batch(sizes, count, seed, step, part)
-    codes = None if design is None else torch.from_numpy(np.stack([design.codes_of(scene) for scene in scenes]))
-    return PictureBatch(to_pixels(torch.from_numpy(np.stack([render(scene) for scene in scenes]))), codes, step)
+    """The pictures of a batch, or the clips, and their codes by the design."""
+    if np.random.default_rng([seed, step, part, 1]).random() < clip_share:
+        clips = sample_clips(sizes, count, seed, step, part)
+        frames_BTHWC = torch.from_numpy(np.stack([render_clip(clip) for clip in clips]))
+        scenes_BT: list[Sequence[Scene]] = [clip.scenes for clip in clips]
+        pixels = to_pixels(frames_BTHWC.flatten(0, 1)).unflatten(0, frames_BTHWC.shape[:2])
+    else:
+        scenes_BT = [(scene,) for scene in sample_batch(sizes, count, seed, step, part)]
+        pixels = to_pixels(torch.from_numpy(np.stack([render(scene) for (scene,) in scenes_BT])))
+    if design is None:
+        return PictureBatch(pixels, None, step)
+    codes_BTHW = np.stack([np.stack([design.codes_of(scene) for scene in scenes_T]) for scenes_T in scenes_BT])
+    return PictureBatch(pixels, torch.from_numpy(codes_BTHW), step)
+
+
+def sample_clips(sizes: Sequence[tuple[int, int]], frames: int, seed: int, step: int, part: int = 0) -> list[Clip]:
+    """Clips of one size and length that have so many frames together, but at least one; nothing held out."""
+    rng = np.random.default_rng([seed, step, part, 2])
+    height, width = sizes[int(rng.integers(len(sizes)))]
+    scenes = int(rng.integers(2, MAX_SCENES + 1))
+    tasks = [CLIP_TASKS[index] for index in rng.integers(len(CLIP_TASKS), size=max(1, frames // (FRAMES * scenes)))]
+    return [sample_clip(task, rng, "train", scenes, height, width) for task in tasks]
 
 
 def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
@@ -93,9 +122,13 @@ def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
     if recipe.shapes is not None:
         design = Design.of(recipe.shapes)
         objective.set_codebook(design.codebook)
-    make_batch = partial(make_picture_batch, recipe.sizes, design, recipe.batch_size, recipe.seed)
-    measured = make_picture_batch(recipe.sizes, None, MEASURED_PICTURES, recipe.seed + 2, 0)
-    run_objective(recipe, folder, objective, make_batch, HeldOut(measured.pixels))
+    elif recipe.start is not None:
+        design = Design.of_codebook(objective.codebook.detach().clone())
+    sample = partial(make_picture_batch, recipe.sizes)
+    make_batch = partial(sample, design, recipe.batch_size, recipe.seed, recipe.clip_share)
+    pictures = sample(None, MEASURED_PICTURES, recipe.seed + 2, 0.0, 0).pixels
+    clips = sample(None, MEASURED_PICTURES, recipe.seed + 2, 1.0, 0).pixels if recipe.clip_share else None
+    run_objective(recipe, folder, objective, make_batch, HeldOut(pictures, clips), recipe.sheet_every)
 
 
 def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:

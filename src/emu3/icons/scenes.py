@@ -13,12 +13,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Self, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emu3.icons.sprites import ICON, NOUNS, mask, noun_index
+from emu3.icons.sprites import ICON, NOUNS, noun_index, scaled_mask
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
 Split = Literal["train", "test"]
@@ -31,6 +31,8 @@ TASKS: tuple[Task, ...] = get_args(Task)
 MAX_COUNT = 4
 LATTICE = 4
 SMALLEST_SIDE = 32
+SIDES = (ICON, ICON + 8, ICON + 16)
+"""Pixels a side of a glyph. Scenes of the six tasks have the smallest ones; in clips they grow and shrink."""
 
 # A colour is at least 90 (Euclidean distance in RGB) from every other colour and every background; a test checks it.
 COLORS: dict[str, RGB] = {
@@ -48,17 +50,25 @@ BACKGROUNDS: dict[str, RGB] = {"white": (250, 250, 250), "cream": (253, 242, 214
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One glyph; `x`, `y` are the pixels of its top-left corner."""
+    """One glyph; `x`, `y` are the pixels of its top-left corner, `side` are those of its square, one of `SIDES`."""
 
     noun: str
     color: str
     x: int
     y: int
+    side: int = ICON
 
     def __post_init__(self) -> None:
         noun_index(self.noun)
+        if self.side not in SIDES:
+            raise ValueError(f"side is {self.side}; the sizes are {', '.join(map(str, SIDES))} pixels")
         if self.color not in COLORS:
             raise ValueError(f"no color {self.color!r}; the colors are {', '.join(COLORS)}")
+
+    def overlaps(self, other: Self) -> bool:
+        """Whether their squares do."""
+        along_x = max(self.x, other.x) < min(self.x + self.side, other.x + other.side)
+        return along_x and max(self.y, other.y) < min(self.y + self.side, other.y + other.side)
 
 
 @dataclass(frozen=True)
@@ -80,16 +90,16 @@ class Scene:
         for thing in self.objects:
             if thing.x % LATTICE or thing.y % LATTICE:
                 raise ValueError(f"{thing} lies off the lattice; x and y are multiples of {LATTICE}")
-            if not (0 <= thing.x <= self.width - ICON and 0 <= thing.y <= self.height - ICON):
-                raise ValueError(f"{thing} does not fit into {self.width}x{self.height} pixels; it is {ICON} a side")
+            if not (0 <= thing.x <= self.width - thing.side and 0 <= thing.y <= self.height - thing.side):
+                raise ValueError(f"{thing} does not fit into {self.width}x{self.height} pixels")
         for a, b in combinations(self.objects, 2):
-            if max(abs(a.x - b.x), abs(a.y - b.y)) < ICON:
-                raise ValueError(f"{a} and {b} overlap; move them {ICON} pixels apart along x or y")
+            if a.overlaps(b):
+                raise ValueError(f"{a} and {b} overlap; move them apart")
 
 
 def cells_of(thing: SceneObject) -> tuple[slice, slice]:
     """The rows and the columns of the lattice that an object covers."""
-    top, left, side = thing.y // LATTICE, thing.x // LATTICE, ICON // LATTICE
+    top, left, side = thing.y // LATTICE, thing.x // LATTICE, thing.side // LATTICE
     return slice(top, top + side), slice(left, left + side)
 
 
@@ -105,13 +115,14 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     picture = np.empty((scene.height, scene.width, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        paint(picture, mask(thing.noun), thing.color, thing.x, thing.y)
+        paint(picture, scaled_mask(thing.noun, thing.side), thing.color, thing.x, thing.y)
     return np.rint(picture).astype(np.uint8)
 
 
 def paint(picture: NDArray[np.float32], glyph: NDArray[np.float32], color: str, x: int, y: int) -> None:
-    """Draws a glyph (16, 16), alpha in [0, 1], into a picture (height, width, 3), which changes in place."""
-    tile = picture[y : y + ICON, x : x + ICON]
+    """Draws a glyph (side, side), alpha in [0, 1], into a picture (height, width, 3), which changes in place."""
+    side = len(glyph)
+    tile = picture[y : y + side, x : x + side]
     tile += glyph[..., None] * (np.array(COLORS[color], np.float32) - tile)
 
 
@@ -148,10 +159,10 @@ def is_held_out_pair(noun_a: str, noun_b: str) -> bool:
 
 def contains_held_out(scene: Scene) -> bool:
     """Whether any noun and its colour, or any two nouns of the scene, are held out from training."""
-    return any(_find_held_out([(thing.noun, thing.color) for thing in scene.objects]))
+    return any(find_held_out([(thing.noun, thing.color) for thing in scene.objects]))
 
 
-def _find_held_out(names: Sequence[tuple[str, str]]) -> tuple[bool, bool]:
+def find_held_out(names: Sequence[tuple[str, str]]) -> tuple[bool, bool]:
     """Of (noun, colour) pairs: whether any pair is held out, and whether any two different nouns are."""
     pairs = combinations({noun for noun, _ in names}, 2)
     return any(is_held_out(*name) for name in names), any(is_held_out_pair(*pair) for pair in pairs)
@@ -172,39 +183,40 @@ def sample_scene(task: Task, rng: np.random.Generator, split: Split, height: int
         names = _sample_names(task, rng)
     corners = _sample_corners(len(names), height, width, rng, directed=task == "position")
     objects = tuple(SceneObject(noun, color, x, y) for (noun, color), (x, y) in zip(names, corners, strict=True))
-    return Scene(objects, _choose(BACKGROUNDS, rng), height, width)
+    return Scene(objects, choose(BACKGROUNDS, rng), height, width)
 
 
 def sample_crowd(rng: np.random.Generator, height: int, width: int) -> Scene:
     """A training scene, denser than those of the tasks: eight icons at random places, less those that do not fit."""
-    scene = Scene((), _choose(BACKGROUNDS, rng), height, width)
+    scene = Scene((), choose(BACKGROUNDS, rng), height, width)
     xs, ys = range(0, width - ICON + 1, LATTICE), range(0, height - ICON + 1, LATTICE)
     for _ in range(8):
-        thing = SceneObject(_choose(NOUNS, rng), _choose(COLORS, rng), _choose(xs, rng), _choose(ys, rng))
+        thing = SceneObject(choose(NOUNS, rng), choose(COLORS, rng), choose(xs, rng), choose(ys, rng))
         if all(max(abs(thing.x - other.x), abs(thing.y - other.y)) >= ICON for other in scene.objects):
             fuller = replace(scene, objects=(*scene.objects, thing))
             scene = scene if contains_held_out(fuller) else fuller
     return scene
 
 
-def _choose(options: Collection[Choice], rng: np.random.Generator) -> Choice:
+def choose(options: Collection[Choice], rng: np.random.Generator) -> Choice:
+    """One of them, all alike likely."""
     return list(options)[int(rng.integers(len(options)))]
 
 
 def _sample_names(task: Task, rng: np.random.Generator) -> list[tuple[str, str]]:
     """(noun, colour) of every object, before any regard to the split."""
-    noun, color = _choose(NOUNS, rng), _choose(COLORS, rng)
+    noun, color = choose(NOUNS, rng), choose(COLORS, rng)
     if task in ("single_object", "colors"):
         return [(noun, color)]
     if task == "counting":
         return [(noun, color)] * int(rng.integers(1, MAX_COUNT + 1))
-    other_noun = _choose([name for name in NOUNS if name != noun], rng)
+    other_noun = choose([name for name in NOUNS if name != noun], rng)
     other_colors = [name for name in COLORS if name != color or task != "color_attribution"]
-    return [(noun, color), (other_noun, _choose(other_colors, rng))]
+    return [(noun, color), (other_noun, choose(other_colors, rng))]
 
 
 def _belongs(task: Task, names: list[tuple[str, str]], split: Split) -> bool:
-    new_color, new_pair = _find_held_out(names)
+    new_color, new_pair = find_held_out(names)
     if split == "train":
         return not new_color and not new_pair
     if task == "colors":
@@ -231,7 +243,7 @@ def _place(count: int, free: list[Corner], apart: int, rng: np.random.Generator,
     """Up to `count` corners, drawn one after the other from those still free."""
     corners: list[Corner] = []
     while free and len(corners) < count:
-        x, y = _choose(free, rng)
+        x, y = choose(free, rng)
         corners.append((x, y))
         free = [place for place in free if max(abs(place[0] - x), abs(place[1] - y)) >= apart]
         if directed:

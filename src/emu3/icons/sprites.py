@@ -50,6 +50,17 @@ def mask(noun: str) -> NDArray[np.float32]:
     return load_sprites().masks[noun_index(noun)]
 
 
+@cache
+def scaled_mask(noun: str, side: int) -> NDArray[np.float32]:
+    """Alpha of the glyph in another size, (side, side) float32 in [0, 1], read-only; at 16 pixels it is `mask`."""
+    if side == ICON:
+        return mask(noun)
+    scaled = Image.fromarray(mask(noun)).resize((side, side), Image.Resampling.BICUBIC)
+    alpha: NDArray[np.float32] = np.clip(np.asarray(scaled, np.float32), 0, 1)
+    alpha.setflags(write=False)
+    return alpha
+
+
 def plural(noun: str) -> str:
     """Plural of the noun. `ValueError` for an unknown noun."""
     return load_sprites().plurals[NOUNS[noun_index(noun)]]

@@ -94,7 +94,7 @@ class PictureBatch(NamedTuple):
 
     Attributes:
         pixels: in [-1, 1], of pictures (B, C, H, W) or of clips (B, T, C, H, W).
-        codes: theirs (B, H, W), where the codebook is given.
+        codes: theirs (B, T, H, W), where the codebook is given; T is 1 for pictures.
         step: the number of the training step. Several batches may make one.
     """
 
@@ -210,7 +210,7 @@ class VisionObjective(nn.Module):
             losses_B = losses_B + settings.structure * structure_loss(pixels_BCHW, target_BCHW)
         return losses_B
 
-    def reconstruct(self, pixels: Tensor, codes_BHW: Tensor | None = None, step: int = 0) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, pixels: Tensor, codes_BTHW: Tensor | None = None, step: int = 0) -> tuple[Tensor, Tensor]:
         """Reconstructions, of the shape of `pixels`, and the distance of latents to their codes (B,).
 
         The decoder gets the given codes. Without them it gets the nearest codes, as soon as there is a codebook, and
@@ -223,7 +223,7 @@ class VisionObjective(nn.Module):
         ):
             latents_BTCHW = self.tokenizer.latents(pixels)[1].float()
         with without_autocast(pixels.device):
-            decoded, vectors = self.decoder_input(latents_BTCHW, codes_BHW, step)
+            decoded, vectors = self.decoder_input(latents_BTCHW, codes_BTHW, step)
             distance_B = (latents_BTCHW - vectors.detach()).square().flatten(1).mean(1)
             if vectors.requires_grad:  # the codes are pulled to the latents as well
                 distance_B = distance_B + (latents_BTCHW.detach() - vectors).square().flatten(1).mean(1)
@@ -239,11 +239,11 @@ class VisionObjective(nn.Module):
             return self.tokenizer.quantize(latents_BTCHW)
 
     def decoder_input(
-        self, latents_BTCHW: Tensor, codes_BHW: Tensor | None = None, step: int = 0
+        self, latents_BTCHW: Tensor, codes_BTHW: Tensor | None = None, step: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the decoder gets, and the vectors of the codes; both are the latents while there is no codebook."""
-        if codes_BHW is not None:
-            vectors = self.codebook.detach()[codes_BHW].movedim(-1, 1)[:, None]
+        if codes_BTHW is not None:
+            vectors = self.codebook.detach()[codes_BTHW].movedim(-1, 2)
             return vectors, vectors
         learns, flat = self.training and not self.settings.decoder_only, latents_BTCHW.movedim(2, -1).flatten(0, -2)
         if learns and not self.quantizes:
