@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3.image_processing import Emu3ImageProcessor
-from emu3.layout import Emu3Layout
+from emu3.layout import ClipText, Emu3Layout
 from emu3.processing import Emu3Processor
 from emu3.segments import Shape, Text, Visual
 from emu3.tokenization import PlainText, train_tokenizer, vocabulary_map
@@ -95,6 +95,44 @@ def test_prompts_and_openings_are_those_of_the_processor():
     assert np.array_equal(ids[~stands_in], spelled[~stands_in])
 
 
-def test_a_clip_has_no_spelling_yet():
-    with pytest.raises(ValueError, match="no spelling for 2 frames"):
-        LAYOUT.spell([Visual(np.zeros((2, 3, 3), dtype=int))])
+def clip(frames, height, width, fps=None, seed=0):
+    return Visual(np.random.default_rng(seed).integers(0, 24, (frames, height, width)), fps)
+
+
+def test_a_clip_is_spelled_as_documented():
+    ids = LAYOUT.spell([clip(2, 1, 2, 8.0)])
+    v = V.visual_base
+    codes = clip(2, 1, 2, 8.0).codes_THW[:, 0]
+    words = LAYOUT.words.encode("2*1*2, 8 fps, 1 s")
+    rows = [[*(row + v).tolist(), V.eol, V.eof] for row in codes]
+    assert ids == [V.boi, *words, V.img, *rows[0], *rows[1], V.eoi]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            texts, st.tuples(*[st.integers(2, 5)] * 3, st.none() | st.floats(0.01, 1000).map(lambda x: float(f"{x:g}")))
+        ),
+        max_size=4,
+    )
+)
+def test_clips_that_are_spelled_are_read(parts):
+    segments = [Text(part) if isinstance(part, str) else clip(*part) for part in parts]
+    again = [each for each in LAYOUT.read(LAYOUT.spell(segments)) if isinstance(each, Visual)]
+    clips = [each for each in segments if isinstance(each, Visual)]
+    assert len(again) == len(clips) and all(map(same, clips, again))
+    assert [each.frames_per_second for each in again] == [each.frames_per_second or 24 for each in clips]
+
+
+def test_another_spelling_of_clips():
+    of_univla = Emu3Layout(V, LAYOUT.words, ClipText("{frames}*{height}*{width}"))
+    ids = of_univla.spell([clip(3, 2, 2, 5.0)])
+    assert LAYOUT.words.decode(ids[1 : ids.index(V.img)]) == "3*2*2"
+    (again,) = of_univla.read(ids)
+    assert same(clip(3, 2, 2), again) and again.frames_per_second is None
+    assert not any(isinstance(each, Visual) for each in LAYOUT.read(ids))
+    for wrong in ("{frames}*{height}", "{frames}{height}{width}{depth}", "{frames}{frames}{height}{width}"):
+        with pytest.raises(ValueError, match="must have each of the fields"):
+            ClipText(wrong)
+    with pytest.raises(ValueError, match="above 0"):
+        ClipText(fps=0)

@@ -2,6 +2,10 @@
 
     text       its tokens
     picture    boi H*W img rows eof eoi            H*W: digits of the size in tokens; eol ends each row
+    clip       boi META img rows eof rows eof ... eoi            META: such as 4*12*12, 8 fps, 2 s
+
+How Emu3 spells META is not published. Its paper names what is in it: the size, the frame rate and the duration. UniVLA,
+from the same lab, spells the size as T*H*W. `ClipText` can spell it otherwise.
 
 The rest of the package reads and writes sequences only through a layout, so another family is another class with these
 methods.
@@ -65,22 +69,78 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
+class ClipText:
+    """How the words between boi and img say that a clip follows.
+
+    Attributes:
+        template: the words, with the fields {frames}, {height} and {width}, in tokens, which must be there; {fps}, the
+            pictures a second; and {seconds}, the duration.
+        temporal_factor: pictures that make one frame of tokens.
+        fps: of a clip whose frame rate is not known.
+
+    Raises:
+        ValueError: a field is missing or unknown, or a number is not above 0.
+    """
+
+    template: str = "{frames}*{height}*{width}, {fps} fps, {seconds} s"
+    temporal_factor: int = 4
+    fps: float = 24.0
+
+    def __post_init__(self) -> None:
+        found = re.findall(r"\{(\w*)\}", self.template)
+        missing = [name for name in ("frames", "height", "width") if name not in found]
+        wrong = [name for name in found if name not in _CLIP_FIELDS or found.count(name) > 1]
+        if missing or wrong:
+            raise ValueError(
+                f"the text of clips {self.template!r} must have each of the fields frames, height, width once, and may "
+                f"have fps and seconds; missing: {missing}, wrong: {wrong}"
+            )
+        if self.temporal_factor < 1 or not self.fps > 0:
+            raise ValueError(f"temporal_factor={self.temporal_factor} and fps={self.fps} must be above 0")
+
+    def write(self, shape: Shape) -> str:
+        """The words for a clip."""
+        fps = shape.frames_per_second or self.fps
+        seconds = shape.frames * self.temporal_factor / fps
+        fields = shape._asdict() | {"fps": f"{fps:g}", "seconds": f"{seconds:g}"}
+        return re.sub(r"\{(\w+)\}", lambda field: str(fields[field[1]]), self.template)
+
+    def read(self, words: str) -> Shape | None:
+        """The size of the clip that the words announce; None where they announce none."""
+        parts = re.split(r"\{(\w*)\}", self.template)
+        pattern = "".join(
+            f"(?P<{part}>{_CLIP_FIELDS[part]})" if number % 2 else re.escape(part) for number, part in enumerate(parts)
+        )
+        match = re.fullmatch(pattern, words)
+        if match is None:
+            return None
+        fields = match.groupdict()
+        fps = float(fields["fps"]) if "fps" in fields else None
+        return Shape(*(int(fields[name]) for name in ("height", "width", "frames")), fps or None)
+
+
+_SIZE, _NUMBER = r"[1-9]\d{0,3}", r"\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d\d?)?"
+_CLIP_FIELDS = {"frames": _SIZE, "height": _SIZE, "width": _SIZE, "fps": _NUMBER, "seconds": _NUMBER}
+
+
+@dataclass(frozen=True)
 class Emu3Layout:
-    """The layout that BAAI's Emu3 checkpoints are trained on."""
+    """The layout that BAAI's Emu3 checkpoints are trained on; that of clips is ours."""
 
     vocabulary: Vocabulary
     words: Words
+    clips: ClipText = ClipText()
 
     def opening(self, shape: Shape) -> list[int]:
-        """boi, "H*W", img. ValueError for a clip: how Emu3 opens one is not published."""
-        if shape.frames != 1:
-            raise ValueError(f"Emu3 has no spelling for {shape.frames} frames; give a picture, which is one")
-        return [self.vocabulary.boi, *self.words.encode(f"{shape.height}*{shape.width}"), self.vocabulary.img]
+        """boi, "H*W" or the words for a clip, img."""
+        size = f"{shape.height}*{shape.width}" if shape.frames == 1 else self.clips.write(shape)
+        return [self.vocabulary.boi, *self.words.encode(size), self.vocabulary.img]
 
     def placeholders(self, shape: Shape) -> list[int]:
         """A picture whose codes are not known yet: one placeholder for each visual token and each end of a row."""
         vocabulary, count = self.vocabulary, shape.height * (shape.width + 1)
-        return [*self.opening(shape), *[vocabulary.image_placeholder] * count, vocabulary.eof, vocabulary.eoi]
+        frame = [*[vocabulary.image_placeholder] * count, vocabulary.eof]
+        return [*self.opening(shape), *frame * shape.frames, vocabulary.eoi]
 
     def prompt(self, text: str, shape: Shape) -> list[int]:
         """bos, the text, the opening."""
@@ -127,15 +187,17 @@ class Emu3Layout:
         if ids[start] != self.vocabulary.boi or self.vocabulary.img not in ids[start:]:
             return None
         first = ids.index(self.vocabulary.img, start) + 1
-        size = re.fullmatch(r"([1-9]\d{0,3})\*([1-9]\d{0,3})", self.words.decode(ids[start + 1 : first - 1]))
-        if size is None:
+        words = self.words.decode(ids[start + 1 : first - 1])
+        size = re.fullmatch(rf"({_SIZE})\*({_SIZE})", words)
+        shape = self.clips.read(words) if size is None else Shape(*map(int, size.groups()))
+        if shape is None:
             return None
-        grammar = self.grammar(Shape(*map(int, size.groups())))
+        grammar = self.grammar(shape)
         body = np.array(ids[first : first + grammar.length - 1])
         lo, hi = grammar.span(np.arange(len(body)))
         if len(body) < grammar.length - 1 or not ((lo <= body) & (body < hi)).all():
             return None
-        return Visual(grammar.codes_of(body)), first + len(body)
+        return Visual(grammar.codes_of(body), shape.frames_per_second), first + len(body)
 
     def _text(self, ids: list[int]) -> list[Segment]:
         text = self.words.decode(ids) if ids else ""

@@ -9,11 +9,16 @@ from numpy.typing import NDArray
 
 
 class Shape(NamedTuple):
-    """Size of a picture or clip, in visual tokens."""
+    """Size of a picture or clip, in visual tokens.
+
+    `frames_per_second` is that of a clip's pictures, of which the vision tokenizer makes one frame of tokens out of
+    several; None where it is not known.
+    """
 
     height: int
     width: int
     frames: int = 1
+    frames_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Visual:
     def shape(self) -> Shape:
         """Its size in visual tokens."""
         frames, height, width = self.codes_THW.shape
-        return Shape(height, width, frames)
+        return Shape(height, width, frames, self.frames_per_second)
 
 
 Segment = Text | Visual
