@@ -116,7 +116,7 @@ class ClipText:
             return None
         fields = match.groupdict()
         fps = float(fields["fps"]) if "fps" in fields else None
-        return Shape(*(int(fields[name]) for name in ("height", "width", "frames")), fps or None)
+        return Shape(int(fields["height"]), int(fields["width"]), int(fields["frames"]), fps or None)
 
 
 _SIZE, _NUMBER = r"[1-9]\d{0,3}", r"\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d\d?)?"

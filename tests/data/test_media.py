@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from emu3 import clips
 from emu3.data.media import media_of, open_clip, open_picture_of, picture_size, read_file
 from emu3.data.samples import Media
 
@@ -114,7 +115,9 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     for open_it in (open_picture_of, picture_size):
         with pytest.raises(ValueError, match="exceeds limit of 20 pixels"):
             open_it(Media("picture", encoded()))
-    with pytest.raises(ValueError, match="frames of 512 pixels, more than the limit of 20"):
+    monkeypatch.setattr(clips, "MAX_PIXELS", 2000)
+    assert len(open_clip(Media("clip", video()), 3)) == 3
+    with pytest.raises(ValueError, match="4 frames of 512 pixels are more than 2,000"):
         open_clip(Media("clip", video()), 4)
 
 

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from emu3.clips import Clip, frames_of_animation, frames_of_video, opened_video, stack_frames
 from emu3.data.samples import Media
 
 PICTURES = frozenset(
@@ -32,16 +32,7 @@ MAY_MOVE = frozenset((".gif", ".webp"))
 
 _EXIF, _ORIENTATION, _TURNED = "exif", 0x0112, (5, 6, 7, 8)
 _PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
-# What browsers take for a frame that is shown for no time.
-_MILLISECONDS = 100
 _ADDRESS_IN_MEMORY = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
-
-
-class Clip(NamedTuple):
-    """Frames as bytes, and how many of them a second has, where that is known."""
-
-    frames_THWC: NDArray[np.uint8]
-    frames_per_second: float | None
 
 
 def is_address(file: str | os.PathLike[str]) -> bool:
@@ -116,7 +107,7 @@ def picture_size(media: Media) -> tuple[int, int]:
     Raises ValueError as `open_picture_of` does, where the header tells.
     """
     if media.kind == "clip" and not _is_for_pillow(media):
-        with _opened_clip(media) as (_, stream):
+        with _opened_file(media) as file, opened_video(file) as (_, stream):
             return stream.codec_context.height, stream.codec_context.width
     with _opened(media) as picture:
         width, height = picture.size
@@ -132,12 +123,13 @@ def open_clip(media: Media, max_frames: int) -> Clip:
     Animations are read by Pillow, everything else by PyAV (`pip install 'emu3[video]'`). Raises ValueError with the
     reason for a file that is no clip, is damaged, or has frames of several sizes.
     """
-    frames, rate = (_animation if _is_for_pillow(media) else _video)(media, max_frames)
-    if not frames:
-        raise ValueError("the clip has no frames")
-    if len(sizes := {frame.shape for frame in frames}) > 1:
-        raise ValueError(f"the clip has frames of {len(sizes)} sizes; give it one")
-    return Clip(np.stack(frames), rate)
+    if _is_for_pillow(media):
+        with _opened(media) as picture:
+            frames, rate = frames_of_animation(picture, max_frames)
+    else:
+        with _opened_file(media) as file:
+            frames, rate = frames_of_video(file, max_frames)
+    return Clip(stack_frames(frames), rate)
 
 
 @contextmanager
@@ -192,45 +184,14 @@ def _is_for_pillow(media: Media) -> bool:
     return start[:3] == b"GIF" or start[8:12] == b"WEBP"
 
 
-def _animation(media: Media, max_frames: int) -> tuple[list[NDArray[Any]], float | None]:
-    frames, milliseconds = [], 0.0
-    with _opened(media) as picture:
-        count = getattr(picture, "n_frames", 1)
-        for number in range(min(count, max_frames)):
-            picture.seek(number)
-            frames.append(np.asarray(_as_rgb(picture)))
-            milliseconds += picture.info.get("duration") or _MILLISECONDS
-    return frames, 1000 * len(frames) / milliseconds if count > 1 and milliseconds else None
-
-
-def _video(media: Media, max_frames: int) -> tuple[list[NDArray[Any]], float | None]:
-    frames: list[NDArray[Any]] = []
-    with _opened_clip(media) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate
-        for frame in container.decode(stream):
-            turns = round(getattr(frame, "rotation", 0) / 90) % 4
-            frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
-            if len(frames) >= max_frames:
-                break
-    return frames, float(rate) if rate else None
-
-
 @contextmanager
-def _opened_clip(media: Media) -> Iterator[tuple[Any, Any]]:
-    """Container and stream of a video. Any error inside becomes a ValueError."""
+def _opened_file(media: Media) -> Iterator[BinaryIO]:
+    """The bytes of a clip. Any error inside becomes a ValueError."""
     try:
-        import av
-    except ImportError as error:
-        raise ValueError("videos are read by PyAV; install it by: pip install 'emu3[video]'") from error
-    try:
-        with open_file(media.file) as opened, av.open(opened) as container:
-            if not container.streams.video:
-                raise ValueError("the file has no pictures, only sound")
-            stream = container.streams.video[0]
-            pixels = stream.codec_context.height * stream.codec_context.width
-            if Image.MAX_IMAGE_PIXELS and pixels > 2 * Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"frames of {pixels} pixels, more than the limit of {2 * Image.MAX_IMAGE_PIXELS}")
-            yield container, stream
+        with open_file(media.file) as opened:
+            yield opened
+    except ValueError as error:
+        raise ValueError(_why(error)) from error
     except Exception as error:
         raise ValueError(f"cannot read the clip: {_why(error)}") from error
 

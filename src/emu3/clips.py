@@ -1,0 +1,240 @@
+"""Clips as arrays of frames: read from a list, an array, an animation or a video file, and written as one.
+
+GIF and WebP are read and written by Pillow, everything else by PyAV (`pip install 'emu3[video]'`).
+
+Letters: C, H, T, W, see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from emu3.pictures import read_pixels, to_channels_last
+
+MAX_FRAMES = 1024
+"""Of a clip that is read. A file may have more; who asks for no fewer is told so."""
+
+MAX_PIXELS = 2**29
+"""Of all frames of a clip that is read together: 1.6 GB as bytes, 64 frames of 3840x2160."""
+
+_ANIMATIONS, _VIDEOS = (".gif", ".webp"), (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
+_DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
+# What browsers take for a frame that is shown for no time.
+_MILLISECONDS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames one after the other. A notebook plays it. ValueError where they are no bytes (T, H, W, 3).
+
+    Attributes:
+        frames_THWC: as bytes, RGB.
+        frames_per_second: None where it is not known.
+    """
+
+    frames_THWC: NDArray[np.uint8]
+    frames_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        frames = self.frames_THWC
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+            raise ValueError(
+                f"frames are bytes (T, H, W, 3), at least one pixel, got {frames.dtype} {frames.shape}; see read_clip"
+            )
+
+    def __len__(self) -> int:
+        return len(self.frames_THWC)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The frames."""
+        return [Image.fromarray(frame) for frame in self.frames_THWC]
+
+    def save(self, file: str | os.PathLike[str] | BinaryIO, format: str | None = None) -> None:
+        """Writes it as an animation or a video, by the file's suffix or `format`: GIF, WebP, MP4, MOV, MKV, WebM, AVI.
+
+        A clip whose rate is not known gets 10 frames a second. ValueError for another suffix, for frames that a video
+        cannot have, or where PyAV is needed and not installed; then no file is left.
+        """
+        suffix = format or (Path(os.fspath(file)).suffix if isinstance(file, str | os.PathLike) else "")
+        suffix = f".{suffix.lstrip('.').lower()}"
+        if suffix not in _ANIMATIONS + _VIDEOS:
+            known = ", ".join((*_ANIMATIONS, *_VIDEOS))
+            raise ValueError(f"a clip is not written as {suffix[1:] or 'a file without suffix'!r}; give one of {known}")
+        made = io.BytesIO()
+        (self._write_animation if suffix in _ANIMATIONS else self._write_video)(made, suffix[1:])
+        if isinstance(file, str | os.PathLike):
+            Path(file).write_bytes(made.getvalue())
+        else:
+            file.write(made.getvalue())
+
+    def _write_animation(self, file: BinaryIO, format: str) -> None:
+        rate = self.frames_per_second or 1000 / _MILLISECONDS
+        first, *rest = self.pictures
+        options: dict[str, Any] = {"lossless": True} if format == "webp" else {"disposal": 1}
+        times = [round(1000 * (number + 1) / rate) - round(1000 * number / rate) for number in range(len(self))]
+        first.save(file, format, save_all=True, append_images=rest, duration=times, loop=0, **options)
+
+    def _write_video(self, file: BinaryIO, format: str) -> None:
+        av = _pyav()
+        _, height, width, _ = self.frames_THWC.shape
+        rate = Fraction(self.frames_per_second or 1000 / _MILLISECONDS).limit_denominator(1001)
+        container = {"mkv": "matroska", "m4v": "mp4"}.get(format, format)
+        try:
+            with av.open(file, "w", format=container) as output:
+                stream = output.add_stream("libvpx-vp9" if format == "webm" else "libx264", rate=rate)
+                stream.width, stream.height = width, height
+                # Colours at half the size need even sides.
+                stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+                stream.options = {"crf": "18"}
+                for frame in self.frames_THWC:
+                    pixels = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    output.mux(stream.encode(pixels))
+                output.mux(stream.encode())
+        except av.FFmpegError as error:
+            raise ValueError(f"cannot write a clip of {width}x{height} pixels as {format}: {error}") from error
+
+    def _repr_html_(self) -> str:
+        file = io.BytesIO()
+        self.save(file, "webp")
+        scale = max(1, 192 // max(self.frames_THWC.shape[1:3]))
+        width = scale * self.frames_THWC.shape[2]
+        data = base64.b64encode(file.getvalue()).decode()
+        return f'<img src="data:image/webp;base64,{data}" width="{width}" style="image-rendering: pixelated">'
+
+
+def read_clip(source: Any, max_frames: int = MAX_FRAMES) -> Clip:
+    """The first frames of a clip, at most `max_frames`.
+
+    Args:
+        source: a `Clip`; a list of frames, each as pictures are given; an array or tensor (T, H, W, C) or
+            (T, C, H, W); a PIL animation; the path of an animation or a video; or the bytes of one.
+
+    Raises:
+        ValueError: it is none of these, has no frames or frames of several sizes, or is too large; a file is damaged.
+    """
+    if isinstance(source, Clip):
+        return Clip(stack_frames(list(source.frames_THWC[:max_frames])), source.frames_per_second)
+    if isinstance(source, Image.Image):
+        frames, rate = frames_of_animation(source, max_frames)
+    elif isinstance(source, bytes | str | os.PathLike):
+        frames, rate = _read_file(source, max_frames)
+    else:
+        if not isinstance(source, Sequence) and getattr(source, "ndim", None) != 4:
+            raise ValueError(
+                f"{source!r:.80}, a {type(source).__name__}, is no clip; give a list of frames, an array (T, H, W, C), "
+                "or a file's path"
+            )
+        frames, rate = [_as_bytes(frame) for frame in source[:max_frames]], None
+    return Clip(stack_frames(frames), rate)
+
+
+def _as_bytes(frame: Any) -> NDArray[np.uint8]:
+    pixels, _ = to_channels_last(frame, True, None)
+    if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
+        pixels = pixels * 255
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def stack_frames(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Frames (H, W, C) as one array (T, H, W, C). ValueError where there are none, or of several sizes."""
+    if not len(frames):
+        raise ValueError("the clip has no frames; give at least one")
+    if len(sizes := {frame.shape for frame in frames}) > 1:
+        raise ValueError(f"the clip has frames of {len(sizes)} sizes; give it one")
+    return np.stack(frames)
+
+
+def _read_file(source: bytes | str | os.PathLike[str], max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ValueError(f"there is no file {os.fspath(source)!r:.200}; check the spelling")
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        start = file.read(12)
+        file.seek(0)
+        if not start:
+            raise ValueError("the file is empty")
+        if not is_animation(start):
+            return frames_of_video(file, max_frames)
+        try:
+            with Image.open(file, formats=("GIF", "WEBP", "PNG", "JPEG")) as picture:
+                return frames_of_animation(picture, max_frames)
+        except ValueError:
+            raise
+        except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
+            raise ValueError(f"cannot read the clip, the file looks damaged: {error}") from error
+
+
+def is_animation(start: bytes) -> bool:
+    """Whether a file that begins so is for Pillow."""
+    return start.startswith((b"GIF", b"\x89PNG\r\n\x1a\n", b"\xff\xd8")) or start[8:12] == b"WEBP"
+
+
+def frames_of_animation(picture: Image.Image, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
+    """The first frames of an open animation, and how many a second has; None for a picture that does not move."""
+    count = getattr(picture, "n_frames", 1)
+    check_pixels(picture.width * picture.height, min(count, max_frames))
+    frames, milliseconds = [], 0.0
+    for number in range(min(count, max_frames)):
+        picture.seek(number)
+        frames.append(np.rint(read_pixels(picture, convert_rgb=True)).astype(np.uint8))
+        milliseconds += picture.info.get("duration") or _MILLISECONDS
+    return frames, 1000 * len(frames) / milliseconds if count > 1 and milliseconds else None
+
+
+def frames_of_video(file: BinaryIO, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
+    """The first frames of a video file, turned upright, and how many a second has. ValueError where it is none."""
+    frames: list[NDArray[np.uint8]] = []
+    with opened_video(file) as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        for frame in container.decode(stream):
+            check_pixels(frame.width * frame.height, len(frames) + 1)
+            turns = round(getattr(frame, "rotation", 0) / 90) % 4
+            frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
+            if len(frames) >= max_frames:
+                break
+    return frames, float(rate) if rate else None
+
+
+@contextmanager
+def opened_video(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
+    """Container and stream of a video. Any error inside becomes a ValueError."""
+    av = _pyav()
+    try:
+        with av.open(file, options={"format_whitelist": _DEMUXERS}) as container:
+            if not container.streams.video:
+                raise ValueError("the file has no pictures, only sound")
+            stream = container.streams.video[0]
+            check_pixels(stream.codec_context.height * stream.codec_context.width, 1)
+            yield container, stream
+    except Exception as error:  # PyAV's own, and what decoders raise
+        raise ValueError(f"cannot read the clip: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check_pixels(pixels: int, frames: int) -> None:
+    """ValueError for a clip that would not fit: frames of so many pixels."""
+    if pixels * frames > MAX_PIXELS:
+        raise ValueError(
+            f"{frames} frames of {pixels:,} pixels are more than {MAX_PIXELS:,} pixels together; give fewer or smaller "
+            "frames"
+        )
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("videos are read and written by PyAV; install it by: pip install 'emu3[video]'") from error
+    return av

@@ -1,0 +1,130 @@
+"""Clips: every way to give one, every file that one is written to, and what is no clip."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from emu3 import clips
+from emu3.clips import Clip, read_clip
+
+
+def frames(count: int = 6, height: int = 16, width: int = 24) -> np.ndarray:
+    """Plain frames, which no encoder changes much."""
+    levels = np.linspace(20, 230, count).round().astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
+
+
+FRAMES = frames()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "mp4", "m4v", "mov", "mkv", "webm", "avi"])
+@pytest.mark.parametrize("size", [(16, 24), (17, 23)])
+def test_what_is_written_is_read(suffix, size, tmp_path):
+    clip = Clip(frames(6, *size), 12.5)
+    clip.save(tmp_path / f"x.{suffix}")
+    again = read_clip(tmp_path / f"x.{suffix}")
+    assert again.frames_THWC.shape == clip.frames_THWC.shape
+    assert np.abs(again.frames_THWC.astype(int) - clip.frames_THWC).max() <= (0 if suffix in ("gif", "webp") else 4)
+    assert again.frames_per_second == pytest.approx(12.5)
+    assert len(read_clip((tmp_path / f"x.{suffix}").read_bytes(), 4)) == 4
+
+
+def test_times_of_animations_add_up(tmp_path):
+    Clip(frames(30), 7.0).save(tmp_path / "x.webp")
+    assert read_clip(tmp_path / "x.webp").frames_per_second == pytest.approx(7, rel=1e-3)
+    Clip(FRAMES).save(tmp_path / "x.webp")
+    assert read_clip(tmp_path / "x.webp").frames_per_second == 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Clip(FRAMES),
+        FRAMES,
+        list(FRAMES),
+        [Image.fromarray(frame) for frame in FRAMES],
+        FRAMES.astype(np.float32) / 255,
+        FRAMES.transpose(0, 3, 1, 2),
+        torch.from_numpy(FRAMES.transpose(0, 3, 1, 2).copy()),
+        FRAMES[..., :1],
+        tuple(FRAMES[..., 0]),
+    ],
+    ids=["clip", "array", "list", "pictures", "floats", "channels first", "tensor", "grey", "grey list"],
+)
+def test_every_way_to_give_one(source):
+    assert np.array_equal(read_clip(source).frames_THWC, FRAMES)
+    assert len(read_clip(source, 2)) == 2
+
+
+def test_a_picture_is_a_clip_of_one_frame(tmp_path):
+    Image.fromarray(FRAMES[3]).save(tmp_path / "x.png")
+    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), str(tmp_path / "x.png")):
+        clip = read_clip(source)
+        assert np.array_equal(clip.frames_THWC, FRAMES[3:4]) and clip.frames_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ([], "no frames"),
+        (np.zeros((0, 4, 4, 3)), "no frames"),
+        ([np.zeros((4, 4, 3)), np.zeros((5, 4, 3))], "frames of 2 sizes"),
+        (np.zeros((4, 4, 3)), "is no clip"),
+        (7, "is no clip; give a list of frames"),
+        ("nowhere.mp4", "no file 'nowhere.mp4'"),
+        (b"", "the file is empty"),
+        (b"nothing of the kind", "cannot read the clip: Invalid data"),
+        (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "cannot read the clip: Invalid data"),
+        (b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot read the clip: Invalid argument"),
+        ([np.full((4, 4, 3), np.nan)], "NaN"),
+    ],
+)
+def test_what_is_no_clip(source, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_clip(source)
+
+
+def test_too_many_pixels(monkeypatch, tmp_path):
+    for suffix in ("gif", "mp4"):
+        Clip(FRAMES, 8).save(tmp_path / f"x.{suffix}")
+        monkeypatch.setattr(clips, "MAX_PIXELS", 3 * 16 * 24)
+        assert len(read_clip(tmp_path / f"x.{suffix}", 3)) == 3
+        with pytest.raises(ValueError, match="are more than 1,152 pixels together; give fewer"):
+            read_clip(tmp_path / f"x.{suffix}")
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    for name in ("x.exe", "x"):
+        with pytest.raises(ValueError, match=r"is not written as .*; give one of .gif, .webp, .mp4"):
+            Clip(FRAMES).save(tmp_path / name)
+    for wrong in (np.zeros((3, 4, 0, 3), np.uint8), FRAMES[0], FRAMES[..., :1], FRAMES / 255):
+        with pytest.raises(ValueError, match=r"frames are bytes \(T, H, W, 3\)"):
+            Clip(wrong)
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ValueError, match=r"pip install 'emu3\[video\]'"):
+        Clip(FRAMES).save(tmp_path / "x.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notebook_plays_it():
+    shown = Clip(FRAMES)._repr_html_()
+    assert shown.startswith('<img src="data:image/webp;base64,') and 'width="192"' in shown
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["gif", "webp", "mp4", "mkv"]), st.integers(0, 10**6), st.binary(max_size=8))
+def test_any_damage_is_a_value_error(format, place, junk):
+    file = io.BytesIO()
+    Clip(FRAMES, 8).save(file, format)
+    content = file.getvalue()
+    place %= len(content)
+    for damaged in (content[:place], content[:place] + junk + content[place + len(junk) :]):
+        try:
+            assert 1 <= len(read_clip(damaged)) <= 64
+        except ValueError as error:
+            assert str(error)
