@@ -91,11 +91,19 @@ def test_a_folder_of_something_else_stays(folder, tiny_checkpoint, tmp_path):
     (tmp_path / "other").mkdir()
     Image.new("RGB", (48, 48)).save(tmp_path / "other" / "one.png")
     told = finetune(tiny_checkpoint, "--data", tmp_path / "other", "--lora", "-o", out, "--replay", 0)
-    assert f"holds a run with data={str(folder)!r}, not {str(tmp_path / 'other')!r}; name another folder" in str(
+    assert f"holds a run with --data {folder}, not with --data {tmp_path / 'other'}; name another" in str(
         told.exception
     )
     told = finetune(tiny_checkpoint, "--data", folder, "--lora", "-o", out, "--replay", 0, "--rank", 3)
-    assert "holds a run with rank=None, not 3; name another folder" in str(told.exception)
+    assert "holds a run without --rank, not with --rank 3; name another folder" in str(told.exception)
+    told = finetune(tiny_checkpoint, "--data", folder, "-o", out)
+    assert "holds a run with --lora, not without --lora" in str(told.exception)
+    for options, reason in (
+        (["--rank", 3], "--rank is of adapters; add --lora"),
+        (["--replay", 3], "--replay is of adapters; add --lora"),
+        (["--learning-rate", 0], "give one above 0"),
+    ):
+        assert reason in str(finetune(tiny_checkpoint, "--data", folder, "-o", tmp_path / "b", *options).exception)
     told = finetune(tiny_checkpoint, "--data", folder, "-o", folder / "within")
     assert "lies within the data" in str(told.exception)
     assert not (folder / "within").exists()

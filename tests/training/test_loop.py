@@ -1,6 +1,7 @@
 """The training loop and its batches."""
 
 import json
+import signal
 from functools import partial
 from typing import NamedTuple
 
@@ -105,6 +106,31 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, average):
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
         assert resumed.seen == whole.seen[6:]
         assert read_log(tmp_path / str(at))[-1]["loss"] == read_log(tmp_path / "whole")[-1]["loss"]
+
+
+def interrupt(step, at):
+    if step == at:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_saves_the_step_that_is_being_done(tmp_path, capsys):
+    whole = run(tmp_path / "whole", Squares(), parts=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", Squares(), [Hook(1, partial(interrupt, at=3))], parts=2)
+    assert "stopped after step 4, which is saved" in capsys.readouterr().out
+    assert [path.name for path in saved_states(tmp_path / "a")] == ["step-000004"]
+    resumed = run(tmp_path / "a", Squares(), parts=2)
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_goes_on_tells_what_was_changed_and_drops_later_reports(tmp_path, capsys):
+    with pytest.raises(Killed):
+        run(tmp_path, Squares(), [Hook(1, partial(kill, at=5))], report_every=1)
+    run(tmp_path, Squares(), report_every=1, gradient_norm=0.5)
+    assert "gradient_norm: 1.0 before, 0.5 from here on" in capsys.readouterr().out
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 def test_averages_are_what_hooks_see_and_what_is_left(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -91,6 +92,14 @@ def load_pipeline(model: str, load: Load, *abilities: str) -> "Emu3Pipeline":
     gc.freeze()
     gc.enable()
     return pipeline
+
+
+def need_packages(doing: str, extra: str, *packages: str) -> None:
+    """ValueError, with what to install, where a package of an extra is missing."""
+    if any(find_spec(package) is None for package in packages):
+        raise ValueError(
+            f"{doing} needs more packages: pip install 'emu3[{extra}]', or in a clone pip install -e '.[{extra}]'"
+        )
 
 
 @contextmanager

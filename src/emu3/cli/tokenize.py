@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emu3.cli.common import JsonOption, print_out
+from emu3.cli.common import JsonOption, need_packages, print_out
 
 if TYPE_CHECKING:
     from emu3.data.pool import Progress
+
+
+MOST_PIXELS = 4096 * 4096
+"""Of a picture that is to be drawn: 260,000 tokens of 8 pixels a side."""
 
 
 def tokenize(
@@ -70,17 +74,17 @@ def tokenize(
 def check_arguments(area: int | None, processes: int | None, device: str, ray: str | None) -> None:
     """ValueError for options that cannot be, and for packages that are missing; before torch is loaded."""
     import re
-    from importlib.util import find_spec
 
     for name, value in (("--area", area), ("--processes", processes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"--device {device!r:.40} is unknown; give auto, cpu, mps, cuda, or one GPU as cuda:0")
-    if find_spec("pyarrow") is None:
-        raise ValueError("tokenizing needs more packages: pip install 'emu3[train]'")
-    if ray is not None and find_spec("ray") is None:
-        raise ValueError("--ray needs more packages: pip install 'emu3[ray]'")
+    if area is not None and area > MOST_PIXELS:
+        raise ValueError(f"--area is {area}; give at most {MOST_PIXELS:,} pixels")
+    need_packages("tokenizing", "train", "pyarrow")
+    if ray is not None:
+        need_packages("--ray", "ray", "ray")
 
 
 @contextmanager

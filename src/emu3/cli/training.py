@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from emu3.cli.common import JsonOption, print_out, progress
+from emu3.cli.common import JsonOption, need_packages, print_out, progress
+
+PACKAGES = ("accelerate", "peft", "pyarrow", "pydantic")
 
 
 def train(
@@ -28,6 +30,7 @@ def train(
         tomllib.loads(recipe.read_text())
     except ValueError as error:
         raise ValueError(f"{recipe} is not valid TOML: {error}") from error
+    need_packages("training", "train", *PACKAGES)
     if plan:
         numbers = _numbers(devices)
         print_out(_plan(recipe, numbers, teraflops, as_json))
@@ -62,6 +65,11 @@ def finetune(
     """Teach a checkpoint your own pictures or conversations. The same command goes on after a stop."""
     if task not in ("draw", "chat", "both"):
         raise ValueError(f"--task {task!r} is unknown; give draw, chat or both")
+    if learning_rate == 0:
+        raise ValueError("--learning-rate is 0, with which nothing is learned; give one above 0, such as 1e-4")
+    if not lora and (rank is not None or replay):
+        raise ValueError(f"{'--rank' if rank else '--replay'} is of adapters; add --lora, or leave it out")
+    need_packages("training", "train", *PACKAGES)
     from emu3.checkpoints import resolve
     from emu3.data.sources import open_source
 

@@ -58,6 +58,7 @@ class Job:
                 on, or nothing could be tokenized. In the last case the report is there.
         """
         start = time.monotonic()
+        self._check_place()
         self.place.create()
         with self._locked():
             self.place.clean()
@@ -85,6 +86,15 @@ class Job:
                 f"{first.reason}; see {self.place.join(REPORT)}"
             )
         return report
+
+    def _check_place(self) -> None:
+        """ValueError for a folder that holds other files, among which shards would get lost."""
+        own = {REPORT, _LOCK, *shard_names(self.place)}
+        others = [name for name in self.place.names() if name not in own and not name.startswith(".")]
+        if others and REPORT not in self.place.names():
+            raise ValueError(
+                f"{self.place} holds other files, such as {others[0]}; name a folder of its own for the shards"
+            )
 
     def _done(self) -> set[int]:
         """The pieces whose shards are there. ValueError for a shard of another tokenizer, other settings or source."""

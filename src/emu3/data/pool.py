@@ -141,7 +141,6 @@ def _work(
 
 def _run(pipe: Connection, *arguments: Any) -> None:
     """What a process does. A user's mistake, or what the system refuses, goes to the parent as words."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
@@ -173,7 +172,8 @@ def _started(
             receive, send = _SPAWN.Pipe(duplex=False)
             arguments = (send, tokenizer, source, place, pieces, device, len(devices), tally)
             process = _SPAWN.Process(target=_run, args=arguments, daemon=True)
-            process.start()
+            with _without_stopping():
+                process.start()
             send.close()
             processes.append((process, receive))
         yield processes
@@ -182,6 +182,19 @@ def _started(
             process.kill()
             process.join()
             receive.close()
+
+
+@contextmanager
+def _without_stopping() -> Iterator[None]:
+    """A process that starts here does not hear Ctrl-C: its parent ends it, without a traceback of the child's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _has_ended(process: Any, pipe: Connection) -> bool:

@@ -335,7 +335,7 @@ def _kind_of_reason(reason: str) -> str:
     """A reason without names and numbers, so that the same ones can be counted."""
     reason = re.sub(r"^\S+\.(txt|jsonl|csv)(:\d+)?: ", "", reason)
     reason = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*\]|\{.*\}", "...", reason.split("; ")[0].split(": ")[0])
-    return re.sub(r"\d+", "N", reason) if not reason.startswith("1x1") else reason
+    return re.sub(r"(?<![\w-])\d[\d,]*(x\d+)?(?= (pixels|characters|frames))", "...", reason)
 
 
 def _lines_of(survey: Survey) -> Iterator[str]:

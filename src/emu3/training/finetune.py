@@ -123,7 +123,8 @@ def run(model: str, data: str, folder: Path, wishes: Wishes, say: Say, progress:
     recipe = choose(model, loaded, folder, lengths, replayed, wishes, builder)
     need = make_plan(recipe, loaded.model.text_model.config, [1], half=computes_in(recipe) is torch.bfloat16)
     free = free_memory(training_device())
-    for line in describe(recipe, need, lengths, replayed, free):
+    wordless = sum([part.role for part in each.parts] == ["draw"] for shard in shards for each in shard.outlines())
+    for line in describe(recipe, need, lengths, replayed, free, wordless):
         say(line)
     if need.needs[0].bytes > free:
         raise ValueError(
@@ -172,7 +173,7 @@ def choose(
         "length": length,
         "weights": Weights(draw=1.0),
         "null_prompt": 1 / 6,
-        "learning_rate": wishes.learning_rate or rate,
+        "learning_rate": rate if wishes.learning_rate is None else wishes.learning_rate,
         "weight_decay": 0.0,
         "warmup": min(100, max(1, steps // 20)),
         "decay_share": 0.7,
@@ -187,8 +188,10 @@ def choose(
     return LoraRecipe(**settings, rank=rank, alpha=float(rank))
 
 
-def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed: int, free: float) -> list[str]:
-    """What will be done, in a few lines."""
+def describe(
+    recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed: int, free: float, wordless: int = 0
+) -> list[str]:
+    """What will be done, in a few lines; `wordless` is the number of drawings without a caption."""
     kind = f"adapters of rank {recipe.rank}" if isinstance(recipe, LoraRecipe) else "all weights"
     share = recipe.data[0].weight / sum(each.weight for each in recipe.data)
     visits = recipe.steps * recipe.parts * recipe.length * share / lengths.sum()
@@ -199,6 +202,8 @@ def describe(recipe: FinetuneRecipe, plan: Plan, lengths: NDArray[Any], replayed
         f"about {plain_time(plan.needs[0].seconds_per_step * recipe.steps)}",
         f"memory: about {plan.needs[0].bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free",
     ]
+    if wordless:
+        lines.insert(1, f"{wordless} of them draw without words: their pictures have no captions")
     if replayed:
         lines.insert(2, f"{replayed} pictures that it draws by itself keep what it knows")
     return lines
@@ -214,9 +219,8 @@ def _check_folder(folder: Path, model: str, data: str, wishes: Wishes) -> None:
         found = json.loads(note.read_text())
         if other := [name for name in asked if found.get(name) != asked[name]]:
             name = other[0]
-            raise ValueError(
-                f"{folder} holds a run with {name}={found.get(name)!r}, not {asked[name]!r}; name another folder"
-            )
+            before, now = _told(name, found.get(name)), _told(name, asked[name])
+            raise ValueError(f"{folder} holds a run {before}, not {now}; name another folder")
         if (states := saved_states(folder)) and wishes.steps and wishes.steps < step_of(states[-1]):
             raise ValueError(
                 f"{folder} has done {step_of(states[-1])} steps, more than {wishes.steps}; name another one"
@@ -227,6 +231,14 @@ def _check_folder(folder: Path, model: str, data: str, wishes: Wishes) -> None:
     fresh = note.with_name(".asked.json")
     fresh.write_text(json.dumps(asked) + "\n")
     fresh.replace(note)
+
+
+def _told(name: str, value: Any) -> str:
+    """A wish, as it is given on the command line."""
+    option = {"model": "MODEL", "with_adapters": "--lora"}.get(name, f"--{name.replace('_', '-')}")
+    if value is None or value is False:
+        return f"without {option}"
+    return f"with {option}" if value is True else f"with {option} {value}"
 
 
 def _replayed(wishes: Wishes, model: Emu3ForConditionalGeneration, lengths: NDArray[Any]) -> int:

@@ -66,6 +66,10 @@ class MixedShards(Checked):
     held: float = 0.0
     moved: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; give a number above 0, or leave the data out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingSettings(Checked):

@@ -9,8 +9,11 @@ step has the same parts, and each part the same batch and random numbers, whatev
 """
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar, cast
@@ -25,7 +28,7 @@ from emu3.modeling.text import Emu3DecoderLayer, Emu3TextModel
 from emu3.training.machine import autocast, computes_in, training_device
 from emu3.training.recipe import RunSettings
 from emu3.training.report import write_report
-from emu3.training.state import load_state, save_state, saved_states, write_log
+from emu3.training.state import load_state, note_settings, save_state, saved_states, trim_log, write_log
 from emu3.training.watch import Display
 
 Batch = TypeVar("Batch")
@@ -105,6 +108,10 @@ def run_loop(
     optimizers = make_optimizers(objective)
     averages = _Averages(objective, settings.average)
     step = load_state(folder, objective, optimizers, averages.tensors)
+    changed: list[str] = []
+    if rank == 0:
+        trim_log(folder, step)
+        changed = note_settings(folder, asdict(settings))
     if rank == 0 and settings.trackers:
         accelerator.init_trackers("emu3")
     display = Display(folder, step, settings, unit, is_shown=rank == 0)
@@ -112,7 +119,9 @@ def run_loop(
     batches = prefetch(make_batch, [(each, part) for each in range(step, settings.steps) for part in own_parts])
     recent: list[float] = []
     objective.train()
-    with display:
+    for each in changed:
+        display.print(each)
+    with display, _stopping_between_steps(processes) as stop:
         while step < settings.steps:
             for optimizer, rate in zip(optimizers, learning_rates(step), strict=False):
                 optimizer.zero_grad()
@@ -154,8 +163,11 @@ def run_loop(
                     display.print(write_log(folder, step=step, **report))
                     accelerator.log(report, step=step)
             is_last = step == settings.steps
-            if step % settings.save_every == 0 or is_last:
+            if step % settings.save_every == 0 or is_last or stop:
                 save_state(folder, step, objective, optimizers, averages.tensors, settings.keep_states)
+            if stop and not is_last:
+                display.print(f"stopped after step {step}, which is saved; the same command goes on")
+                raise KeyboardInterrupt
             if due := [hook for hook in hooks if step % hook.every == 0 or is_last]:
                 objective.eval()
                 with averages.used():
@@ -168,6 +180,28 @@ def run_loop(
     averages.keep()
     for tracker in accelerator.trackers:  # `end_training` would also end the processes' group, which saving needs
         tracker.finish()
+
+
+@contextmanager
+def _stopping_between_steps(processes: int) -> Iterator[list[int]]:
+    """A list that the first Ctrl-C fills, so that the step can be finished and saved; the second stops at once.
+
+    Several processes are stopped at once, as they would wait for each other.
+    """
+    asked: list[int] = []
+    if processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def start_accelerator(settings: RunSettings, folder: Path) -> Any:
@@ -315,8 +349,14 @@ def prefetch(make_batch: Callable[..., Batch], calls: Sequence[tuple[int, ...]])
         collate_fn=_as_it_is,
         num_workers=min(MAX_WORKERS, max(0, (os.cpu_count() or 1) - CORES_FOR_TRAINING)),
         generator=torch.Generator(),  # its own, so that the random numbers of training do not depend on it
+        worker_init_fn=_leave_stopping,
     )
     return iter(loader)
+
+
+def _leave_stopping(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; this one ends with the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -5,6 +5,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 Recipe = TypeVar("Recipe")
+
+_WRONG_NAMES = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 class Checked:
@@ -137,20 +140,25 @@ def build(recipe: type[Recipe], content: Mapping[str, Any]) -> Recipe:
         # As JSON, strictly: a list becomes a tuple and a text a path, but "3" is no number.
         return TypeAdapter(recipe).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise ValueError(_explain(error, recipe)) from None
 
 
-def _explain(error: "ValidationError") -> str:
-    """The first mistake in one line: where it is, what stands there, what to give."""
-    first = error.errors(include_url=False)[0]
+def _explain(error: "ValidationError", recipe: type[Any]) -> str:
+    """One mistake in one line: where it is, what stands there, what to give. Wrong names come first."""
+    mistakes = error.errors(include_url=False)
+    mistakes.sort(key=lambda mistake: mistake["type"] not in _WRONG_NAMES)
+    first = mistakes[0]
     # Where a union takes none of its types, the path ends with the name of one of them.
     place = [each for each in first["loc"] if isinstance(each, int) or each.isidentifier()]
     path = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in place).removeprefix(".")
     match first["type"]:
         case "missing":
             return f"{path} is missing"
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"{path} = {first['input']!r}: no such field"
+        case name if name in _WRONG_NAMES:
+            names = [each.name for each in fields(recipe)] if len(place) == 1 else []
+            near = get_close_matches(path, names, 1)
+            meant = f"; did you mean {near[0]}?" if near else f"; python -m pydoc {recipe.__module__} tells the fields"
+            return f"{path} = {first['input']!r}: no such field{meant}"
         case "value_error":
             return f"{path}: {first['ctx']['error']}".removeprefix(": ")
         case _:

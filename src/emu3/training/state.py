@@ -157,6 +157,30 @@ def write_log(folder: Path, **values: float) -> str:
     return "  ".join(f"{name} {value}" for name, value in line.items())
 
 
+def trim_log(folder: Path, step: int) -> None:
+    """Leaves out the reports after a step, from which a run goes on."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return
+    kept = [json.dumps(report) + "\n" for report in read_log(folder) if report["step"] <= step]
+    fresh = path.with_name(".log.jsonl")
+    fresh.write_text("".join(kept))
+    fresh.replace(path)
+
+
+def note_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Keeps a run's settings in FOLDER/settings.json; returns what is otherwise than before, a line for each."""
+    path = folder / "settings.json"
+    now = json.loads(json.dumps(settings, default=str))
+    before = json.loads(path.read_text()) if path.is_file() and saved_states(folder) else now
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(".settings.json")
+    fresh.write_text(json.dumps(now, indent=2) + "\n")
+    fresh.replace(path)
+    names = [name for name in now if name in before and now[name] != before[name]]
+    return [f"{name}: {before[name]} before, {now[name]} from here on" for name in names]
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """All reports of a run, one a step. Of lines of the same step, the later ones count."""
     path = folder / "log.jsonl"
