@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from emu3.modeling.vision import Emu3VQVAE
     from emu3.pipeline import Emu3Pipeline
     from emu3.processing import Emu3Processor
+    from emu3.video_processing import Emu3VideoProcessor
     from emu3.vocabulary import Vocabulary
 
 # torch and transformers take seconds to import, so each public name loads its module on first use (PEP 562).
@@ -34,6 +35,7 @@ _NAMES = {
     "emu3.modeling.vision": "Emu3VQVAE",
     "emu3.pipeline": "Emu3Pipeline",
     "emu3.processing": "Emu3Processor",
+    "emu3.video_processing": "Emu3VideoProcessor",
     "emu3.vocabulary": "Vocabulary",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -51,6 +53,7 @@ __all__ = [
     "Emu3TextModel",
     "Emu3VQVAE",
     "Emu3VQVAEConfig",
+    "Emu3VideoProcessor",
     "Engine",
     "GridGrammar",
     "Guidance",
