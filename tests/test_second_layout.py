@@ -127,8 +127,8 @@ class JoinedLayout:
     def opening(self, shape: Shape) -> list[int]:
         return [self.vocabulary.boi, *self.words.encode(f"{shape.height}*{shape.width}"), self.vocabulary.img]
 
-    def prompt(self, text: str, shape: Shape) -> list[int]:
-        return [*self.asked(text), *self.opening(shape)]
+    def prompt(self, text: str, shape: Shape, given: Sequence[Visual] = ()) -> list[int]:
+        return [*self.spell(given), *self.asked(text), *self.opening(shape)]
 
     def asked(self, text: str) -> list[int]:
         return [self.vocabulary.bos, *self.words.encode(f"USER: {text} ASSISTANT: ")]

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from emu3.chat import Message
 from emu3.generation.request import Request
-from emu3.options import MOST_SEED, check_whole, check_words
+from emu3.image_processing import MAX_ASPECT_RATIO
+from emu3.options import MOST_SEED, Draw, check_whole, check_words
+from emu3.segments import Shape
 
 if TYPE_CHECKING:
     import torch
+
+    from emu3.processing import Emu3Processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +70,29 @@ def _conversation(messages: Any) -> list[Message]:
     return list(messages)
 
 
-def tokens_of(name: str, pixels: int, factor: int) -> int:
-    """Visual tokens of a side of so many pixels."""
+def tokens_of(name: str, pixels: int, factor: int, unit: str = "pixels") -> int:
+    """Visual tokens of a side of so many pixels, or of so many frames."""
     if pixels % factor:
         lower = pixels // factor * factor
         nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
-        raise ValueError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}; nearest: {nearest}")
+        raise ValueError(f"{name} must be a positive multiple of {factor} {unit}, got {pixels}; nearest: {nearest}")
     return pixels // factor
+
+
+def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:
+    """Height and width of a picture that is asked for, in visual tokens."""
+    factor: int = processor.image_processor.spatial_factor
+    if draw.height is None or draw.width is None:
+        area = processor.image_area if draw.image_area is None else draw.image_area
+        shape = Shape(*processor.calculate_generate_size(draw.ratio, area, factor))
+    else:
+        shape = Shape(tokens_of("height", draw.height, factor), tokens_of("width", draw.width, factor))
+    if max(shape.height, shape.width) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
+        raise ValueError(
+            f"a picture of {shape.width * factor}x{shape.height * factor} pixels is more than {MAX_ASPECT_RATIO} "
+            "times longer than wide; ask for a squarer one"
+        )
+    return shape
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -47,8 +47,11 @@ class Layout(Protocol):
         """Ids before the first visual token of a picture or clip."""
         ...
 
-    def prompt(self, text: str, shape: Shape) -> list[int]:
-        """Ids that ask for a picture or clip of what a text says, with its opening at the end."""
+    def prompt(self, text: str, shape: Shape, given: Sequence[Visual] = ()) -> list[int]:
+        """Ids that ask for a picture or clip of what a text says, with its opening at the end.
+
+        `given` are pictures and clips that the text speaks of; they stand before it.
+        """
         ...
 
     def grammar(self, shape: Shape) -> Grammar:
@@ -98,6 +101,13 @@ class ClipText:
         if self.temporal_factor < 1 or not self.fps > 0:
             raise ValueError(f"temporal_factor={self.temporal_factor} and fps={self.fps} must be above 0")
 
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """That of a checkpoint: its vision tokenizer's factor, and what its config.json says under "clips"."""
+        own = getattr(config, "clips", None) or {}
+        given = {name: own[key] for name, key in (("template", "text"), ("fps", "fps")) if own.get(key) is not None}
+        return cls(temporal_factor=config.vq_config.temporal_downsample_factor, **given)
+
     def write(self, shape: Shape) -> str:
         """The words for a clip."""
         fps = shape.frames_per_second or self.fps
@@ -142,9 +152,9 @@ class Emu3Layout:
         frame = [*[vocabulary.image_placeholder] * count, vocabulary.eof]
         return [*self.opening(shape), *frame * shape.frames, vocabulary.eoi]
 
-    def prompt(self, text: str, shape: Shape) -> list[int]:
-        """bos, the text, the opening."""
-        return [self.vocabulary.bos, *self.words.encode(text), *self.opening(shape)]
+    def prompt(self, text: str, shape: Shape, given: Sequence[Visual] = ()) -> list[int]:
+        """bos, the pictures that are given, the text, the opening."""
+        return [self.vocabulary.bos, *self.spell([*given, Text(text)]), *self.opening(shape)]
 
     def grammar(self, shape: Shape) -> GridGrammar:
         """Rows, eof, eoi, eos."""

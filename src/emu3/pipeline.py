@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,25 +17,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu3.asked import Asked, are_several, conversations_of, seeds_of, tokens_of
-from emu3.chat import Message
+from emu3.asked import are_several
+from emu3.asking import Asking
 from emu3.checkpoints import resolve
 from emu3.checkpoints.memory import check_fits, free_memory
-from emu3.generation.decoders.named import decoder_named
+from emu3.clips import Clip
 from emu3.generation.engine import Engine
 from emu3.generation.events import Event, Failed, Finished
-from emu3.generation.grammar import GridGrammar, PinnedGrid
-from emu3.generation.request import Guidance, Request
-from emu3.generation.runtime.head import Head
-from emu3.generation.sampling import Sampling, guide, implausible, probabilities
-from emu3.image_processing import MAX_ASPECT_RATIO
-from emu3.layout import Emu3Layout, Layout
+from emu3.generation.grammar import GridGrammar
+from emu3.generation.request import Request
+from emu3.generation.runtime.likelihood import probabilities_of
 from emu3.modeling.parallel import least
-from emu3.options import Answer, Draw, Load, check_ability, check_words, make, takes
+from emu3.options import Answer, Draw, Load, check_whole, make, takes
 from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
-from emu3.results import Pictures, Result, Stream
-from emu3.segments import Shape, Text, Visual
-from emu3.tokenization import PlainText
+from emu3.results import Clips, Pictures, Result, Stream
+from emu3.segments import Text, Visual
 
 if TYPE_CHECKING:
     from emu3.modeling.draft import DraftHead
@@ -47,12 +42,10 @@ if TYPE_CHECKING:
 _MAKING_ENGINE = threading.Lock()
 # What is not drawn yet, in a preview.
 _GREY = (128, 128, 128)
-_GUIDANCE = {"guidance_scale": 3.0, "guidance_floor": 0.0}
-"""Of a checkpoint that recommends none."""
 
 
 @dataclass(frozen=True, eq=False)
-class Emu3Pipeline:
+class Emu3Pipeline(Asking):
     """A model in evaluation mode and its processor, ready to draw and to answer.
 
     Its engine is made at the first call and kept. Call `engine.refresh()` after you change the model's weights.
@@ -125,11 +118,6 @@ class Emu3Pipeline:
         """For copies and pickles, which make their own engine."""
         return {name: value for name, value in self.__dict__.items() if name != "_engine"}
 
-    @cached_property
-    def layout(self) -> Layout:
-        """How the checkpoint spells pictures."""
-        return Emu3Layout(self.model.model.vocabulary, PlainText(self.processor.tokenizer))
-
     @takes(Draw)
     def image(
         self,
@@ -157,6 +145,72 @@ class Emu3Pipeline:
             ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.
         """
         return Pictures(self._results(self.draw_requests(prompts, pinned=pinned, **options), on_event))
+
+    @takes(Draw)
+    def edit(
+        self,
+        pictures: Any,
+        prompts: str | Sequence[str],
+        *,
+        picture_guidance: bool = False,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Draw a picture anew as the words say: `edit(picture, "make the cat blue")`. Returns a list, as `image`.
+
+        Args:
+            pictures: one picture for all prompts; or a list with a picture, or a list of pictures, for each prompt.
+            prompts: what to change; a string is one prompt.
+            picture_guidance: whether guidance leads away from what follows without the pictures, too. By default it
+                leads away from what follows from the pictures without the words.
+            on_event, **options: as for `image`. Without a size, the result has that of the last picture.
+
+        Raises:
+            ValueError: as `image`, or the number of pictures is not that of the prompts.
+        """
+        given = self.given_for(pictures, prompts)
+        own = [each[-1].shape._replace(frames=1, frames_per_second=None) for each in given]
+        has_size = any(options.get(name) is not None for name in ("height", "image_area")) or "ratio" in options
+        if not has_size and len(set(own)) > 1:
+            raise ValueError("the pictures are of several sizes; edit them one by one, or give height and width")
+        shape = None if has_size else own[0]
+        requests = self.draw_requests(prompts, given=given, shape=shape, picture_guidance=picture_guidance, **options)
+        return Pictures(self._results(requests, on_event))
+
+    @takes(Draw)
+    def video(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        fps: float | None = None,
+        start: Any = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
+    ) -> list[Clip]:
+        """Film one clip for each prompt, all in one batch. Returns a list, as `image`.
+
+        Args:
+            prompts: what happens; a string is one prompt.
+            frames: how many, a multiple of those that share a code. Default: the checkpoint's own, or 16.
+            fps: frames a second. Default: the checkpoint's own, or 24.
+            start: a picture or clip that each clip begins with; `read_clip` says in what form. It is encoded, and the
+                rest is filmed behind it. Frames that fill no code are left out.
+            on_event, **options: as for `image`. Without a size, a clip with a start has that of the start.
+
+        Raises:
+            ValueError: as `image`, or frames, rate or start cannot be had.
+        """
+        return Clips(
+            self._results(self.video_requests(prompts, frames=frames, fps=fps, start=start, **options), on_event)
+        )
+
+    def extend(self, clip: Any, prompt: str = "", *, frames: int = 16, **options: Any) -> Clip:
+        """Go on with a clip, or animate a picture: the clip with `frames` more. Options as for `video`."""
+        start = self.encode_visual(clip, as_clip=True)
+        have = self.temporal_factor * start.shape.frames
+        options = {"fps": start.frames_per_second} | options
+        return self.video(prompt, frames=have + check_whole("frames", frames), start=start, **options)[0]
 
     @takes(Answer)
     def chat(
@@ -206,10 +260,6 @@ class Emu3Pipeline:
         requests = [replace(request, log_probabilities=log_probabilities) for request in requests]
         return Stream(self._run(requests), requests, self)
 
-    def require(self, ability: str) -> None:
-        """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
-        check_ability(ability, getattr(self.model.config, "abilities", None))
-
     def _run(self, requests: list[Request]) -> Generator[Event | Result]:
         with closing(self.engine.stream(requests)) as events:  # closing cancels what still runs
             for event in events:
@@ -237,110 +287,17 @@ class Emu3Pipeline:
                     on_event(event)
         return [outputs[number] for number in range(len(requests))]
 
-    @takes(Draw)
-    def draw_requests(self, prompts: str | Sequence[str], *, pinned: Any = None, **options: Any) -> list[Request]:
-        """What `image` asks the engine for: one request for each prompt. Arguments and errors as there.
-
-        `pinned` are codes (H, W) that are given, and -1 where one is to be drawn; see `PinnedGrid`. Their size is then
-        that of the picture.
-        """
-        draw = self.settled(make(Draw, options))
-        self.require("draw")
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
-        grid = None if pinned is None else PinnedGrid.of(pinned, self.layout.vocabulary)
-        shape = self._shape(draw) if grid is None else Shape(grid.height, grid.width)
-        grammar, guidance = self.layout.grammar(shape) if grid is None else grid, None
-        if draw.guidance_scale != 1:
-            negative_ids = self.layout.prompt(draw.negative_prompt or "", shape)
-            scale, floor = cast(float, draw.guidance_scale), cast(float, draw.guidance_floor)
-            guidance = Guidance(tuple(negative_ids), scale, floor=floor)
-        decoder = decoder_named(draw.decoding) if isinstance(draw.decoding, str) else draw.decoding
-        sampling = Sampling(draw.temperature, draw.top_k, draw.top_p)
-        requests = []
-        for text, seed in zip(texts, seeds_of(draw.seed, len(texts)), strict=True):
-            ids = tuple(self.layout.prompt(check_words("prompt", text), shape))
-            requests.append(Request(ids, grammar, sampling, guidance, seed, decoder=decoder))
-            requests[-1].budget(self.engine.context)  # refuses what does not fit
-        return requests
-
-    def settled(self, draw: Draw) -> Draw:
-        """With the guidance that the checkpoint's config.json recommends under "drawing", where none is asked for."""
-        own = getattr(self.model.config, "drawing", None) or {}
-        missing = [name for name in _GUIDANCE if getattr(draw, name) is None]
-        found: Any = {name: _GUIDANCE[name] if own.get(name) is None else own[name] for name in missing}
-        return replace(draw, **found)
-
-    def _shape(self, draw: Draw) -> Shape:
-        """Height and width in visual tokens."""
-        factor: int = self.processor.image_processor.spatial_factor
-        if draw.height is None or draw.width is None:
-            area = self.processor.image_area if draw.image_area is None else draw.image_area
-            shape = Shape(*self.processor.calculate_generate_size(draw.ratio, area, factor))
-        else:
-            shape = Shape(tokens_of("height", draw.height, factor), tokens_of("width", draw.width, factor))
-        if max(shape.height, shape.width) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
-            raise ValueError(
-                f"a picture of {shape.width * factor}x{shape.height * factor} pixels is more than {MAX_ASPECT_RATIO} "
-                "times longer than wide; ask for a squarer one"
-            )
-        return shape
-
-    @takes(Answer)
-    def answer_requests(self, messages: Any, pictures: Any = None, **options: Any) -> list[Asked]:
-        """What `chat` asks the engine for, one for each conversation; see `encode`. Arguments and errors as there."""
-        answer = make(Answer, options)
-        conversations = conversations_of(messages, pictures)
-        self.require("read")
-        sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
-        seeds = seeds_of(answer.seed, len(conversations))
-        return [
-            self._asked(conversation, sampling, seed, answer.max_new_tokens)
-            for conversation, seed in zip(conversations, seeds, strict=True)
-        ]
-
-    def _asked(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Asked:
-        inputs = self.processor.apply_chat_template(
-            conversation,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            split_special_tokens=True,
-            add_generation_prompt=True,
-        )
-        ids = tuple(inputs["input_ids"][0].tolist())
-        grammar = self.layout.answer(len(self.model.lm_head.weight))
-        request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
-        request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
-        if "pixel_values" not in inputs:
-            return Asked(request)
-        # One by one and without padding, which would change the codes near it.
-        pixels = (
-            (pixels_CHW[None, :, : size[0], : size[1]], size[None])
-            for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
-        )
-        return Asked(request, tuple(pixels))
-
-    @torch.inference_mode()
-    def encode(self, asked: Asked) -> Request:
-        """The request, with the visual tokens of its pictures in place of the placeholders."""
-        if not asked.pictures:
-            return asked.request
-        device, model = self.model.lm_head.weight.device, self.model.model
-        visual = [model.get_image_tokens(pixels_BCHW.to(device), sizes) for pixels_BCHW, sizes in asked.pictures]
-        ids_S = torch.tensor(asked.request.prompt_ids)
-        ids_S[ids_S == model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
-        return replace(asked.request, prompt_ids=tuple(ids_S.tolist()))
-
     def result(self, event: Finished, request: Request) -> Result:
         """What a request that is finished came to."""
-        codes = None if request.grammar.kind == "text" else np.asarray(self._visual(request, event.ids).codes_THW)[0]
-        output = self.read(request, event.ids)
-        return Result(event.request, output, event.ids, event.reason, codes, event.log_probabilities)
+        output, logs = self.read(request, event.ids), event.log_probabilities
+        made = Result(event.request, output, event.ids, event.reason, log_probabilities=logs)
+        if isinstance(output, str):
+            return made
+        codes_THW = np.asarray(self._visual(request, event.ids).codes_THW)
+        return replace(made, codes_THW=codes_THW) if isinstance(output, Clip) else replace(made, codes_HW=codes_THW[0])
 
-    def read(self, request: Request, ids: Sequence[int]) -> Image.Image | str:
-        """The picture or the text that all ids of an answer mean."""
+    def read(self, request: Request, ids: Sequence[int]) -> Image.Image | Clip | str:
+        """The picture, the clip or the text that all ids of an answer mean."""
         if request.grammar.kind == "text":
             return self.text(ids).strip()
         return self.decode(self._visual(request, ids))
@@ -354,46 +311,35 @@ class Emu3Pipeline:
         (visual,) = self.layout.read([*request.prompt_ids[opening:], *ids])
         return cast(Visual, visual)
 
-    @torch.inference_mode()
     def probabilities(self, request: Request, ids: Sequence[int]) -> NDArray[np.float32]:
         """The probability of each id of a picture, given all before it and as the request samples; 1 where forced.
 
         In raster order they are those with which the ids were drawn.
         """
-        grammar, head = request.grammar, Head(self.model.lm_head)
-        lo, hi = (np.broadcast_to(bound, len(ids)) for bound in grammar.span(np.arange(len(ids))))
-        free = (hi > lo + 1).nonzero()[0]
-        states = []
-        for prompt in request.prompts:
-            ids_BS = torch.tensor([[*prompt, *ids[:-1]]], device=head.device)
-            hidden_BSE = self.model.model.text_model(input_ids=ids_BS, use_cache=False).last_hidden_state
-            states.append(hidden_BSE[0, len(prompt) - 1 :])
-        found = np.ones(len(ids), dtype=np.float32)
-        sampling = request.sampling_of(grammar.kind)
-        for k in free.tolist():  # one by one, because the logits of all would take much memory
-            logits_BV = head.logits(torch.stack([state[k] for state in states]), (int(lo[k]), int(hi[k])))
-            scale = request.guidance_at(grammar, k)
-            guided_BV = logits_BV[:1]
-            if scale is not None:
-                guided_BV = guide(guided_BV, logits_BV[1:], scale)
-                if floor := request.floor_at(scale):
-                    guided_BV[implausible(logits_BV[:1], floor)] = -torch.inf
-            found[k] = probabilities(guided_BV, sampling)[0, ids[k] - int(lo[k])]
-        return found
+        return probabilities_of(self.model, request, ids)
 
     def preview(self, grid: GridGrammar, ids: Sequence[int]) -> Image.Image:
-        """A picture of which only the first `ids` are there. The whole rows of them are shown; the rest is grey."""
+        """A picture of which only the first `ids` are there, or the frame that a clip has come to.
+
+        The whole rows are shown; the rest is grey.
+        """
         factor: int = self.processor.image_processor.spatial_factor
         picture = Image.new("RGB", (grid.width * factor, grid.height * factor), _GREY)
+        frame = min(max(0, len(ids) - 1) // grid.frame_length, grid.frames - 1)
+        ids = ids[frame * grid.frame_length :]
         if rows := min(len(ids) // (grid.width + 1), grid.height):
             ids_HW = np.array(ids[: rows * (grid.width + 1)]).reshape(rows, -1)[:, :-1]
-            picture.paste(self.decode(Visual(grid.vocabulary.codes_of(ids_HW)[None])))
+            picture.paste(cast(Image.Image, self.decode(Visual(grid.vocabulary.codes_of(ids_HW)[None]))))
         return picture
 
     @torch.inference_mode()
-    def decode(self, visual: Visual) -> Image.Image:
-        """The RGB picture that the codes of a `Visual` mean."""
+    def decode(self, visual: Visual) -> Image.Image | Clip:
+        """The RGB picture or clip that the codes of a `Visual` mean."""
         codes_THW = torch.tensor(np.asarray(visual.codes_THW), device=self.model.lm_head.weight.device)
-        pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
-        picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
-        return picture
+        if len(codes_THW) == 1:
+            pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
+            picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
+            return picture
+        pixels_TCHW = self.model.model.vqmodel.decode(codes_THW[None])[0]
+        pictures = self.processor.postprocess(pixels_TCHW.float())["pixel_values"]
+        return Clip(np.stack([np.asarray(each) for each in pictures]), visual.frames_per_second)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from PIL import Image
 
+from emu3.clips import Clip
 from emu3.generation.events import Event, Reason, RowDone, Tokens
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Request
@@ -27,28 +28,33 @@ _SHOWING_CREDIT = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The last event of each request in `Emu3Pipeline.stream`: an RGB picture or an answer.
+    """The last event of each request in `Emu3Pipeline.stream`: an RGB picture, a clip or an answer.
 
     Attributes:
         request: the place of its prompt or conversation in what was asked for.
-        output: the picture or the answer.
+        output: the picture, the clip or the answer.
         ids: of the output.
         reason: why it ends.
-        codes_HW: the visual tokens of a picture, as the vision tokenizer numbers them; None for an answer. With -1 in
+        codes_HW: the visual tokens of a picture, as the vision tokenizer numbers them; None for all else. With -1 in
             place of some, `Emu3Pipeline.image` takes them as `pinned`.
+        codes_THW: those of a clip.
         log_probabilities: of the ids, (ids,) float32, if asked for; 0 where the grammar left no choice. They are those
             of the distribution that the ids were drawn from: guided, among the legal ids, and as sampling says.
     """
 
     request: int
-    output: Image.Image | str
+    output: Image.Image | Clip | str
     ids: tuple[int, ...]
     reason: Reason
     codes_HW: NDArray[Any] | None = None
     log_probabilities: NDArray[Any] | None = None
+    codes_THW: NDArray[Any] | None = None
 
     def _repr_png_(self) -> bytes | None:
-        return None if isinstance(self.output, str) else Pictures([self.output])._repr_png_()
+        return Pictures([self.output])._repr_png_() if isinstance(self.output, Image.Image) else None
+
+    def _repr_html_(self) -> str | None:
+        return self.output._repr_html_() if isinstance(self.output, Clip) else None
 
 
 class Pictures(list[Image.Image]):
@@ -60,6 +66,13 @@ class Pictures(list[Image.Image]):
         file = io.BytesIO()
         contact_sheet(self, columns=4).save(file, "PNG")
         return file.getvalue()
+
+
+class Clips(list[Clip]):
+    """A list of clips, which a notebook plays side by side."""
+
+    def _repr_html_(self) -> str:
+        return "".join(clip._repr_html_() for clip in self)
 
 
 class Stream(Generator[Event | Result]):
@@ -109,7 +122,7 @@ class Stream(Generator[Event | Result]):
             display_.update(_shown(outputs))
             spent += time.monotonic() - start
 
-    def _so_far(self, request: Request, ids: dict[int, int]) -> Image.Image | str:
+    def _so_far(self, request: Request, ids: dict[int, int]) -> Image.Image | Clip | str:
         """What the first of the ids mean, up to the first that is not there."""
         first = [ids[k] for k in takewhile(ids.__contains__, count())]
         if isinstance(request.grammar, GridGrammar):
@@ -126,4 +139,6 @@ class _Answers(list[str]):
 
 def _shown(outputs: list[Any]) -> object:
     """What a notebook shows of pictures or answers."""
-    return _Answers(outputs) if isinstance(outputs[0], str) else Pictures(outputs)
+    if isinstance(outputs[0], str):
+        return _Answers(outputs)
+    return Pictures([each.pictures[-1] if isinstance(each, Clip) else each for each in outputs])

@@ -144,6 +144,8 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
     "abilities": _list_of(_one_of(*ABILITIES), 1, len(ABILITIES)) | _NULL,
     # How pictures are drawn unless a request says otherwise.
     "drawing": _object({"guidance_scale": _real(-1e6, 1e6) | _NULL, "guidance_floor": _SHARE | _NULL}),
+    # How clips are opened, see `emu3.layout.ClipText`, and what they are like unless a request says otherwise.
+    "clips": _object({"text": _NAME | _NULL, "fps": _real(1e-3, 1e4) | _NULL, "frames": _SIZE | _NULL}),
 }
 """config.json."""
 

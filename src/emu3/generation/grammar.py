@@ -200,7 +200,7 @@ class GridGrammar(Grid):
 
 @dataclass(frozen=True)
 class PinnedGrid(GridGrammar):
-    """A picture some of whose codes are given; the others are drawn around them.
+    """A picture or clip some of whose codes are given; the others are drawn around them.
 
     In raster order a position sees only what stands before it: pinned codes do not act on what is above them.
 
@@ -214,19 +214,30 @@ class PinnedGrid(GridGrammar):
     pinned: tuple[tuple[int, int], ...] = field(kw_only=True)
 
     @classmethod
-    def of(cls, codes_HW: Any, vocabulary: Vocabulary) -> PinnedGrid:
-        """The grammar of a picture with these codes; -1 where one is to be drawn. ValueError for any other code."""
-        codes_HW = np.asarray(codes_HW)
-        if codes_HW.ndim != 2 or codes_HW.size == 0 or codes_HW.dtype.kind not in "iu":
-            raise ValueError(f"pinned codes must be whole numbers in rows of one length, got {codes_HW!r:.80}")
+    def of(cls, codes: Any, vocabulary: Vocabulary) -> PinnedGrid:
+        """The grammar of a picture with these codes (H, W), or a clip (T, H, W); -1 where one is to be drawn.
+
+        ValueError for any other code.
+        """
+        codes = np.asarray(codes)
+        if codes.ndim not in (2, 3) or codes.size == 0 or codes.dtype.kind not in "iu":
+            raise ValueError(f"pinned codes must be whole numbers in rows of one length, got {codes!r:.80}")
         count = vocabulary.codebook_size
-        if codes_HW.min() < -1 or codes_HW.max() >= count:
-            raise ValueError(f"pinned codes must be -1, or 0 to {count - 1}, got {codes_HW.min()} to {codes_HW.max()}")
-        height, width = codes_HW.shape
-        rows, columns = (codes_HW >= 0).nonzero()
-        ids = vocabulary.ids_of(codes_HW[rows, columns])
-        pinned = tuple(zip((rows * (width + 1) + columns).tolist(), ids.tolist(), strict=True))
-        return cls(height, width, vocabulary=vocabulary, pinned=pinned)
+        if codes.min() < -1 or codes.max() >= count:
+            raise ValueError(f"pinned codes must be -1, or 0 to {count - 1}, got {codes.min()} to {codes.max()}")
+        codes_THW = codes if codes.ndim == 3 else codes[None]
+        frames, height, width = codes_THW.shape
+        grid = GridGrammar(height, width, frames, vocabulary=vocabulary)
+        frame, row, column = (codes_THW >= 0).nonzero()
+        positions = frame * grid.frame_length + row * (width + 1) + column
+        ids = vocabulary.ids_of(codes_THW[frame, row, column])
+        return cls(
+            height,
+            width,
+            frames,
+            vocabulary=vocabulary,
+            pinned=tuple(zip(positions.tolist(), ids.tolist(), strict=True)),
+        )
 
     @functools.cached_property
     def _ids(self) -> NDArray[np.int64]:

@@ -27,6 +27,7 @@ from emu3.checkpoints.memory import free_memory
 from emu3.data.job import tokenize
 from emu3.data.shards import Shard, open_shards, shard_name, write_shard
 from emu3.data.sources import open_source
+from emu3.layout import ClipText
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.pipeline import Emu3Pipeline
 from emu3.segments import Text
@@ -102,7 +103,7 @@ def run(model: str, data: str, folder: Path, wishes: Wishes, say: Say, progress:
     if report.broken:
         say(f"{len(report.broken)} samples cannot be used; {folder / 'data' / 'report.json'} says which and why")
     shards = open_shards(folder / "data")
-    builder = SequenceBuilder(processor, loaded.model.vocabulary)
+    builder = SequenceBuilder(processor, loaded.model.vocabulary, clips=ClipText.of(loaded.config))
     lengths = np.concatenate([lengths_of([shard], builder, wishes.task) for shard in shards])
     lengths = lengths[lengths >= 0]
     if not len(lengths):

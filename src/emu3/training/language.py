@@ -26,6 +26,7 @@ from emu3.data.samples import Sample
 from emu3.data.shards import Shard, open_shards
 from emu3.data.tokenize import tokenizer_hash
 from emu3.image_processing import Emu3ImageProcessor
+from emu3.layout import ClipText
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.options import Draw
@@ -246,7 +247,7 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(each.held for each in recipe.data):
         raise ValueError("held samples are for one process; leave them out of data, or start one process")
     model.model.vqmodel.requires_grad_(False)
-    builder = SequenceBuilder(processor, model.model.vocabulary, recipe.weights)
+    builder = SequenceBuilder(processor, model.model.vocabulary, recipe.weights, ClipText.of(model.config))
     rows = make_rows(recipe, shards, builder, model.model.text_model.config.max_position_embeddings)
     own = [each for each, mixed in zip(shards, recipe.data, strict=True) if not mixed.held]
     watch = Drawings(model, processor, recipe.prompts or captions(own), folder / "drawings")

@@ -16,10 +16,8 @@ from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.data.shards import open_shards
 from emu3.data.tokenize import tokenizer_hash
-from emu3.layout import Emu3Layout
 from emu3.modeling.draft import load_draft
 from emu3.pipeline import Emu3Pipeline
-from emu3.tokenization import PlainText
 from emu3.training.adapters import add_adapters
 from emu3.training.dpo import DPO, DPOSettings, PairBatches
 from emu3.training.grpo import GRPO, GRPOSettings, PromptBatch, load_function
@@ -167,10 +165,9 @@ def _dpo(recipe: PreferenceRecipe) -> Made:
         open_shards(folder)
 
     def make(pipeline: Emu3Pipeline, reference: Reference) -> tuple[nn.Module, Callable[[int, int], Any]]:
-        layout = Emu3Layout(pipeline.model.model.vocabulary, PlainText(pipeline.processor.tokenizer))
         own = tokenizer_hash(pipeline.model.model.vqmodel)
         paths = tuple(Path(shard.path) for folder in recipe.data for shard in open_shards(folder, own))
-        batches = PairBatches(paths, layout, recipe.dpo, recipe.seed, recipe.batch_size)
+        batches = PairBatches(paths, pipeline.layout, recipe.dpo, recipe.seed, recipe.batch_size)
         return DPO(pipeline.model, recipe.dpo, reference), batches
 
     return make

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from emu3.chat import STAND_IN
 from emu3.data.samples import Media, Part, Sample
-from emu3.layout import Emu3Layout
+from emu3.layout import ClipText, Emu3Layout
 from emu3.processing import Emu3Processor
 from emu3.segments import Text, Visual
 from emu3.tokenization import PlainText, encode_pieces, take_apart
@@ -67,16 +67,23 @@ class TokenSequence:
 
 
 class SequenceBuilder:
-    """Spells samples for one checkpoint's tokenizer and chat template; picklable."""
+    """Spells samples for one checkpoint's tokenizer, chat template and text of clips; picklable."""
 
-    def __init__(self, processor: Emu3Processor, vocabulary: Vocabulary, weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        processor: Emu3Processor,
+        vocabulary: Vocabulary,
+        weights: Weights | None = None,
+        clips: ClipText | None = None,
+    ) -> None:
         self.processor, self.vocabulary, self.weights = processor, vocabulary, weights or Weights()
+        self.clips = clips or ClipText()
         self._ids_of_text: dict[str, list[int]] = {}
 
     @cached_property
     def layout(self) -> Emu3Layout:
         """Of the checkpoint's tokens."""
-        return Emu3Layout(self.vocabulary, PlainText(self.processor.tokenizer))
+        return Emu3Layout(self.vocabulary, PlainText(self.processor.tokenizer), self.clips)
 
     def build(self, sample: Sample, without_prompt: bool = False) -> TokenSequence:
         """The sequence of a sample; `without_prompt` leaves the words of a drawing out, for guidance.

@@ -1,0 +1,243 @@
+"""From what a caller wants of a pipeline to requests of its engine: prompts as ids, pictures as codes, sizes, guidance.
+
+words                      bos, words, boi 12*12 img
+words about pictures       bos, the pictures, words, boi 12*12 img
+a clip                     bos, words, boi 4*12*12, 8 fps, 2 s img; what it begins with is pinned in its grammar
+a conversation             the chat template's text, with pictures in place of <image>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from emu3.asked import Asked, conversations_of, seeds_of, shape_of, tokens_of
+from emu3.chat import Message
+from emu3.clips import Clip, read_clip
+from emu3.generation.decoders.named import decoder_named
+from emu3.generation.grammar import PinnedGrid
+from emu3.generation.request import Guidance, Request
+from emu3.generation.sampling import Sampling
+from emu3.layout import ClipText, Emu3Layout
+from emu3.options import Answer, Draw, check_ability, check_number, check_text, check_whole, check_words, make, takes
+from emu3.segments import Shape, Visual
+from emu3.tokenization import PlainText
+from emu3.video_processing import Emu3VideoProcessor
+
+if TYPE_CHECKING:
+    from emu3.generation.engine import Engine
+    from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+    from emu3.processing import Emu3Processor
+
+_GUIDANCE = {"guidance_scale": 3.0, "guidance_floor": 0.0}
+"""Of a checkpoint that recommends none."""
+
+
+class Asking:
+    """What of a pipeline makes requests."""
+
+    model: Emu3ForConditionalGeneration
+    processor: Emu3Processor
+
+    @property
+    def engine(self) -> Engine:
+        """See `Emu3Pipeline`."""
+        raise NotImplementedError
+
+    @cached_property
+    def layout(self) -> Emu3Layout:
+        """How the checkpoint spells pictures."""
+        return Emu3Layout(
+            self.model.model.vocabulary, PlainText(self.processor.tokenizer), ClipText.of(self.model.config)
+        )
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames of a clip that share a code."""
+        return int(self.model.model.vqmodel.config.temporal_downsample_factor)
+
+    def require(self, ability: str) -> None:
+        """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
+        check_ability(ability, getattr(self.model.config, "abilities", None))
+
+    @takes(Draw)
+    def draw_requests(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        pinned: Any = None,
+        given: Any = None,
+        shape: Any = None,
+        picture_guidance: Any = False,
+        **options: Any,
+    ) -> list[Request]:
+        """What `image`, `video` and `edit` ask the engine for: one request for each prompt. Errors as there.
+
+        Args:
+            prompts: see `image`.
+            pinned: codes (H, W), or of a clip (T, H, W), that are kept, and -1 where one is to be drawn; see
+                `PinnedGrid`. Their size is then that of what is drawn.
+            given: for each prompt the pictures and clips that it speaks of.
+            shape: size in visual tokens, in place of that of the options.
+            picture_guidance: see `edit`.
+        """
+        draw = self.settled(make(Draw, options))
+        self.require("draw")
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
+        shape = shape or shape_of(draw, self.processor)
+        grammar = self.layout.grammar(shape)
+        if pinned is not None:
+            grammar = PinnedGrid.of(pinned, self.layout.vocabulary)
+            rate = shape.frames_per_second
+            shape = Shape(grammar.height, grammar.width, grammar.frames, rate)
+        decoder = decoder_named(draw.decoding) if isinstance(draw.decoding, str) else draw.decoding
+        sampling = Sampling(draw.temperature, draw.top_k, draw.top_p)
+        requests = []
+        for number, (text, seed) in enumerate(zip(texts, seeds_of(draw.seed, len(texts)), strict=True)):
+            own = () if given is None else given[number]
+            words = check_text("prompt", text) if pinned is not None else check_words("prompt", text)
+            guidance = None
+            if draw.guidance_scale != 1:
+                without = self.layout.prompt(draw.negative_prompt or "", shape, () if picture_guidance else own)
+                scale, floor = cast(float, draw.guidance_scale), cast(float, draw.guidance_floor)
+                guidance = Guidance(tuple(without), scale, floor=floor)
+            ids = tuple(self.layout.prompt(words, shape, own))
+            requests.append(Request(ids, grammar, sampling, guidance, seed, decoder=decoder))
+            requests[-1].budget(self.engine.context)  # refuses what does not fit
+        return requests
+
+    def settled(self, draw: Draw) -> Draw:
+        """With the guidance that the checkpoint's config.json recommends under "drawing", where none is asked for."""
+        own = getattr(self.model.config, "drawing", None) or {}
+        missing = [name for name in _GUIDANCE if getattr(draw, name) is None]
+        found: Any = {name: _GUIDANCE[name] if own.get(name) is None else own[name] for name in missing}
+        return replace(draw, **found)
+
+    @takes(Draw)
+    def video_requests(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        fps: float | None = None,
+        start: Any = None,
+        **options: Any,
+    ) -> list[Request]:
+        """What `video` asks the engine for. Arguments and errors as there."""
+        own = getattr(self.model.config, "clips", None) or {}
+        count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
+        rate = self.layout.clips.fps if fps is None else check_number("fps", fps, 1e-3)
+        codes = tokens_of("frames", count, self.temporal_factor, "frames")
+        draw = make(Draw, options)
+        begin = None if start is None else self.encode_visual(start, as_clip=True)
+        shape = shape_of(draw, self.processor)
+        if begin is not None and draw.height is None and draw.image_area is None and "ratio" not in options:
+            shape = begin.shape
+        shape = Shape(shape.height, shape.width, codes, rate)
+        pinned = None
+        if begin is not None:
+            if begin.shape[:2] != shape[:2]:
+                raise ValueError(
+                    f"the clip begins with {begin.shape.width}x{begin.shape.height} tokens, and "
+                    f"{shape.width}x{shape.height} are asked for; leave the size out"
+                )
+            if begin.shape.frames >= codes:
+                have = begin.shape.frames * self.temporal_factor
+                raise ValueError(f"frames is {count}, and the start has {have} already; ask for more")
+            pinned = np.full((codes, shape.height, shape.width), -1)
+            pinned[: begin.shape.frames] = begin.codes_THW
+        return self.draw_requests(prompts, shape=shape, pinned=pinned, **options)
+
+    def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:
+        """For each prompt the codes of its pictures; see `edit`."""
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        if not isinstance(pictures, list | tuple):
+            return [[self.encode_visual(pictures)]] * count
+        if isinstance(prompts, str) and not any(isinstance(each, list | tuple) for each in pictures):
+            pictures = [pictures]
+        if len(pictures) != count or not count:
+            raise ValueError(
+                f"{len(pictures)} pictures and {count} prompts; give a picture, or a list, for each prompt"
+            )
+        lists = [each if isinstance(each, list | tuple) else [each] for each in pictures]
+        if not all(lists):
+            raise ValueError("a prompt has no picture; give at least one")
+        return [[self.encode_visual(picture) for picture in each] for each in lists]
+
+    @torch.inference_mode()
+    def encode_visual(self, source: Any, as_clip: bool = False) -> Visual:
+        """The codes of a picture or a clip, resized as one that is read.
+
+        Args:
+            source: a `Visual`, which stays as it is; a picture; or a clip as `read_clip` takes it.
+            as_clip: whether a list, an array or a file is taken for a clip.
+        """
+        if isinstance(source, Visual):
+            return source
+        vqmodel, pictures = self.model.model.vqmodel, self.processor.image_processor
+        device = self.model.lm_head.weight.device
+        if not as_clip and not isinstance(source, Clip):
+            inputs = pictures(source, return_tensors="pt")
+            (codes_HW,) = vqmodel.encode(inputs["pixel_values"].to(device), inputs["image_sizes"]).image_tokens
+            return Visual(codes_HW.cpu().numpy()[None])
+        clip = read_clip(source) if not isinstance(source, Image.Image) else read_clip([source])
+        if len(clip) == 1:
+            return self.encode_visual(clip.pictures[0])
+        inputs = Emu3VideoProcessor.of(pictures, self.temporal_factor)(clip, return_tensors="pt")
+        pixels_BTCHW = inputs["pixel_values_videos"].to(device)
+        (codes_THW,) = vqmodel.encode(pixels_BTCHW, inputs["video_sizes"][:, 1:]).image_tokens
+        return Visual(codes_THW.cpu().numpy(), clip.frames_per_second)
+
+    @takes(Answer)
+    def answer_requests(self, messages: Any, pictures: Any = None, **options: Any) -> list[Asked]:
+        """What `chat` asks the engine for, one for each conversation; see `encode`. Arguments and errors as there."""
+        answer = make(Answer, options)
+        conversations = conversations_of(messages, pictures)
+        self.require("read")
+        sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
+        seeds = seeds_of(answer.seed, len(conversations))
+        return [
+            self._asked(conversation, sampling, seed, answer.max_new_tokens)
+            for conversation, seed in zip(conversations, seeds, strict=True)
+        ]
+
+    def _asked(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Asked:
+        inputs = self.processor.apply_chat_template(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            split_special_tokens=True,
+            add_generation_prompt=True,
+        )
+        ids = tuple(inputs["input_ids"][0].tolist())
+        grammar = self.layout.answer(len(self.model.lm_head.weight))
+        request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
+        request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
+        if "pixel_values" not in inputs:
+            return Asked(request)
+        # One by one and without padding, which would change the codes near it.
+        pixels = (
+            (pixels_CHW[None, :, : size[0], : size[1]], size[None])
+            for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
+        )
+        return Asked(request, tuple(pixels))
+
+    @torch.inference_mode()
+    def encode(self, asked: Asked) -> Request:
+        """The request, with the visual tokens of its pictures in place of the placeholders."""
+        if not asked.pictures:
+            return asked.request
+        device, model = self.model.lm_head.weight.device, self.model.model
+        visual = [model.get_image_tokens(pixels_BCHW.to(device), sizes) for pixels_BCHW, sizes in asked.pictures]
+        ids_S = torch.tensor(asked.request.prompt_ids)
+        ids_S[ids_S == model.vocabulary.image_placeholder] = torch.cat(visual).to(ids_S)
+        return replace(asked.request, prompt_ids=tuple(ids_S.tolist()))
