@@ -136,6 +136,10 @@ class Asking:
         count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
         rate = self.layout.clips.fps if fps is None else check_number("fps", fps, 1e-3)
         codes = tokens_of("frames", count, self.temporal_factor, "frames")
+        if codes < 2:
+            raise ValueError(
+                f"frames is {count}, which share one code, as a picture; ask for {2 * self.temporal_factor}"
+            )
         draw = make(Draw, options)
         begin = None if start is None else self.encode_visual(start, as_clip=True)
         shape = shape_of(draw, self.processor)

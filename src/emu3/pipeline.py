@@ -308,8 +308,10 @@ class Emu3Pipeline(Asking):
 
     def _visual(self, request: Request, ids: Sequence[int]) -> Visual:
         opening = len(request.prompt_ids) - 1 - request.prompt_ids[::-1].index(self.layout.vocabulary.boi)
-        (visual,) = self.layout.read([*request.prompt_ids[opening:], *ids])
-        return cast(Visual, visual)
+        visual = cast(Visual, self.layout.read([*request.prompt_ids[opening:], *ids])[0])
+        if len(visual.codes_THW) == 1 or visual.frames_per_second is not None:
+            return visual
+        return replace(visual, frames_per_second=self.layout.clips.fps)
 
     def probabilities(self, request: Request, ids: Sequence[int]) -> NDArray[np.float32]:
         """The probability of each id of a picture, given all before it and as the request samples; 1 where forced.

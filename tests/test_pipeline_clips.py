@@ -1,0 +1,186 @@
+"""Clips from words, clips that go on, pictures drawn anew: what is asked for is what the model is fed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emu3.clips import Clip
+from emu3.pipeline import Emu3Pipeline
+from emu3.results import Result
+from emu3.segments import Shape, Text, Visual
+from emu3.testing import write_tiny_checkpoint
+from emu3.video_processing import Emu3VideoProcessor
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A tiny random checkpoint that draws 4x4 tokens, with code vectors among its latents."""
+    made = Emu3Pipeline.from_pretrained(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), side=16))
+    vqmodel = made.model.model.vqmodel
+    with torch.no_grad():
+        latents = vqmodel.latents(torch.rand(8, 3, 16, 16) * 2 - 1)[1].movedim(2, -1)
+        vectors = latents.reshape(-1, latents.shape[-1])
+        vqmodel.quantize.embedding.weight.copy_(vectors[: len(vqmodel.quantize.embedding.weight)])
+    return made
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+
+
+def test_a_clip_has_the_frames_and_rate_that_are_asked_for(pipeline):
+    one, other = pipeline.video(["a cat", "a dog"], frames=8, fps=6, seed=3)
+    assert one.frames_THWC.shape == other.frames_THWC.shape == (8, 16, 16, 3)
+    assert one.frames_per_second == 6
+    assert not np.array_equal(one.frames_THWC, other.frames_THWC)
+    assert np.array_equal(one.frames_THWC, pipeline.video("a cat", frames=8, fps=6, seed=3)[0].frames_THWC)
+    assert pipeline.video("a cat", frames=8, height=16, width=8, seed=0)[0].frames_THWC.shape == (8, 16, 8, 3)
+
+
+@pytest.mark.parametrize("decoding", ["raster", "predictive"])
+def test_a_clip_is_what_its_ids_decode_to(pipeline, decoding):
+    requests = pipeline.video_requests("a cat", frames=12, fps=5, seed=1, decoding=decoding)
+    (result,) = pipeline.results(requests)
+    opening = pipeline.layout.prompt("a cat", Shape(4, 4, 3, 5.0))
+    assert list(requests[0].prompt_ids) == opening
+    assert pipeline.layout.words.decode(opening[opening.index(pipeline.layout.vocabulary.boi) + 1 : -1]) == (
+        "3*4*4, 5 fps, 2.4 s"
+    )
+    assert result.codes_HW is None and result.codes_THW.shape == (3, 4, 4)
+    with torch.inference_mode():
+        pixels = pipeline.model.model.vqmodel.decode(torch.tensor(result.codes_THW)[None])
+    (clip,) = Emu3VideoProcessor.of(pipeline.processor.image_processor).postprocess(pixels)
+    assert np.array_equal(clip.frames_THWC, result.output.frames_THWC)
+    assert result._repr_html_().startswith("<img") and result._repr_png_() is None
+    raster = pipeline.results(pipeline.video_requests("a cat", frames=12, fps=5, seed=1, decoding="raster"))[0]
+    assert raster.ids == result.ids
+
+
+def test_what_a_clip_begins_with_stays(pipeline):
+    frames = noise(9, 16, 16)
+    start = pipeline.encode_visual(Clip(frames, 5.0))
+    assert start.shape == Shape(4, 4, 2, 5.0)  # the ninth frame fills no code
+    with torch.inference_mode():
+        inputs = Emu3VideoProcessor.of(pipeline.processor.image_processor)(frames, return_tensors="pt")
+        (codes,) = pipeline.model.model.vqmodel.encode(inputs["pixel_values_videos"], [[16, 16]]).image_tokens
+    assert np.array_equal(start.codes_THW, codes)
+    for given in (Clip(frames, 5.0), list(frames), frames, start):
+        requests = pipeline.video_requests("", frames=16, start=given, seed=2)
+        (result,) = pipeline.results(requests)
+        assert np.array_equal(result.codes_THW[:2], start.codes_THW)
+    longer = pipeline.extend(Clip(frames, 5.0), "a cat", frames=8, seed=2)
+    assert (len(longer), longer.frames_per_second) == (16, 5)
+    words = pipeline.video("a cat", frames=16, fps=5, start=Clip(frames, 5.0), seed=2)[0]
+    assert np.array_equal(words.frames_THWC, longer.frames_THWC)
+
+
+def test_a_picture_is_animated(pipeline):
+    picture = Image.fromarray(noise(16, 16))
+    (result,) = pipeline.results(pipeline.video_requests("a cat", frames=8, start=picture, seed=0))
+    assert np.array_equal(result.codes_THW[:1], pipeline.encode_visual(picture).codes_THW)
+    assert len(pipeline.extend(picture, frames=4, seed=0)) == 8
+
+
+def test_an_edit_is_fed_the_picture_and_the_words(pipeline):
+    first, second = Image.fromarray(noise(16, 16)), Image.fromarray(noise(16, 16)[::-1].copy())
+    given = pipeline.given_for([[first, second]], "make it blue")
+    assert [each.codes_THW.shape for each in given[0]] == [(1, 4, 4)] * 2
+    (request,) = pipeline.draw_requests("make it blue", given=given, seed=0)
+    segments = pipeline.layout.read(request.prompt_ids)
+    assert [type(each) for each in segments] == [Visual, Visual, Text]
+    for visual, picture in zip(segments, (first, second), strict=False):
+        assert np.array_equal(visual.codes_THW, pipeline.encode_visual(picture).codes_THW)
+    assert segments[2].text.startswith("make it blue")
+    without = pipeline.layout.read(request.guidance.negative_ids)
+    assert [type(each) for each in without[:2]] == [Visual, Visual]
+    (alone,) = pipeline.draw_requests("make it blue", given=given, seed=0, picture_guidance=True)
+    assert not any(isinstance(each, Visual) for each in pipeline.layout.read(alone.guidance.negative_ids))
+    (edited,) = pipeline.edit([[first, second]], ["make it blue"], seed=0)
+    (expected,) = pipeline.results([request])
+    assert np.array_equal(np.asarray(edited), np.asarray(expected.output))
+
+
+def test_edits_have_the_size_of_their_picture(pipeline):
+    wide = Image.fromarray(noise(8, 32))
+    assert pipeline.edit(wide, "make it blue", seed=0)[0].size == (32, 8)
+    assert pipeline.edit(wide, "make it blue", height=16, width=16, seed=0)[0].size == (16, 16)
+    assert pipeline.edit(wide, "make it blue", ratio="1:1", seed=0)[0].size == (16, 16)
+    square = Image.fromarray(noise(16, 16))
+    assert [each.size for each in pipeline.edit(square, ["a", "b"], seed=0)] == [(16, 16)] * 2
+    with pytest.raises(ValueError, match="pictures are of several sizes"):
+        pipeline.edit([wide, square], ["a", "b"])
+
+
+def test_previews_of_a_clip_show_the_frame_it_has_come_to(pipeline):
+    requests = pipeline.video_requests("a cat", frames=8, seed=0)
+    (result,) = pipeline.results(requests)
+    grid = requests[0].grammar
+    grey = (128, 128, 128)
+    begun = np.asarray(pipeline.preview(grid, result.ids[: grid.frame_length + 5]))
+    assert (begun[4:] == grey).all() and not (begun[:4] == grey).all()
+    whole = pipeline.preview(grid, result.ids[: grid.frame_length])
+    first = pipeline.decode(Visual(result.codes_THW[:1]))
+    assert np.array_equal(np.asarray(whole), np.asarray(first))
+
+
+def test_a_stream_gives_clips(pipeline):
+    requests = pipeline.video_requests("a cat", frames=8, seed=0)
+    (made,) = [event for event in pipeline._run(requests) if isinstance(event, Result)]
+    assert isinstance(made.output, Clip)
+
+
+def test_clips_of_a_checkpoint(tmp_path):
+    """Its own rate, length and text of clips, from config.json."""
+    folder = write_tiny_checkpoint(tmp_path / "tiny", side=16)
+    config = json.loads((folder / "config.json").read_text())
+    config["clips"] = {"frames": 8, "fps": 5, "text": "{frames}*{height}*{width}"}
+    (folder / "config.json").write_text(json.dumps(config))
+    pipeline = Emu3Pipeline.from_pretrained(folder)
+    (clip,) = pipeline.video("a cat", seed=0, guidance_scale=1)
+    assert (len(clip), clip.frames_per_second) == (8, 5)
+    (request,) = pipeline.video_requests("a cat")
+    ids, v = list(request.prompt_ids), pipeline.layout.vocabulary
+    assert pipeline.layout.words.decode(ids[ids.index(v.boi) + 1 : -1]) == "2*4*4"
+    for wrong in ({"fps": 0}, {"frames": "many"}, {"text": 3}):
+        (folder / "config.json").write_text(json.dumps(config | {"clips": wrong}))
+        with pytest.raises(ValueError, match="clips"):
+            Emu3Pipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "reason"),
+    [
+        ("video", {"frames": 6}, "frames must be a positive multiple of 4 frames, got 6; nearest: 4 or 8"),
+        ("video", {"frames": 4}, "frames is 4, which share one code, as a picture; ask for 8"),
+        ("video", {"frames": 0}, "frames must be a whole number, at least 1"),
+        ("video", {"fps": -1}, "fps must be a finite number"),
+        ("video", {"frames": 4000}, "context"),
+        ("video", {"frames": 8, "start": noise(16, 16, 16)}, "the start has 16 already; ask for more"),
+        (
+            "video",
+            {"start": noise(4, 16, 16), "height": 8, "width": 8},
+            "with 4x4 tokens, and 2x2 are asked for",
+        ),
+        ("video", {"start": "nowhere.mp4"}, "no file 'nowhere.mp4'"),
+        ("video", {"start": []}, "no frames"),
+    ],
+)
+def test_what_is_refused(pipeline, call, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        getattr(pipeline, call)("a cat", **options)
+
+
+def test_wrong_edits(pipeline):
+    picture = Image.fromarray(noise(16, 16))
+    for pictures, prompts, reason in (
+        ([picture], ["a", "b"], "1 pictures and 2 prompts"),
+        ([[]], ["a"], "no picture"),
+        (picture, "", "must not be empty"),
+        (None, "a", "is no picture"),
+        ([], "a", "no picture"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            pipeline.edit(pictures, prompts)
