@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from emu3.icons.prompts import Requirement
 from emu3.icons.scenes import BACKGROUNDS, COLORS, Relation
-from emu3.icons.sprites import ICON, NOUNS, load_sprites
+from emu3.icons.sprites import ICON, NOUNS, scaled_mask
 
 SCORE_THRESHOLD = 0.93
 MARGIN_THRESHOLD = 0.02
@@ -47,7 +47,7 @@ _PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)  # (1
 
 @dataclass(frozen=True)
 class Detection:
-    """One object. `box` is (x0, y0, x1, y1) in pixels, ends exclusive, always 16x16; `score` is at most 1."""
+    """One object. `box` is (x0, y0, x1, y1) in pixels, ends exclusive, a square; `score` is at most 1."""
 
     noun: str
     color: str
@@ -61,37 +61,45 @@ class Glyphs:
 
     Attributes:
         nouns: the names of the glyphs.
-        unit: the sharp and the blurred glyphs as vectors of length 1, (2, nouns, 256).
+        side: pixels a side.
+        unit: the sharp and the blurred glyphs as vectors of length 1, (2, nouns, side * side).
         lengths: of the vectors before that, (2, nouns).
         faintest_energy: squared length of the faintest glyph that would still get a colour's name.
     """
 
     nouns: tuple[str, ...]
+    side: int
     unit: NDArray[np.float32]
     lengths: NDArray[np.float32]
     faintest_energy: float
 
     @classmethod
     def of(cls, masks: Mapping[str, NDArray[np.float32]]) -> Self:
-        """Of at least two nouns and their masks (16, 16), alpha in [0, 1]."""
+        """Of at least two nouns and their masks (side, side), alpha in [0, 1]."""
         sharp = np.stack(list(masks.values()))
-        glyphs = np.stack([sharp, _blur(sharp)]).reshape(2, len(masks), ICON * ICON)
+        side = sharp.shape[1]
+        glyphs = np.stack([sharp, _blur(sharp)]).reshape(2, len(masks), side * side)
         lengths = np.linalg.norm(glyphs, axis=2)
         palest = min(np.linalg.norm(np.subtract(c, b)) for c in COLORS.values() for b in BACKGROUNDS.values())
         faintest_energy = float(lengths.min() * (palest - COLOR_TOLERANCE)) ** 2
-        return cls(tuple(masks), glyphs / lengths[..., None], lengths, faintest_energy)
+        return cls(tuple(masks), side, glyphs / lengths[..., None], lengths, faintest_energy)
 
 
 @cache
-def known_glyphs() -> Glyphs:
-    """The forty of the icon world."""
-    return Glyphs.of(dict(zip(NOUNS, load_sprites().masks, strict=True)))
+def known_glyphs(side: int = ICON) -> Glyphs:
+    """The forty of the icon world, in a size."""
+    return Glyphs.of({noun: scaled_mask(noun, side) for noun in NOUNS})
 
 
-def read_picture(picture: NDArray[np.uint8], glyphs: Glyphs | None = None) -> list[Detection]:
+def read_picture(
+    picture: NDArray[np.uint8], glyphs: Glyphs | None = None, sides: Sequence[int] = (ICON,)
+) -> list[Detection]:
     """The objects of a picture (height, width, 3) uint8, best score first. `ValueError` for another type or shape.
 
-    `glyphs` are the ones to look for; None: those of the icon world.
+    Args:
+        picture: to read.
+        glyphs: the ones to look for; None: those of the icon world, in each of the sizes.
+        sides: sizes of glyphs in pixels.
     """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or min(picture.shape[:2]) < ICON:
         raise ValueError(
@@ -101,31 +109,49 @@ def read_picture(picture: NDArray[np.uint8], glyphs: Glyphs | None = None) -> li
     background = _find_background(picture)
     if background is None:
         return []
-    difference = picture.astype(np.float32) - background
-    windows = np.lib.stride_tricks.sliding_window_view(difference, (ICON, ICON), axis=(0, 1))
-    energy = np.lib.stride_tricks.sliding_window_view((difference**2).sum(2), (ICON, ICON)).sum((2, 3))
-    glyphs = glyphs or known_glyphs()
-    rows, columns = np.nonzero(energy > glyphs.faintest_energy)
-    flat_windows = windows[rows, columns].reshape(len(rows), 3, ICON * ICON)
-    # (windows, 3 channels, 2 variants, glyphs)
-    amplitudes = (flat_windows @ glyphs.unit.reshape(-1, ICON * ICON).T).reshape(len(rows), 3, 2, len(glyphs.nouns))
-    scores = np.sqrt((amplitudes**2).sum(1) / energy[rows, columns][:, None, None])  # (windows, 2, glyphs)
-    second, best = np.sort(scores.max(1), axis=1)[:, -2:].T
+    sizes = [glyphs] if glyphs is not None else [known_glyphs(side) for side in sides if side <= min(picture.shape[:2])]
+    seen = [fit for each in sizes for fit in _fits(picture.astype(np.float32) - background, background, each)]
     detections: list[Detection] = []
-    taken: list[tuple[int, int]] = []
-    for window in np.argsort(-best, kind="stable"):
-        if best[window] < SCORE_THRESHOLD:
-            break
-        x, y = int(columns[window]), int(rows[window])
-        if any(max(abs(x - other_x), abs(y - other_y)) < ICON - OVERLAP_ALLOWED for other_x, other_y in taken):
+    taken: list[tuple[int, int, int, int]] = []
+    for best, second, noun, color, box in sorted(seen, key=lambda fit: -fit[0]):
+        if any(_overlap(box, other) for other in taken):
             continue
         # Even if it gets no name below: a shape that is no icon must not be read as one a few pixels beside it.
-        taken.append((x, y))
+        taken.append(box)
+        if color is not None and best - second >= MARGIN_THRESHOLD:
+            detections.append(Detection(noun, color, box, best))
+    return detections
+
+
+def _fits(
+    difference: NDArray[np.float32], background: NDArray[np.float32], glyphs: Glyphs
+) -> list[tuple[float, float, str, str | None, tuple[int, int, int, int]]]:
+    """Windows of a picture less its background that look like a glyph, from left to right and top to bottom.
+
+    Of each the best score, that of the next noun, the noun, its colour and the window.
+    """
+    side = glyphs.side
+    windows = np.lib.stride_tricks.sliding_window_view(difference, (side, side), axis=(0, 1))
+    energy = np.lib.stride_tricks.sliding_window_view((difference**2).sum(2), (side, side)).sum((2, 3))
+    rows, columns = np.nonzero(energy > glyphs.faintest_energy)
+    flat_windows = windows[rows, columns].reshape(len(rows), 3, side * side)
+    # (windows, 3 channels, 2 variants, glyphs)
+    amplitudes = (flat_windows @ glyphs.unit.reshape(-1, side * side).T).reshape(len(rows), 3, 2, len(glyphs.nouns))
+    scores = np.sqrt((amplitudes**2).sum(1) / energy[rows, columns][:, None, None])  # (windows, 2, glyphs)
+    second, best = np.sort(scores.max(1), axis=1)[:, -2:].T
+    found = []
+    for window in np.nonzero(best >= SCORE_THRESHOLD)[0]:
+        x, y = int(columns[window]), int(rows[window])
         variant, glyph = np.unravel_index(scores[window].argmax(), scores[window].shape)
         color = _name_color(background + amplitudes[window, :, variant, glyph] / glyphs.lengths[variant, glyph])
-        if color is not None and best[window] - second[window] >= MARGIN_THRESHOLD:
-            detections.append(Detection(glyphs.nouns[glyph], color, (x, y, x + ICON, y + ICON), float(best[window])))
-    return detections
+        box = (x, y, x + side, y + side)
+        found.append((float(best[window]), float(second[window]), glyphs.nouns[glyph], color, box))
+    return found
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    """Whether two boxes share more than `OVERLAP_ALLOWED` pixels along both axes."""
+    return all(min(a[k + 2], b[k + 2]) - max(a[k], b[k]) > OVERLAP_ALLOWED for k in (0, 1))
 
 
 def satisfies(detections: Sequence[Detection], requirement: Requirement) -> bool:
@@ -184,10 +210,11 @@ def _stands(a: Detection, b: Detection, where: Relation) -> bool:
 
 
 def _blur(masks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Gaussian blur of masks (count, 16, 16); what would fall outside the window is cut off."""
-    offsets = np.arange(ICON)
+    """Gaussian blur of masks (count, side, side); what would fall outside the window is cut off."""
+    side = masks.shape[1]
+    offsets = np.arange(side)
     kernel = np.exp(-((offsets[:, None] - offsets[None, :]) ** 2) / (2 * BLUR_SIGMA**2))
-    kernel /= kernel[ICON // 2].sum()
+    kernel /= kernel[side // 2].sum()
     return (kernel @ masks @ kernel.T).astype(np.float32)
 
 
