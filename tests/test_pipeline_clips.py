@@ -1,5 +1,6 @@
 """Clips from words, clips that go on, pictures drawn anew: what is asked for is what the model is fed."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from emu3.clips import Clip
+from emu3.options import Draw
 from emu3.pipeline import Emu3Pipeline
 from emu3.results import Result
 from emu3.segments import Shape, Text, Visual
@@ -184,3 +186,28 @@ def test_wrong_edits(pipeline):
     ):
         with pytest.raises(ValueError, match=reason):
             pipeline.edit(pictures, prompts)
+
+
+def test_a_text_with_pictures_in_it(pipeline):
+    """The head is made to like boi and eos, so that pictures and ends come."""
+    pipeline = Emu3Pipeline(copy.deepcopy(pipeline.model), pipeline.processor)
+    v = pipeline.layout.vocabulary
+    with torch.no_grad():
+        pipeline.model.lm_head.weight[v.boi] *= 12
+    options = {"max_new_tokens": 160, "temperature": 1.0}
+    answers = [pipeline.tell("Tell a story.", seed=seed, **options) for seed in range(6)]
+    assert any(isinstance(part, Image.Image) and part.size == (16, 16) for parts in answers for part in parts)
+    assert any(isinstance(part, str) for parts in answers for part in parts)
+    asked = pipeline.answer_requests("Tell a story.", drawing=Draw(), seed=2, **options)
+    (result,) = pipeline.results([asked[0].request])
+    ids = np.array(result.ids)
+    opening = pipeline.layout.opening(Shape(4, 4))
+    for start in np.flatnonzero(ids == v.boi):
+        body = [*ids[start:]][: len(opening) + 4 * 5 + 2]
+        assert body[: len(opening)] == opening[: len(body)]
+        if len(body) > len(opening) + 21:
+            assert body[-2:] == [v.eof, v.eoi]
+    several = pipeline.tell([[{"role": "user", "content": "Hi"}]] * 2, seed=1, **options)
+    assert len(several) == 2 and all(isinstance(parts, list) for parts in several)
+    wide = pipeline.tell("Tell a story.", drawing=Draw(height=8, width=16), seed=2, **options)
+    assert {part.size for part in wide if isinstance(part, Image.Image)} <= {(16, 8)}

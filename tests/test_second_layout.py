@@ -139,6 +139,9 @@ class JoinedLayout:
     def answer(self, size: int) -> InterleavedText:
         return InterleavedText(self)
 
+    def mixed_answer(self, shape: Shape) -> InterleavedText:
+        return InterleavedText(self)
+
     def spell(self, segments: Sequence[Segment]) -> list[int]:
         ids: list[int] = []
         for segment in segments:

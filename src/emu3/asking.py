@@ -21,7 +21,7 @@ from emu3.asked import Asked, conversations_of, seeds_of, shape_of, tokens_of
 from emu3.chat import Message
 from emu3.clips import Clip, read_clip
 from emu3.generation.decoders.named import decoder_named
-from emu3.generation.grammar import PinnedGrid
+from emu3.generation.grammar import Grammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
 from emu3.layout import ClipText, Emu3Layout
@@ -201,19 +201,40 @@ class Asking:
         return Visual(codes_THW.cpu().numpy(), clip.frames_per_second)
 
     @takes(Answer)
-    def answer_requests(self, messages: Any, pictures: Any = None, **options: Any) -> list[Asked]:
-        """What `chat` asks the engine for, one for each conversation; see `encode`. Arguments and errors as there."""
+    def answer_requests(
+        self, messages: Any, pictures: Any = None, *, drawing: Draw | None = None, **options: Any
+    ) -> list[Asked]:
+        """What `chat`, and with `drawing` what `tell` asks the engine for, one for each conversation; see `encode`.
+
+        Arguments and errors as there.
+        """
         answer = make(Answer, options)
         conversations = conversations_of(messages, pictures)
         self.require("read")
-        sampling = Sampling(answer.temperature, answer.top_k, answer.top_p)
+        sampling: Any = Sampling(answer.temperature, answer.top_k, answer.top_p)
+        grammar: Grammar = self.layout.answer(len(self.model.lm_head.weight))
+        decoder = decoder_named("raster")
+        if drawing is not None:
+            self.require("draw")
+            visual = Sampling(drawing.temperature, drawing.top_k, drawing.top_p)
+            sampling = {"text": sampling, "visual": visual}
+            grammar = self.layout.mixed_answer(shape_of(drawing, self.processor))
+            decoder = decoder_named(drawing.decoding) if isinstance(drawing.decoding, str) else drawing.decoding
         seeds = seeds_of(answer.seed, len(conversations))
         return [
-            self._asked(conversation, sampling, seed, answer.max_new_tokens)
+            self._asked(conversation, grammar, sampling, seed, answer.max_new_tokens, decoder)
             for conversation, seed in zip(conversations, seeds, strict=True)
         ]
 
-    def _asked(self, conversation: list[Message], sampling: Sampling, seed: int, max_new_tokens: int) -> Asked:
+    def _asked(
+        self,
+        conversation: list[Message],
+        grammar: Grammar,
+        sampling: Any,
+        seed: int,
+        max_new_tokens: int,
+        decoder: Any,
+    ) -> Asked:
         inputs = self.processor.apply_chat_template(
             conversation,
             tokenize=True,
@@ -223,8 +244,7 @@ class Asking:
             add_generation_prompt=True,
         )
         ids = tuple(inputs["input_ids"][0].tolist())
-        grammar = self.layout.answer(len(self.model.lm_head.weight))
-        request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens)
+        request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens, decoder=decoder)
         request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
         if "pixel_values" not in inputs:
             return Asked(request)

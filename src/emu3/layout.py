@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from emu3.generation.grammar import Grammar, GridGrammar, TextGrammar
+from emu3.generation.grammar import Grammar, GridGrammar, MixedGrammar, TextGrammar
 from emu3.segments import Segment, Shape, Text, Visual
 from emu3.vocabulary import Vocabulary
 
@@ -60,6 +60,10 @@ class Layout(Protocol):
 
     def answer(self, size: int) -> Grammar:
         """The ids that may follow a conversation; `size` is the number of ids that the model has."""
+        ...
+
+    def mixed_answer(self, shape: Shape) -> Grammar:
+        """The ids that may follow a conversation whose answer may hold pictures of a size."""
         ...
 
     def spell(self, segments: Sequence[Segment]) -> list[int]:
@@ -163,6 +167,11 @@ class Emu3Layout:
     def answer(self, size: int) -> TextGrammar:
         """A text up to eos."""
         return TextGrammar(size, (self.vocabulary.eos,))
+
+    def mixed_answer(self, shape: Shape) -> MixedGrammar:
+        """A text up to eos; boi begins a picture."""
+        below = self.vocabulary.visual_span[0]
+        return MixedGrammar(below, (self.vocabulary.eos,), tuple(self.opening(shape)), self.grammar(shape))
 
     def spell(self, segments: Sequence[Segment]) -> list[int]:
         """See `Layout.spell`. Adjacent texts are encoded as one, so that no seam is left between them."""

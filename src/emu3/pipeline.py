@@ -24,7 +24,7 @@ from emu3.checkpoints.memory import check_fits, free_memory
 from emu3.clips import Clip
 from emu3.generation.engine import Engine
 from emu3.generation.events import Event, Failed, Finished
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.grammar import GridGrammar, MixedGrammar
 from emu3.generation.request import Request
 from emu3.generation.runtime.likelihood import probabilities_of
 from emu3.modeling.parallel import least
@@ -233,6 +233,31 @@ class Emu3Pipeline(Asking):
         answers = self._results(requests, on_event)
         return answers if are_several(messages) else answers[0]
 
+    @takes(Answer)
+    def tell(
+        self,
+        messages: Any,
+        pictures: Any = None,
+        *,
+        drawing: Draw | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Answer with a text that has pictures in it, wherever the model begins one: a list of texts and pictures.
+
+        Args:
+            messages, pictures: as for `chat`; several conversations give a list of such lists.
+            drawing: size and sampling of the pictures. They are not guided.
+            on_event: called with the engine's events, whose requests are numbered like the conversations.
+            **options: those of `emu3.options.Answer`. The longest answer counts the tokens of its pictures, too.
+
+        Raises:
+            ValueError: as `chat`, or the checkpoint only reads.
+        """
+        asked = self.answer_requests(messages, pictures, drawing=drawing or Draw(), **options)
+        answers = self._results([self.encode(each) for each in asked], on_event)
+        return answers if are_several(messages) else answers[0]
+
     def stream(self, asked: Any, pictures: Any = None, *, log_probabilities: bool = False, **options: Any) -> Stream:
         """Draw or answer, and report as tokens come. A notebook shows what comes.
 
@@ -291,13 +316,16 @@ class Emu3Pipeline(Asking):
         """What a request that is finished came to."""
         output, logs = self.read(request, event.ids), event.log_probabilities
         made = Result(event.request, output, event.ids, event.reason, log_probabilities=logs)
-        if isinstance(output, str):
+        if isinstance(output, str | list):
             return made
         codes_THW = np.asarray(self._visual(request, event.ids).codes_THW)
         return replace(made, codes_THW=codes_THW) if isinstance(output, Clip) else replace(made, codes_HW=codes_THW[0])
 
-    def read(self, request: Request, ids: Sequence[int]) -> Image.Image | Clip | str:
-        """The picture, the clip or the text that all ids of an answer mean."""
+    def read(self, request: Request, ids: Sequence[int]) -> Any:
+        """What all ids of an answer mean: a picture, a clip, a text, or a list of texts and pictures."""
+        if isinstance(request.grammar, MixedGrammar):
+            segments = self.layout.read(ids)
+            return [each.text.strip() if isinstance(each, Text) else self.decode(each) for each in segments]
         if request.grammar.kind == "text":
             return self.text(ids).strip()
         return self.decode(self._visual(request, ids))

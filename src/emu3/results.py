@@ -32,7 +32,7 @@ class Result:
 
     Attributes:
         request: the place of its prompt or conversation in what was asked for.
-        output: the picture, the clip or the answer.
+        output: the picture, the clip, the answer, or a list of texts and pictures.
         ids: of the output.
         reason: why it ends.
         codes_HW: the visual tokens of a picture, as the vision tokenizer numbers them; None for all else. With -1 in
@@ -43,7 +43,7 @@ class Result:
     """
 
     request: int
-    output: Image.Image | Clip | str
+    output: Any
     ids: tuple[int, ...]
     reason: Reason
     codes_HW: NDArray[Any] | None = None

@@ -46,7 +46,7 @@ VISION = {
 def test_nanos_recipes_fit_their_kinds(path):
     kind, recipe, _ = read_recipe(path, KINDS)
     kinds = {"vision": "icon_vision", "shards": "icon_shards", "draft": "icon_draft", "language": "pretrain"}
-    kinds["preference"] = "icon_preference"
+    kinds |= {"preference": "icon_preference", "pairs": "preference", "clips": "icon_vision", "tales": "icon_tales"}
     assert kind == kinds.get(path.stem, path.stem)
     for source in getattr(recipe, "sources", ()):
         assert source.count > 0

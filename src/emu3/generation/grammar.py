@@ -1,7 +1,7 @@
 """Which ids may stand at a position of an answer: integer arithmetic on the position, and nothing else.
 
-An answer is one grammar after the other. Emu3 writes one text, or one picture. A family that mixes both in one answer
-goes from text to a picture's size, to the picture, and back to text. Positions count from 0 in each grammar.
+An answer is one grammar after the other: one text, or one picture, or a text that goes on to a picture's size, to the
+picture, and back to text. Positions count from 0 in each grammar.
 """
 
 from __future__ import annotations
@@ -147,7 +147,12 @@ class GridGrammar(Grid):
     @property
     def length(self) -> int:
         """Tokens up to EOS, included."""
-        return self.frames * self.frame_length + 2
+        return self.end + 2
+
+    @property
+    def end(self) -> int:
+        """The position of EOI, behind all frames."""
+        return self.frames * self.frame_length
 
     def span(self, k: Integers) -> tuple[Integers, Integers]:
         ids = self.vocabulary
@@ -156,9 +161,9 @@ class GridGrammar(Grid):
         rules = (
             (in_frame % (self.width + 1) == self.width, ids.eol),
             (in_frame == self.frame_length - 1, ids.eof),
-            (k == self.length - 2, ids.eoi),
-            (k == self.length - 1, ids.eos),
-            (k >= self.length, ids.pad),
+            (k == self.end, ids.eoi),
+            (k == self.end + 1, ids.eos),
+            (k > self.end + 1, ids.pad),
         )
         lo, hi = (bound + k * 0 for bound in ids.visual_span)
         for applies, forced in rules:
@@ -182,7 +187,7 @@ class GridGrammar(Grid):
         EOI and EOS may be missing. Raises ValueError where the ids are too few.
         """
         *outer, given = ids.shape
-        needed = self.length - 2
+        needed = self.end
         if given < needed:
             size = f"{self.frames}x{self.height}x{self.width}"
             raise ValueError(f"{size} visual tokens take {needed} ids, got {given}")
@@ -252,6 +257,80 @@ class PinnedGrid(GridGrammar):
         id_: Any = self._ids[np.minimum(np.asarray(k), self.length)]
         applies = id_ >= 0
         return lo + (id_ - lo) * applies, hi + (id_ + 1 - hi) * applies
+
+
+@dataclass(frozen=True)
+class EmbeddedGrid(GridGrammar):
+    """A picture within an answer: it ends with EOI, and `follow` goes on."""
+
+    follow: Grammar | None = field(default=None, kw_only=True)
+
+    @property
+    def final(self) -> bool:  # type: ignore[override]  # of one that stands alone it is the same for all
+        return self.follow is None
+
+    @property
+    def length(self) -> int:
+        """Tokens up to EOI, included."""
+        return self.end + 1
+
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        return self if len(ids) < self.length else self.follow
+
+
+@dataclass(frozen=True)
+class FixedIds:
+    """Ids that are given, such as the size of a picture; then `follow`."""
+
+    ids: tuple[int, ...]
+    follow: Grammar
+    kind: ClassVar[Kind] = "text"
+    final: ClassVar[bool] = False
+    must_follow: ClassVar[None] = None
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def span(self, k: Any) -> tuple[Any, Any]:
+        lo: Any = np.asarray((*self.ids, self.ids[-1]))[np.minimum(k, len(self.ids))]
+        return (int(lo), int(lo) + 1) if isinstance(k, int) else (lo, lo + 1)
+
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        return self if len(ids) < len(self.ids) else self.follow
+
+
+@dataclass(frozen=True)
+class MixedGrammar:
+    """A text with pictures of one size in it: any id below `size`, until one that ends it; BOI begins a picture.
+
+    Args:
+        size: ids below this one are legal; visual ones lie above.
+        ends: ids that end the answer.
+        opening: ids from BOI, included, to the first visual token.
+        grid: of each picture.
+    """
+
+    size: int
+    ends: tuple[int, ...]
+    opening: tuple[int, ...]
+    grid: GridGrammar
+    kind: ClassVar[Kind] = "text"
+    length: ClassVar[None] = None
+    final: ClassVar[bool] = False
+    must_follow: ClassVar[None] = None
+
+    def span(self, k: Integers) -> tuple[Integers, Integers]:
+        return k * 0, k * 0 + self.size
+
+    def then(self, ids: Sequence[int] | NDArray[Any]) -> Grammar | None:
+        if ids[-1] in self.ends:
+            return None
+        if ids[-1] != self.opening[0]:
+            return self
+        grid = self.grid
+        picture = EmbeddedGrid(grid.height, grid.width, grid.frames, vocabulary=grid.vocabulary, follow=self)
+        return FixedIds(self.opening[1:], picture)
 
 
 def close_rows(ids: Any, eol: int) -> Any:

@@ -9,25 +9,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import track
 
+from emu3.checkpoints import resolve
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.checkpoints.vision import load_vision_tokenizer
 from emu3.configuration import Emu3VQVAEConfig
+from emu3.data.samples import Sample
 from emu3.data.shards import ShardInfo, shard_name, write_shard
 from emu3.data.tokenize import tokenizer_hash
 from emu3.icons.design import Design
-from emu3.icons.motion import CLIP_TASKS, FRAMES, MAX_SCENES, Clip, render_clip, sample_clip
+from emu3.icons.edits import EDIT_KINDS, sample_edit
+from emu3.icons.motion import CLIP_TASKS, FRAMES, MAX_SCENES, Clip, clip_caption, render_clip, sample_clip
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
     ENCODED_AT_ONCE,
     IconDraftRecipe,
     IconPreferenceRecipe,
     IconShardsRecipe,
+    IconTalesRecipe,
     SceneDrafts,
     ScenePrompts,
     SceneSource,
     check_sources,
+    clip_sample,
+    edit_sample,
     samples_of,
+    story_sample,
 )
+from emu3.icons.stories import sample_story
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import draft
 from emu3.training.codes import encode, to_pixels
@@ -148,6 +158,41 @@ def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:
                 write_shard(path, info, own[start : start + SAMPLES_OF_A_SHARD])
 
 
+def export_tales(recipe: IconTalesRecipe, folder: Path) -> None:
+    """Writes clips, edits and stories as shards, FOLDER/clips, FOLDER/edits and FOLDER/stories, with designed codes."""
+    tokenizer = load_vision_tokenizer(resolve(recipe.vision))
+    design = Design.of_codebook(tokenizer.quantize.embedding.weight.detach())
+    own, size = tokenizer_hash(tokenizer), tokenizer.config.codebook_size
+    makers = {"clips": _make_clip, "edits": _make_edit, "stories": _make_story}
+    for number, (name, make) in enumerate(makers.items()):
+        count = getattr(recipe, name)
+        info = ShardInfo(tokenizer=own, codebook_size=size, settings="icons", source=name)
+        for shard, start in enumerate(range(0, count, SAMPLES_OF_A_SHARD)):
+            indices = range(start, min(start + SAMPLES_OF_A_SHARD, count))
+            samples = [
+                make(f"{index}", np.random.default_rng([recipe.seed, number, index]), design, recipe)
+                for index in track(indices, description=name)
+            ]
+            write_shard(folder / name / shard_name(shard), info, samples)
+
+
+def _make_clip(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:
+    task = CLIP_TASKS[int(rng.integers(len(CLIP_TASKS)))]
+    clip = sample_clip(task, rng, "train")
+    words = clip_caption(clip, task, colored=bool(rng.random() < recipe.colored_captions))
+    return clip_sample(key, np.stack([design.codes_of(each) for each in clip.scenes]), words, recipe.frames_per_second)
+
+
+def _make_edit(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:
+    edit = sample_edit(EDIT_KINDS[int(rng.integers(len(EDIT_KINDS)))], rng, "train")
+    return edit_sample(key, design.codes_of(edit.before), design.codes_of(edit.after), edit.words)
+
+
+def _make_story(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:
+    story = sample_story(rng, "train")
+    return story_sample(key, story, [design.codes_of(scene) for scene in story.scenes])
+
+
 def train_draft(recipe: IconDraftRecipe, folder: Path) -> None:
     """Trains a draft head for a checkpoint that draws icons; see `emu3.training.draft.train`.
 
@@ -181,6 +226,7 @@ KINDS = {
     **TRAINING_KINDS,
     "icon_vision": Kind(IconVisionRecipe, train_vision),
     "icon_shards": Kind(IconShardsRecipe, export_shards),
+    "icon_tales": Kind(IconTalesRecipe, export_tales),
     "icon_preference": Kind(IconPreferenceRecipe, train_preference),
     "icon_draft": Kind(IconDraftRecipe, train_draft),
 }

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from emu3.data.samples import Part, Sample
 from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
 from emu3.icons.scenes import TASKS, Scene, Task, render, sample_scene
+from emu3.icons.stories import Story
 from emu3.segments import Text, Visual
 from emu3.training.draft import DraftBatch, DraftRecipe
 from emu3.training.preference import PreferenceRecipe
@@ -100,6 +101,27 @@ class IconShardsRecipe(Checked):
     visits: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class IconTalesRecipe(Checked):
+    """Clips, edits and stories as shards for a language model, each in a folder of its own.
+
+    Attributes:
+        vision: a checkpoint, or the folder of a vision tokenizer alone, whose codebook is designed.
+        seed: of all.
+        clips, edits, stories: how many of each.
+        frames_per_second: of the clips.
+        colored_captions: share of the clips asked for with all colours named.
+    """
+
+    vision: str
+    seed: int = 0
+    clips: int = 20_000
+    edits: int = 20_000
+    stories: int = 10_000
+    frames_per_second: float = 8.0
+    colored_captions: float = 0.8
+
+
 def draw_sample(key: str, codes_HW: NDArray[Any], words: str) -> Sample:
     """A scene to draw from words."""
     return Sample(key, (Part("prompt", Text(words)), Part("draw", Visual(codes_HW[None]))))
@@ -112,6 +134,25 @@ def read_sample(key: str, codes_HW: NDArray[Any], scene: Scene, most: int, rng: 
     for index in rng.permutation(len(asked))[:most]:
         question, answer = asked[index]
         parts += [Part("prompt", Text(question)), Part("answer", Text(answer))]
+    return Sample(key, tuple(parts))
+
+
+def clip_sample(key: str, codes_THW: NDArray[Any], words: str, frames_per_second: float) -> Sample:
+    """A clip to draw from words."""
+    return Sample(key, (Part("prompt", Text(words)), Part("draw", Visual(codes_THW, frames_per_second))))
+
+
+def edit_sample(key: str, before_HW: NDArray[Any], after_HW: NDArray[Any], words: str) -> Sample:
+    """A scene, what to change, and the scene after it."""
+    before, after = Part("read", Visual(before_HW[None])), Part("draw", Visual(after_HW[None]))
+    return Sample(key, (before, Part("prompt", Text(words)), after))
+
+
+def story_sample(key: str, story: Story, codes_NHW: Sequence[NDArray[Any]]) -> Sample:
+    """A question for a story, and the answer: sentences, each with its picture behind it."""
+    parts = [Part("prompt", Text(story.prompt))]
+    for sentence, codes_HW in zip(story.sentences, codes_NHW, strict=True):
+        parts += [Part("answer", Text(sentence)), Part("draw", Visual(codes_HW[None]))]
     return Sample(key, tuple(parts))
 
 

@@ -86,7 +86,7 @@ class SequenceBuilder:
         return Emu3Layout(self.vocabulary, PlainText(self.processor.tokenizer), self.clips)
 
     def build(self, sample: Sample, without_prompt: bool = False) -> TokenSequence:
-        """The sequence of a sample; `without_prompt` leaves the words of a drawing out, for guidance.
+        """The sequence of a sample; `without_prompt` leaves the words of a drawing or an edit out, for guidance.
 
         `ValueError` names the sample where the chat template cannot spell it.
         """
@@ -99,8 +99,8 @@ class SequenceBuilder:
         return TokenSequence(ids, np.concatenate(weights), kinds)
 
     def _in_a_row(self, sample: Sample, without_prompt: bool) -> list[Piece]:
-        """bos, the parts one after the other, eos. Without its prompt, what is drawn follows bos."""
-        parts = [part for part in sample.parts if part.role == "draw" or not without_prompt]
+        """bos, the parts one after the other, eos. Without its prompt, what is drawn follows bos, or what is read."""
+        parts = [part for part in sample.parts if part.role in ("draw", "read") or not without_prompt]
         spelled: list[Piece] = []
         for part in parts or sample.parts:
             is_asked_for = part.role == "draw" and not (spelled and spelled[-1][1] == DRAW)
