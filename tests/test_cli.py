@@ -96,7 +96,7 @@ def test_wrong_usage_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str], a
         ("-o ", "'.' names no file"),
         ("-o there.png/cat.png", "there.png' is no folder"),
         ("-o " + 250 * "a" + "bc.png", "a name in it is longer than 255 bytes"),
-        ("-o cat.jpg", "pictures are PNG files"),
+        ("-o cat.jpg", "pictures end in .png"),
         ("-o folder.png/..", "names no file"),
         ("-o two.png", "two-1.png': there is a folder of that name"),
     ],
@@ -190,7 +190,7 @@ def test_drawing_with_an_unknown_checkpoint_writes_nothing(capsys: pytest.Captur
 
 
 def test_other_formats_than_png_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "pictures are PNG files" in one_line_error(capsys, "image", "a cat", "-o", tmp_path / "out.jpg")
+    assert "pictures end in .png" in one_line_error(capsys, "image", "a cat", "-o", tmp_path / "out.jpg")
 
 
 def test_output_paths(tmp_path: Path) -> None:

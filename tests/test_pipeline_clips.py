@@ -109,7 +109,7 @@ def test_edits_have_the_size_of_their_picture(pipeline):
     wide = Image.fromarray(noise(8, 32))
     assert pipeline.edit(wide, "make it blue", seed=0)[0].size == (32, 8)
     assert pipeline.edit(wide, "make it blue", height=16, width=16, seed=0)[0].size == (16, 16)
-    assert pipeline.edit(wide, "make it blue", ratio="1:1", seed=0)[0].size == (16, 16)
+    assert pipeline.edit(wide, "make it blue", ratio="2:1", image_area=512, seed=0)[0].size == (32, 16)
     square = Image.fromarray(noise(16, 16))
     assert [each.size for each in pipeline.edit(square, ["a", "b"], seed=0)] == [(16, 16)] * 2
     with pytest.raises(ValueError, match="pictures are of several sizes"):

@@ -143,7 +143,7 @@ class Asking:
         draw = make(Draw, options)
         begin = None if start is None else self.encode_visual(start, as_clip=True)
         shape = shape_of(draw, self.processor)
-        if begin is not None and draw.height is None and draw.image_area is None and "ratio" not in options:
+        if begin is not None and draw.height is None and draw.image_area is None and draw.ratio == make(Draw, {}).ratio:
             shape = begin.shape
         shape = Shape(shape.height, shape.width, codes, rate)
         pinned = None
@@ -159,6 +159,20 @@ class Asking:
             pinned = np.full((codes, shape.height, shape.width), -1)
             pinned[: begin.shape.frames] = begin.codes_THW
         return self.draw_requests(prompts, shape=shape, pinned=pinned, **options)
+
+    @takes(Draw)
+    def edit_requests(
+        self, pictures: Any, prompts: str | Sequence[str], *, picture_guidance: bool = False, **options: Any
+    ) -> list[Request]:
+        """What `edit` asks the engine for. Arguments and errors as there."""
+        given = self.given_for(pictures, prompts)
+        sizes = [each[-1].shape._replace(frames=1, frames_per_second=None) for each in given]
+        asked = make(Draw, options)
+        has_size = asked.height is not None or asked.image_area is not None or asked.ratio != make(Draw, {}).ratio
+        if not has_size and len(set(sizes)) > 1:
+            raise ValueError("the pictures are of several sizes; edit them one by one, or give height and width")
+        shape = None if has_size else sizes[0]
+        return self.draw_requests(prompts, given=given, shape=shape, picture_guidance=picture_guidance, **options)
 
     def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:
         """For each prompt the codes of its pictures; see `edit`."""

@@ -168,13 +168,7 @@ class Emu3Pipeline(Asking):
         Raises:
             ValueError: as `image`, or the number of pictures is not that of the prompts.
         """
-        given = self.given_for(pictures, prompts)
-        own = [each[-1].shape._replace(frames=1, frames_per_second=None) for each in given]
-        has_size = any(options.get(name) is not None for name in ("height", "image_area")) or "ratio" in options
-        if not has_size and len(set(own)) > 1:
-            raise ValueError("the pictures are of several sizes; edit them one by one, or give height and width")
-        shape = None if has_size else own[0]
-        requests = self.draw_requests(prompts, given=given, shape=shape, picture_guidance=picture_guidance, **options)
+        requests = self.edit_requests(pictures, prompts, picture_guidance=picture_guidance, **options)
         return Pictures(self._results(requests, on_event))
 
     @takes(Draw)
@@ -294,23 +288,27 @@ class Emu3Pipeline(Asking):
                 if isinstance(event, Finished):
                     yield self.result(event, requests[event.request])
 
-    def results(self, requests: list[Request]) -> list[Result]:
-        """The result of each request, in their order, all in one batch. ValueError where one fails."""
-        found = [each for each in self._run(requests) if isinstance(each, Result)]
-        return sorted(found, key=lambda result: result.request)
+    def iterate(self, requests: list[Request], on_event: Callable[[Event], object] | None = None) -> Generator[Result]:
+        """The result of each request as it is finished, all in one batch. ValueError where one fails.
 
-    def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
-        """The picture or answer of each request."""
+        `on_event` is called with the engine's events, whose requests are numbered as these.
+        """
         if on_event is not None and not callable(on_event):
             raise ValueError(f"on_event must be a function that takes an event, got {on_event!r:.80}")
-        outputs: dict[int, Any] = {}
         with closing(self._run(requests)) as events:
             for event in events:
                 if isinstance(event, Result):
-                    outputs[event.request] = event.output
+                    yield event
                 elif on_event is not None:
                     on_event(event)
-        return [outputs[number] for number in range(len(requests))]
+
+    def results(self, requests: list[Request]) -> list[Result]:
+        """The result of each request, in their order, all in one batch. ValueError where one fails."""
+        return sorted(self.iterate(requests), key=lambda result: result.request)
+
+    def _results(self, requests: list[Request], on_event: Callable[[Event], object] | None) -> list[Any]:
+        """The picture or answer of each request."""
+        return [each.output for each in sorted(self.iterate(requests, on_event), key=lambda each: each.request)]
 
     def result(self, event: Finished, request: Request) -> Result:
         """What a request that is finished came to."""

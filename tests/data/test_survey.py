@@ -155,7 +155,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["notes.md"], "'notes.md' is no source: neither a folder nor one of .tar"),
         (["metadata.jsonl"], "'metadata.jsonl' is a table of a folder of pictures; name the folder"),
         ([""], "the source has an empty name"),
-        (["empty", "-o", "x.jpg"], "pictures are PNG files"),
+        (["empty", "-o", "x.jpg"], "pictures end in .png"),
     ],
 )
 def test_mistakes(

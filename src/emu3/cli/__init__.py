@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "image": generate.image,
+    "edit": generate.edit,
+    "video": generate.video,
     "chat": generate.chat,
     "serve": generate.serve,
     "info": checkpoints.info,

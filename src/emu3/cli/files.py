@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from emu3.clips import Clip
+
+
+PICTURES = (".png",)
+CLIPS = (".gif", ".webp", ".mp4", ".webm", ".mov", ".mkv", ".m4v", ".avi")
 
 
 def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:
@@ -17,11 +24,20 @@ def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> N
 
     text = PngInfo()
     text.add_text("emu3", json.dumps(record))
+    _write_whole(path, lambda unfinished: picture.save(unfinished, format="PNG", pnginfo=text))
+
+
+def write_clip(clip: Clip, path: Path) -> None:
+    """Write a clip in the format of the path's suffix, wholly or not at all."""
+    _write_whole(path, lambda unfinished: clip.save(unfinished, path.suffix))
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f".{os.getpid()}.tmp")  # short: `path` may have the longest name allowed
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            picture.save(unfinished, format="PNG", pnginfo=text)
+            write(unfinished)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -30,14 +46,18 @@ def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> N
         raise ValueError(f"cannot write {str(path)!r}: {why}; mend that, or give -o another name") from error
 
 
-def output_paths(output: Path, count: int) -> list[Path]:
-    """Where pictures go: out.png, or out-1.png, ...; in a folder 1.png, ... ValueError where none can be written."""
-    if output == Path() or output.name.lower() in (".png", ".."):
-        raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in .png, or a folder")
-    if output.suffix and output.suffix.lower() != ".png" and not _is_folder(output):
-        raise ValueError(f"cannot write {str(output)!r}: pictures are PNG files; end the name in .png or name a folder")
+def output_paths(output: Path, count: int, suffixes: Sequence[str] = PICTURES) -> list[Path]:
+    """Where pictures or clips go: out.png, or out-1.png, ...; in a folder 1.png, ... with the first of the suffixes.
+
+    ValueError where none can be written.
+    """
+    what, first, known = "clips" if suffixes == CLIPS else "pictures", suffixes[0], ", ".join(suffixes)
+    if output == Path() or output.name.lower() in (*suffixes, ".."):
+        raise ValueError(f"{str(output)!r} names no file; give -o a name that ends in {known}, or a folder")
+    if output.suffix and output.suffix.lower() not in suffixes and not _is_folder(output):
+        raise ValueError(f"cannot write {str(output)!r}: {what} end in {known}; name such a file, or a folder")
     if _is_folder(output) or not output.suffix:
-        paths = [output / f"{number}.png" for number in range(1, count + 1)]
+        paths = [output / f"{number}{first}" for number in range(1, count + 1)]
     elif count == 1:
         paths = [output]
     else:
@@ -94,3 +114,13 @@ def read_picture(name: str) -> Image.Image:
     # What Pillow raises depends on the format and on where the file breaks.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {name!r} as a picture: {error}") from error
+
+
+def read_start(name: str) -> Clip:
+    """The picture or clip that a clip begins with. ValueError where there is none, or it cannot be read."""
+    from emu3.clips import read_clip
+
+    try:
+        return read_clip(name)
+    except ValueError as error:
+        raise ValueError(f"{name!r:.200}: {error}") from error

@@ -1,4 +1,4 @@
-"""Commands that run a checkpoint: `emu3 image`, `emu3 chat`, `emu3 serve`."""
+"""Commands that run a checkpoint: `emu3 image`, `edit`, `video`, `chat`, `serve`."""
 
 import secrets
 from dataclasses import asdict, replace
@@ -9,11 +9,12 @@ import typer
 
 from emu3 import __version__
 from emu3.cli.common import JsonOption, ModelArgument, ModelOption, load_pipeline, print_out, progress, takes_options
-from emu3.cli.files import output_paths, read_picture, write_picture
+from emu3.cli.files import CLIPS, output_paths, read_picture, read_start, write_clip, write_picture
 from emu3.options import Answer, Draw, Load, Serve, check_words
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from emu3.generation.request import Request
+    from emu3.pipeline import Emu3Pipeline
 
 
 @takes_options(draw=Draw, load=Load)
@@ -38,36 +39,125 @@ def image(
     if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
         typer.echo(f"{len(prompts)} prompts of one word each; quote the words of one picture", err=True)
     paths = output_paths(output, len(prompts))
-    seed = secrets.randbelow(2**31) if draw.seed is None else cast(int, draw.seed)
     pipeline = load_pipeline(model, load, "draw")
-    settings = asdict(pipeline.settled(replace(draw, seed=seed)))
-    from emu3.generation.events import Started, Tokens
-    from emu3.results import Result
+    draw = _with_seed(pipeline, draw)
+    requests = pipeline.draw_requests(prompts, **asdict(draw))
+    records = [{"prompt": prompt} for prompt in prompts]
+    print_out(_make(pipeline, requests, paths, records, model, load, draw, as_json))
+
+
+@takes_options(draw=Draw, load=Load)
+def edit(
+    draw: Draw,
+    load: Load,
+    picture: Annotated[str, typer.Argument(help="The picture to change, a file.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What to change, in quotes.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .png file, or a folder.")] = Path("out.png"),
+    beside: Annotated[
+        list[str] | None, typer.Option(help="One more picture that the words speak of; may be given again.")
+    ] = None,
+    model: ModelOption = "nano",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a picture anew, changed as words say: emu3 edit cat.png "make the cat blue". Its size stays."""
+    check_words("prompt", prompt)
+    (path,) = output_paths(output, 1)
+    names = [picture, *(beside or [])]
+    opened = [read_picture(name) for name in names]
+    pipeline = load_pipeline(model, load, "draw")
+    draw = _with_seed(pipeline, draw)
+    requests = pipeline.edit_requests([opened], [prompt], **asdict(draw))
+    record = {"prompt": prompt, "pictures": names}
+    print_out(_make(pipeline, requests, [path], [record], model, load, draw, as_json))
+
+
+@takes_options(draw=Draw, load=Load)
+def video(
+    draw: Draw,
+    load: Load,
+    prompts: Annotated[
+        list[str], typer.Argument(help="What happens, one clip for each; in quotes.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="A .gif, .webp, .mp4, .webm, .mov or .mkv file, or a folder of GIFs."),
+    ] = Path("out.gif"),
+    frames: Annotated[int | None, typer.Option(help="How many.", show_default="the checkpoint's, or 16")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the checkpoint's, or 24")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="A picture or clip that it begins with, a file.", show_default=False)
+    ] = None,
+    model: ModelOption = "nano",
+    as_json: JsonOption = False,
+) -> None:
+    """Film clips from words; with --start, go on with a clip or animate a picture."""
+    for prompt in prompts:
+        check_words("prompt", prompt)
+    paths = output_paths(output, len(prompts), CLIPS)
+    begin = None if start is None else read_start(start)
+    pipeline = load_pipeline(model, load, "draw")
+    draw = _with_seed(pipeline, draw)
+    requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
+    records = [{"prompt": prompt, "start": start} for prompt in prompts]
+    print_out(_make(pipeline, requests, paths, records, model, load, draw, as_json))
+
+
+def _with_seed(pipeline: "Emu3Pipeline", draw: Draw) -> Draw:
+    """The options as they are used: the checkpoint's own guidance, and a seed."""
+    return pipeline.settled(replace(draw, seed=secrets.randbelow(2**31) if draw.seed is None else draw.seed))
+
+
+def _make(
+    pipeline: "Emu3Pipeline",
+    requests: "list[Request]",
+    paths: list[Path],
+    records: list[dict[str, Any]],
+    model: str,
+    load: Load,
+    draw: Draw,
+    as_json: bool,
+) -> Any:
+    """Draws with a bar, writes pictures and clips as they come, and returns what is printed of them."""
+    from emu3.clips import Clip
+    from emu3.generation.events import Event, Started, Tokens
 
     weight = pipeline.model.model.text_model.embed_tokens.weight
     loaded: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "device": str(weight.device)}
     loaded |= {"int8": load.int8, "compiled": load.compiled, "draft": pipeline.draft is not None}
-    records: dict[int, dict[str, Any]] = {}
+    done: dict[int, dict[str, Any]] = {}
     drawn, in_all = 0, 0
     with progress("drawing") as report:
-        for event in pipeline.stream(prompts, **settings):
+
+        def look(event: Event) -> None:
+            nonlocal drawn, in_all
             if isinstance(event, Started):
                 in_all += event.length
             elif isinstance(event, Tokens):
                 drawn += len(event.ids)
                 report(drawn, in_all)
-            elif isinstance(event, Result):
-                number, picture = event.request, cast("Image.Image", event.output)
-                record = {"prompt": prompts[number], "model": model, "version": __version__, **loaded, **settings}
-                # What draws this picture again on its own: its own seed, and the size that ratio and model came to.
-                record |= {"seed": seed + number, "height": picture.height, "width": picture.width}
-                write_picture(picture, paths[number], record)
-                records[number] = {"path": str(paths[number]), **record}
-    in_order = [records[number] for number in sorted(records)]
-    lines = (
-        f"{each['path']}  seed {each['seed']}  {each['width']}x{each['height']}  {each['prompt']}" for each in in_order
+
+        for result in pipeline.iterate(requests, look):
+            number, made = result.request, result.output
+            # What draws it again on its own: its own seed, and the size that ratio and model came to.
+            own: dict[str, Any] = {"seed": cast(int, draw.seed) + number}
+            if isinstance(made, Clip):
+                count, height, width, _ = made.frames_THWC.shape
+                own |= {"frames": count, "fps": made.frames_per_second}
+            else:
+                width, height = made.size
+            record = records[number] | {"model": model, "version": __version__, **loaded, **asdict(draw), **own}
+            record |= {"height": height, "width": width}
+            write_clip(made, paths[number]) if isinstance(made, Clip) else write_picture(made, paths[number], record)
+            done[number] = {"path": str(paths[number]), **record}
+    in_order = [done[number] for number in sorted(done)]
+    if as_json:
+        return in_order
+    return "\n".join(
+        f"{each['path']}  seed {each['seed']}  {each['width']}x{each['height']}  "
+        + (f"{each['frames']} frames  " if "frames" in each else "")
+        + each["prompt"]
+        for each in in_order
     )
-    print_out(in_order if as_json else "\n".join(lines))
 
 
 @takes_options(answer=Answer, load=Load)
