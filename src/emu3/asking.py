@@ -28,7 +28,7 @@ from emu3.layout import ClipText, Emu3Layout
 from emu3.options import Answer, Draw, check_ability, check_number, check_text, check_whole, check_words, make, takes
 from emu3.segments import Shape, Visual
 from emu3.tokenization import PlainText
-from emu3.video_processing import Emu3VideoProcessor
+from emu3.video_processing import sample_frames
 
 if TYPE_CHECKING:
     from emu3.generation.engine import Engine
@@ -209,9 +209,10 @@ class Asking:
         clip = read_clip(source) if not isinstance(source, Image.Image) else read_clip([source])
         if len(clip) == 1:
             return self.encode_visual(clip.pictures[0])
-        inputs = Emu3VideoProcessor.of(pictures, self.temporal_factor)(clip, return_tensors="pt")
-        pixels_BTCHW = inputs["pixel_values_videos"].to(device)
-        (codes_THW,) = vqmodel.encode(pixels_BTCHW, inputs["video_sizes"][:, 1:]).image_tokens
+        clip = sample_frames(clip, None, self.temporal_factor)
+        groups = np.split(clip.frames_THWC, len(clip) // self.temporal_factor)
+        pieces = (pictures(list(group), return_tensors="pt")["pixel_values"][None].to(device) for group in groups)
+        codes_THW = torch.cat(list(vqmodel.encode_stream(pieces)), 1)[0]
         return Visual(codes_THW.cpu().numpy(), clip.frames_per_second)
 
     @takes(Answer)

@@ -368,6 +368,7 @@ class Emu3Pipeline(Asking):
             pixels_BCHW = self.model.model.vqmodel.decode(codes_THW)
             picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
             return picture
-        pixels_TCHW = self.model.model.vqmodel.decode(codes_THW[None])[0]
-        pictures = self.processor.postprocess(pixels_TCHW.float())["pixel_values"]
+        pictures = []  # bytes, group by group: pixels of a long clip as numbers would take much memory
+        for pixels_BTCHW in self.model.model.vqmodel.decode_stream([codes_THW[None]]):
+            pictures += self.processor.postprocess(pixels_BTCHW[0].float())["pixel_values"]
         return Clip(np.stack([np.asarray(each) for each in pictures]), visual.frames_per_second)

@@ -15,6 +15,7 @@ and their latents are fewer: in H and W by `spatial_scale_factor`, in T by `temp
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -26,7 +27,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from emu3.configuration import Emu3VQVAEConfig
 from emu3.modeling.pretrained import AnyLayoutModel
-from emu3.modeling.vision_blocks import AttentionBlock, CausalConv3d, Decoder, Encoder, ResnetBlock, TemporalResnetBlock
+from emu3.modeling.vision_blocks import (
+    AttentionBlock,
+    CausalConv3d,
+    Decoder,
+    Encoder,
+    Past,
+    ResnetBlock,
+    TemporalResnetBlock,
+)
 
 MAX_DISTANCES = {"cpu": 2**18, "other": 2**24}
 """Distances, positions times codes, that are computed at once: 1 MiB in float32 stays in a CPU's cache."""
@@ -115,12 +124,13 @@ class Emu3VQVAE(AnyLayoutModel):
             bound = 1.0 / self.config.codebook_size
             module.embedding.weight.uniform_(-bound, bound)
 
-    def latents(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def latents(self, pixel_values: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Latents before quantization, differentiable.
 
         `pixel_values` are pictures (B, C, H, W), or clips (B, T, C, H, W) whose frames are a multiple of
         `temporal_downsample_factor`, normalised as by the image processor. The result is the encoder's output
         (B, T, C, H, W) with `latent_channels` channels, and the same after `quant_conv`, with `embed_dim` channels.
+        With a `past`, which is empty at first, a clip may come in pieces, each a multiple of frames.
         """
         factor = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
@@ -131,17 +141,19 @@ class Emu3VQVAE(AnyLayoutModel):
                 raise ValueError(f"a clip needs a multiple of {factor} frames, got {frames}: repeat or drop some")
             latents = self.encoder.encode_frames(pixel_values.flatten(0, 1))
             latents_BCTHW = latents.unflatten(0, (batch, frames)).transpose(1, 2)
-        latents_BCTHW = self.encoder.join_frames(latents_BCTHW)
-        return latents_BCTHW.transpose(1, 2), self.quant_conv(latents_BCTHW).transpose(1, 2)
+        latents_BCTHW = self.encoder.join_frames(latents_BCTHW, past)
+        return latents_BCTHW.transpose(1, 2), self.quant_conv(latents_BCTHW, past).transpose(1, 2)
 
-    def pixels(self, quantized_BTCHW: Tensor, single: bool) -> Tensor:
+    def pixels(self, quantized_BTCHW: Tensor, single: bool, past: Past | None = None) -> Tensor:
         """Pixels (B, T, C, H, W) from codebook vectors, differentiable.
 
         `single` says that the vectors are of pictures: T is 1 and only the first frame is decoded, to (B, C, H, W).
+        With a `past`, which is empty at first, a clip may come in pieces.
         """
         quantized_BCTHW = quantized_BTCHW.transpose(1, 2)
         # Latents and conditioning pass through the same temporal layers, here as one batch.
-        both = self.decoder.split_frames(torch.cat((self.post_quant_conv(quantized_BCTHW), quantized_BCTHW)))
+        both = torch.cat((self.post_quant_conv(quantized_BCTHW, past), quantized_BCTHW))
+        both = self.decoder.split_frames(both, past)
         if single:
             both = both[:, :, :1]
         latents, conditioning = both.transpose(1, 2).chunk(2)
@@ -189,3 +201,33 @@ class Emu3VQVAE(AnyLayoutModel):
         single = hidden_states.ndim == 3
         codes_BTHW = hidden_states[:, None] if single else hidden_states
         return self.pixels(self.quantize.embedding(codes_BTHW).movedim(-1, 2), single)
+
+    @torch.no_grad()
+    def encode_stream(self, pieces: Iterable[Tensor], independent: bool = False) -> Iterator[Tensor]:
+        """Codes (B, T, H, W) of a clip that comes in pieces, in memory that does not grow with the clip.
+
+        They are those of the whole clip, encoded at once.
+
+        Args:
+            pieces: frames (B, any number, C, H, W), one piece after the other. What is left over at the end, fewer
+                frames than share a code, has no code.
+            independent: whether each group of frames that share a code is a clip of its own, which sees no earlier one.
+        """
+        factor, past, waiting = self.config.temporal_downsample_factor, Past(), None
+        for piece in pieces:
+            waiting = piece if waiting is None else torch.cat((waiting, piece), 1)
+            while waiting.shape[1] >= factor:
+                group, waiting = waiting[:, :factor], waiting[:, factor:]
+                yield self.quantize(self.latents(group.to(self.dtype), Past() if independent else past)[1])
+
+    @torch.no_grad()
+    def decode_stream(self, pieces: Iterable[Tensor], independent: bool = False) -> Iterator[Tensor]:
+        """Pixels (B, T, C, H, W) of codes (B, any number, H, W) that come in pieces, as `encode_stream` gives them.
+
+        Each frame of codes gives `temporal_downsample_factor` frames: those of the whole clip, decoded at once.
+        """
+        past = Past()
+        for piece in pieces:
+            for codes_BHW in piece.unbind(1):
+                vectors = self.quantize.embedding(codes_BHW[:, None]).movedim(-1, 2)
+                yield self.pixels(vectors, False, Past() if independent else past)

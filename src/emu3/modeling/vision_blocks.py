@@ -269,18 +269,29 @@ class UpBlock(nn.Module):
         return run_stages(reversed(self.up), "upsample", x_BCHW, quantized_BCHW)
 
 
+Past = dict[nn.Module, Tensor]
+"""The last two frames (B, C, 2, H, W) that each `CausalConv3d` has seen, where a clip comes in pieces."""
+
+
 class CausalConv3d(nn.Module):
     """3-D convolution that sees no later frame: its padding is two frames before the first, and even in space.
 
-    The kernel has `time` frames and `space` rows and columns; `stride` is that in time.
+    The kernel has `time` frames and `space` rows and columns; `stride` is that in time. With a `past`, the frames go on
+    from those that it holds, and it is brought up to date.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time: int = 3, space: int = 3, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, (time, space, space), (stride, 1, 1))
-        self.padding = (space // 2, space // 2, space // 2, space // 2, 2, 0)
+        self.padding = (space // 2, space // 2, space // 2, space // 2)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        if past is None or self not in past:
+            x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, 2, 0))
+        else:
+            x_BCTHW = torch.cat((past[self], x_BCTHW), 2)
+        if past is not None:
+            past[self] = x_BCTHW[:, :, -2:]
         return cast(Tensor, self.conv(F.pad(x_BCTHW, self.padding)))
 
 
@@ -294,9 +305,9 @@ class TemporalResnetBlock(nn.Module):
         self.norm2 = nn.BatchNorm3d(channels)
         self.conv2 = CausalConv3d(channels, channels)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x_BCTHW)))
-        return cast(Tensor, x_BCTHW + self.conv2(F.silu(self.norm2(hidden))))
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x_BCTHW)), past)
+        return cast(Tensor, x_BCTHW + self.conv2(F.silu(self.norm2(hidden)), past))
 
 
 class TemporalDownsample(nn.Module):
@@ -306,8 +317,8 @@ class TemporalDownsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, time=4, stride=2)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return F.silu(self.conv(x_BCTHW))
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        return F.silu(self.conv(x_BCTHW, past))
 
 
 class TemporalUpsample(nn.Module):
@@ -317,8 +328,8 @@ class TemporalUpsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return F.silu(self.conv(x_BCTHW.repeat_interleave(2, dim=2)))
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        return F.silu(self.conv(x_BCTHW.repeat_interleave(2, dim=2), past))
 
 
 def count_temporal_stages(config: Emu3VQVAEConfig) -> int:
@@ -350,9 +361,11 @@ class Encoder(nn.Module):
         hidden = self.middle_block(self.down_block(self.conv_in(pixels_BCHW)))
         return norm_silu_conv(self.norm_out, self.conv_out, hidden)
 
-    def join_frames(self, latents_BCTHW: Tensor) -> Tensor:
+    def join_frames(self, latents_BCTHW: Tensor, past: Past | None = None) -> Tensor:
         """The temporal part: latents of frames to fewer in T, by `temporal_downsample_factor`."""
-        return cast(Tensor, self.time_res_stack(self.time_conv(latents_BCTHW)))
+        for block in (*self.time_conv, *self.time_res_stack):
+            latents_BCTHW = block(latents_BCTHW, past)
+        return latents_BCTHW
 
 
 class Decoder(nn.Module):
@@ -370,9 +383,11 @@ class Decoder(nn.Module):
         self.norm_out = SpatialNorm(config.embed_dim, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def split_frames(self, latents_BCTHW: Tensor) -> Tensor:
+    def split_frames(self, latents_BCTHW: Tensor, past: Past | None = None) -> Tensor:
         """The temporal part: latents to those of frames, more in T by `temporal_downsample_factor`."""
-        return cast(Tensor, self.time_conv(self.time_res_stack(latents_BCTHW)))
+        for block in (*self.time_res_stack, *self.time_conv):
+            latents_BCTHW = block(latents_BCTHW, past)
+        return latents_BCTHW
 
     def decode_frames(self, latents_BCHW: Tensor, quantized_BCHW: Tensor) -> Tensor:
         """The 2-D part: latents and conditioning of frames to their pixels (B, C, H, W)."""
