@@ -211,3 +211,20 @@ def test_a_text_with_pictures_in_it(pipeline):
     assert len(several) == 2 and all(isinstance(parts, list) for parts in several)
     wide = pipeline.tell("Tell a story.", drawing=Draw(height=8, width=16), seed=2, **options)
     assert {part.size for part in wide if isinstance(part, Image.Image)} <= {(16, 8)}
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "said"),
+    [
+        ("video", ("a cat",), "does not make clips"),
+        ("edit", (Image.new("RGB", (16, 16)), "make it blue"), "does not draw pictures from pictures"),
+        ("tell", ("Tell a story.",), "does not put pictures into its answers"),
+    ],
+)
+def test_what_a_checkpoint_has_not_learned_is_refused(call, arguments, said):
+    nano = Emu3Pipeline.from_pretrained("nano")
+    nano.model.config.abilities = ["draw", "read"]
+    with pytest.raises(ValueError, match=f"{said}, says its config.json"):
+        getattr(nano, call)(*arguments)
+    nano.model.config.abilities = ["draw", "read", "edit", "film", "tell"]
+    nano.draw_requests("a photo of a cat")

@@ -88,7 +88,7 @@ class Asking:
             picture_guidance: see `edit`.
         """
         draw = self.settled(make(Draw, options))
-        self.require("draw")
+        self.require("draw" if given is None else "edit")
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
@@ -132,6 +132,7 @@ class Asking:
         **options: Any,
     ) -> list[Request]:
         """What `video` asks the engine for. Arguments and errors as there."""
+        self.require("film")
         own = getattr(self.model.config, "clips", None) or {}
         count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
         rate = self.layout.clips.fps if fps is None else check_number("fps", fps, 1e-3)
@@ -165,6 +166,7 @@ class Asking:
         self, pictures: Any, prompts: str | Sequence[str], *, picture_guidance: bool = False, **options: Any
     ) -> list[Request]:
         """What `edit` asks the engine for. Arguments and errors as there."""
+        self.require("edit")
         given = self.given_for(pictures, prompts)
         sizes = [each[-1].shape._replace(frames=1, frames_per_second=None) for each in given]
         asked = make(Draw, options)
@@ -230,7 +232,7 @@ class Asking:
         grammar: Grammar = self.layout.answer(len(self.model.lm_head.weight))
         decoder = decoder_named("raster")
         if drawing is not None:
-            self.require("draw")
+            self.require("tell")
             visual = Sampling(drawing.temperature, drawing.top_k, drawing.top_p)
             sampling = {"text": sampling, "visual": visual}
             grammar = self.layout.mixed_answer(shape_of(drawing, self.processor))

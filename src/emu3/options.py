@@ -144,12 +144,23 @@ def check_folder_or_id(name: object = None) -> None:
         raise ValueError('"nano" is a name for Emu3Pipeline; here give its folder, emu3.checkpoints.resolve("nano")')
 
 
+ABILITIES = {
+    "draw": "draw pictures",
+    "read": "answer or read pictures",
+    "edit": "draw pictures from pictures",
+    "film": "make clips",
+    "tell": "put pictures into its answers",
+}
+"""What a checkpoint may be trained for, as config.json lists it, and how it is said."""
+
+
 def check_ability(ability: str, abilities: Sequence[str] | None) -> None:
-    """ValueError where a checkpoint's config.json lists its abilities, and "draw" or "read" is not among them."""
+    """ValueError where a checkpoint's config.json lists its abilities, and one of `ABILITIES` is not among them."""
     if abilities is not None and ability not in abilities:
-        what = {"draw": "draw pictures", "read": "answer or read pictures"}[ability]
-        other = {"draw": "Emu3-Gen", "read": "Emu3-Chat"}[ability]
-        raise ValueError(f"this checkpoint does not {what}, says its config.json; load one that does, as {other}")
+        other = {"draw": ", as Emu3-Gen", "read": ", as Emu3-Chat"}.get(ability, "")
+        raise ValueError(
+            f"this checkpoint does not {ABILITIES[ability]}, says its config.json; load one that does{other}"
+        )
 
 
 def check_decoding(name: str, value: object) -> Any:

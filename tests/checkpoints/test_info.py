@@ -65,7 +65,7 @@ def test_abilities_are_what_the_config_says(make_checkpoint, abilities) -> None:
 def test_other_abilities_are_refused(make_checkpoint, abilities) -> None:
     folder = make_checkpoint(CURRENT)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"abilities": abilities}))
-    with pytest.raises(ValueError, match=r"abilities=.*, which must be a list of 1 to 2 entries, .* draw, read"):
+    with pytest.raises(ValueError, match=r"abilities=.*, which must be a list of 1 to 5 entries, .* draw, read"):
         inspect(folder)
 
 

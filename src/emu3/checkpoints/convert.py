@@ -43,9 +43,10 @@ from emu3.checkpoints.info import LAYOUTS, Layout, folders_of, layout_of
 from emu3.checkpoints.load import load_processor
 from emu3.checkpoints.merge import Merge
 from emu3.checkpoints.opened import Opened, companions, open_checkpoint
-from emu3.checkpoints.settings import ABILITIES, read_original_config
+from emu3.checkpoints.settings import read_original_config
 from emu3.configuration import Emu3Config
 from emu3.modeling.legacy import legacy_name
+from emu3.options import ABILITIES
 from emu3.processing import Emu3Processor
 
 MAX_SHARD_BYTES = 2 * 10**9
@@ -137,8 +138,8 @@ def convert(
             `language` and `vision`.
         vision: the folder of BAAI's vision tokenizer, where `source` is the language model's.
         to: "documented", "legacy" or "baai".
-        abilities: what the weights were trained for, of "draw" and "read". config.json records it, and the pipeline
-            refuses other uses. None keeps the source's record; without a record, nothing is refused.
+        abilities: what the weights were trained for, of `emu3.options.ABILITIES`. config.json records it, and other
+            uses are refused. None keeps the source's record; without a record, nothing is refused.
         max_shard_bytes: the largest file of weights, unless one tensor is larger.
         on_progress: is called after each file of weights, with the bytes written so far and the bytes in all.
 

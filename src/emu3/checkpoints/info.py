@@ -63,7 +63,7 @@ class CheckpointInfo:
         memory_bfloat16: with the vision tokenizer in float32, as `load_model` keeps it.
         memory_int8: the same with the matrices of the decoder layers in 8 bits.
         quantized: how the matrices of the decoder layers are stored, such as "4 bits, groups of 32"; and the head.
-        abilities: what config.json says that the weights were trained for, of "draw" and "read"; None for unknown.
+        abilities: what config.json says that the weights were trained for; None for unknown.
         missing: what must be added before the checkpoint loads: "language model" or "vision tokenizer".
         draft_parameters: of the draft head; None without one. They are not among `parameters`.
         adapter: of an adapter. All other fields are then those of the model that comes out when it is merged, and

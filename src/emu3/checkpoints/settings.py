@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3.checkpoints.files import read_json
-
-ABILITIES = ("draw", "read")
-"""What a checkpoint may be trained for: to draw pictures, and to read them and answer."""
+from emu3.options import ABILITIES
 
 # `model_type` -> the part of BAAI's layout; "" for the documented one.
 _PARTS = {"emu3": "", "Emu3": "language", "Emu3VisionVQ": "vision"}

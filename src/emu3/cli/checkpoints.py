@@ -7,7 +7,7 @@ import typer
 
 from emu3.cli.common import JsonOption, print_out, progress
 from emu3.cli.files import check_folder
-from emu3.options import check_choice
+from emu3.options import ABILITIES, check_choice
 
 if TYPE_CHECKING:
     from emu3.checkpoints.info import AdapterInfo
@@ -36,7 +36,13 @@ def info(
     side, other = found.pixels_per_token_side, f" together with the {found.missing[0]}" if found.missing else ""
     dtypes, verbs = (
         ("float32", "bfloat16", "int8")[: 2 if found.quantized else 3],
-        {"draw": "draws pictures", "read": "reads pictures"},
+        {
+            "draw": "draws pictures",
+            "read": "reads pictures",
+            "edit": "edits pictures",
+            "film": "makes clips",
+            "tell": "tells with pictures",
+        },
     )
     rows = {
         "adapter": found.adapter and _adapter_in_words(found.adapter),
@@ -56,7 +62,7 @@ def info(
         and f"{found.min_pixels:,} to {found.max_pixels:,} pixels",
         "tokenizer": ", ".join(found.tokenizer_files) or "none",
         "draft head": found.draft_parameters and f"{found.draft_parameters:,} parameters",
-        "abilities": " and ".join(verbs[ability] for ability in found.abilities or ()) or "unknown",
+        "abilities": ", ".join(verbs[ability] for ability in found.abilities or ()) or "unknown",
         "to load it": found.layout == "baai" and f"convert it{other} with `emu3 convert`",
     }
     print_out("\n".join([found.path, *(f"{name:<20}{text}" for name, text in rows.items() if text)]))
@@ -82,19 +88,18 @@ def convert(
     ] = None,
     to: Annotated[str, typer.Option(help="Layout to write: documented, legacy or baai.")] = "documented",
     abilities: Annotated[
-        str | None, typer.Option(help="What it was trained for, draw or read or draw,read; other uses are refused.")
+        str | None, typer.Option(help="What it was trained for, of draw,read,edit,film,tell; other uses are refused.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another layout, or merge an adapter into its base. All other tensors keep their bits."""
     from emu3.checkpoints import resolve
     from emu3.checkpoints.info import LAYOUTS, folders_of
-    from emu3.checkpoints.settings import ABILITIES
 
     able = None if abilities is None else abilities.split(",")
     check_choice("--to", to, LAYOUTS)
     for ability in able or ():
-        check_choice("--abilities", ability, ABILITIES)
+        check_choice("--abilities", ability, list(ABILITIES))
     folders = resolve(source), None if vision is None else resolve(vision)
     folders_of(*folders)  # refuses what is no checkpoint
     check_folder(target, is_new=True)

@@ -64,7 +64,7 @@ def edit(
     (path,) = output_paths(output, 1)
     names = [picture, *(beside or [])]
     opened = [read_picture(name) for name in names]
-    pipeline = load_pipeline(model, load, "draw")
+    pipeline = load_pipeline(model, load, "edit")
     draw = _with_seed(pipeline, draw)
     requests = pipeline.edit_requests([opened], [prompt], **asdict(draw))
     record = {"prompt": prompt, "pictures": names}
@@ -95,7 +95,7 @@ def video(
         check_words("prompt", prompt)
     paths = output_paths(output, len(prompts), CLIPS)
     begin = None if start is None else read_start(start)
-    pipeline = load_pipeline(model, load, "draw")
+    pipeline = load_pipeline(model, load, "film")
     draw = _with_seed(pipeline, draw)
     requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
     records = [{"prompt": prompt, "start": start} for prompt in prompts]

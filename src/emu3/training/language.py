@@ -138,6 +138,7 @@ class PretrainRecipe(LanguageRecipe):
         texts: files that train it too.
         code_factors: sizes of the factors whose product is the size of the codebook; see `share_factors`.
         image_area: size of drawn pictures in pixels, unless a request names another.
+        abilities: what the data teach, of `emu3.options.ABILITIES`; other uses are refused.
         drawing: how pictures are drawn, unless a request says otherwise.
         image_processor: for pictures that are read.
     """
@@ -149,6 +150,7 @@ class PretrainRecipe(LanguageRecipe):
     texts: tuple[Path, ...] = ()
     code_factors: tuple[int, ...] | None = None
     image_area: int
+    abilities: tuple[str, ...] = ("draw", "read")
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
     image_processor: PictureSettings = field(default_factory=PictureSettings)
 
@@ -159,9 +161,11 @@ class FinetuneRecipe(LanguageRecipe):
 
     Attributes:
         checkpoint: a name, as for `emu3 image --model`.
+        abilities: what the result can do, of `emu3.options.ABILITIES`; by default what the checkpoint says.
     """
 
     checkpoint: str
+    abilities: tuple[str, ...] | None = None
     learning_rate: float = 2e-5
 
 
@@ -197,7 +201,7 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
     text_config = Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids)
     config = Emu3Config(vq_config=vision.config, text_config=text_config, vocabulary_map=names)
-    config.abilities = ["draw", "read"]
+    config.abilities = list(recipe.abilities)
     if drawing := {name: value for name, value in asdict(recipe.drawing).items() if value is not None}:
         config.drawing = drawing
     model = Emu3ForConditionalGeneration(config)
@@ -217,6 +221,8 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> None:
     """Trains by the recipe, from the last saved state if any; leaves a checkpoint in the folder."""
     source = resolve(recipe.checkpoint)
     model, processor = load_model(source, dtype=torch.float32), load_processor(source)
+    if recipe.abilities is not None:
+        model.config.abilities = list(recipe.abilities)
     train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
     save_checkpoint(model, processor, folder, stored_dtype(source), beside=source, computed=configured_dtype(source))
 
