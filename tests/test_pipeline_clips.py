@@ -228,3 +228,33 @@ def test_what_a_checkpoint_has_not_learned_is_refused(call, arguments, said):
         getattr(nano, call)(*arguments)
     nano.model.config.abilities = ["draw", "read", "edit", "film", "tell"]
     nano.draw_requests("a photo of a cat")
+
+
+def test_a_part_is_drawn_anew_and_the_rest_keeps_its_tokens(pipeline):
+    picture = Image.fromarray(noise(16, 16))
+    codes = pipeline.encode_visual(picture).codes_THW[0]
+    mask = np.zeros((16, 16), bool)
+    mask[5:7, 9:] = True  # within row 1, columns 2 and 3
+    expected = np.zeros((4, 4), bool)
+    expected[1, 2:] = True
+    holes = Image.fromarray(np.dstack([noise(16, 16), np.where(mask, 0, 255).astype(np.uint8)]), "RGBA")
+    grey = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    for given in (mask, mask.astype(float), holes, grey, expected):
+        (request,) = pipeline.complete_requests(picture, "a cat", mask=given, seed=1)
+        (result,) = pipeline.results([request])
+        assert (result.codes_HW[~expected] == codes[~expected]).all()
+        lo, hi = request.grammar.span(np.arange(request.grammar.length))
+        assert (hi - lo > 1).sum() == 2
+    (longer,) = pipeline.complete(picture, "a cat", below=8, seed=1)
+    assert longer.size == (16, 24)
+    (made,) = pipeline.results(pipeline.complete_requests(picture, "a cat", below=8, seed=1))
+    assert (made.codes_HW[:4] == codes).all() and made.codes_HW.shape == (6, 4)
+    for options, reason in (
+        ({}, "nothing is to be drawn"),
+        ({"mask": np.zeros((16, 16))}, "nothing is to be drawn"),
+        ({"mask": np.zeros((16, 12))}, "the mask has 12x16 pixels, and the picture 16x16"),
+        ({"mask": np.zeros((16, 16, 3))}, "a mask is a picture or an array"),
+        ({"below": 3}, "below must be a positive multiple of 4 pixels, got 3"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            pipeline.complete(picture, "a cat", **options)

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from emu3.chat import Message
 from emu3.generation.request import Request
 from emu3.image_processing import MAX_ASPECT_RATIO
@@ -93,6 +97,32 @@ def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:
             "times longer than wide; ask for a squarer one"
         )
     return shape
+
+
+def tokens_in(mask: Any, shape: Shape, factor: int) -> NDArray[np.bool_]:
+    """The visual tokens (H, W) of which a mask marks a pixel.
+
+    Args:
+        mask: a picture, or an array (height, width) of truth values or numbers. Marked is what is above half of its
+            range; of a picture with transparency what is more transparent than not.
+        shape: of the picture in tokens, whose mask it is.
+        factor: pixels of a token's side.
+    """
+    if isinstance(mask, Image.Image):
+        has_holes = "A" in mask.getbands() and mask.getchannel("A").getextrema()[0] < 255
+        marked: NDArray[Any] = 255 - np.asarray(mask.getchannel("A")) if has_holes else np.asarray(mask.convert("L"))
+    else:
+        marked = np.asarray(mask)
+    if marked.ndim != 2 or marked.dtype.kind not in "buif":
+        raise ValueError(f"a mask is a picture or an array (height, width), got {marked.dtype} {marked.shape}")
+    pixels = shape.height * factor, shape.width * factor
+    if marked.shape not in (pixels, shape[:2]):
+        size = f"{marked.shape[1]}x{marked.shape[0]}"
+        raise ValueError(f"the mask has {size} pixels, and the picture {pixels[1]}x{pixels[0]}; give one of its size")
+    half = 0.5 if marked.dtype.kind == "b" or marked.max(initial=0) <= 1 else 127.5
+    sides = (shape.height, marked.shape[0] // shape.height, shape.width, marked.shape[1] // shape.width)
+    tokens: NDArray[np.bool_] = (marked > half).reshape(sides).any((1, 3))
+    return tokens
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

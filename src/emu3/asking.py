@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emu3.asked import Asked, conversations_of, seeds_of, shape_of, tokens_of
+from emu3.asked import Asked, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
 from emu3.chat import Message
 from emu3.clips import Clip, read_clip
 from emu3.generation.decoders.named import decoder_named
@@ -175,6 +175,21 @@ class Asking:
             raise ValueError("the pictures are of several sizes; edit them one by one, or give height and width")
         shape = None if has_size else sizes[0]
         return self.draw_requests(prompts, given=given, shape=shape, picture_guidance=picture_guidance, **options)
+
+    @takes(Draw)
+    def complete_requests(
+        self, picture: Any, prompts: str | Sequence[str], *, mask: Any = None, below: int = 0, **options: Any
+    ) -> list[Request]:
+        """What `complete` asks the engine for. Arguments and errors as there."""
+        codes_HW = self.encode_visual(picture).codes_THW[0].astype(np.int64)
+        factor = int(self.processor.image_processor.spatial_factor)
+        if mask is not None:
+            codes_HW[tokens_in(mask, Shape(*codes_HW.shape), factor)] = -1
+        rows = tokens_of("below", below, factor) if below else 0
+        codes_HW = np.pad(codes_HW, ((0, rows), (0, 0)), constant_values=-1)
+        if (codes_HW >= 0).all():
+            raise ValueError("nothing is to be drawn; give a mask, or below")
+        return self.draw_requests(prompts, pinned=codes_HW, **options)
 
     def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:
         """For each prompt the codes of its pictures; see `edit`."""

@@ -172,6 +172,37 @@ class Emu3Pipeline(Asking):
         return Pictures(self._results(requests, on_event))
 
     @takes(Draw)
+    def complete(
+        self,
+        picture: Any,
+        prompts: str | Sequence[str],
+        *,
+        mask: Any = None,
+        below: int = 0,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Draw a part of a picture anew, or go on below it; the rest keeps its tokens. Returns a list, as `image`.
+
+        Tokens are decided from top to bottom, so what is drawn sees what is kept above it and to its left, and not what
+        is below: a hole is filled to fit its upper edge, and may not fit the lower one. `emu3 edit`'s checkpoints see
+        all of a picture.
+
+        Args:
+            picture: to complete.
+            prompts: what it shows, the new part included; one result for each.
+            mask: a picture or an array (H, W) of the picture's size; what is above half of its range is drawn anew,
+                token by token. None: nothing is.
+            below: pixels to go on for, a multiple of a token's side.
+            on_event, **options: as for `image`; the size is that of the picture.
+
+        Raises:
+            ValueError: as `image`; the mask has another size, or nothing is to be drawn.
+        """
+        requests = self.complete_requests(picture, prompts, mask=mask, below=below, **options)
+        return Pictures(self._results(requests, on_event))
+
+    @takes(Draw)
     def video(
         self,
         prompts: str | Sequence[str],
