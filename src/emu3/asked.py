@@ -109,8 +109,8 @@ def tokens_in(mask: Any, shape: Shape, factor: int) -> NDArray[np.bool_]:
         factor: pixels of a token's side.
     """
     if isinstance(mask, Image.Image):
-        has_holes = "A" in mask.getbands() and mask.getchannel("A").getextrema()[0] < 255
-        marked: NDArray[Any] = 255 - np.asarray(mask.getchannel("A")) if has_holes else np.asarray(mask.convert("L"))
+        opaque = np.asarray(mask.getchannel("A")) if "A" in mask.getbands() else np.full((1, 1), 255, np.uint8)
+        marked = 255 - opaque if opaque.min() < 255 else np.asarray(mask.convert("L"))
     else:
         marked = np.asarray(mask)
     if marked.ndim != 2 or marked.dtype.kind not in "buif":
@@ -121,8 +121,7 @@ def tokens_in(mask: Any, shape: Shape, factor: int) -> NDArray[np.bool_]:
         raise ValueError(f"the mask has {size} pixels, and the picture {pixels[1]}x{pixels[0]}; give one of its size")
     half = 0.5 if marked.dtype.kind == "b" or marked.max(initial=0) <= 1 else 127.5
     sides = (shape.height, marked.shape[0] // shape.height, shape.width, marked.shape[1] // shape.width)
-    tokens: NDArray[np.bool_] = (marked > half).reshape(sides).any((1, 3))
-    return tokens
+    return np.asarray((marked > half).reshape(sides).any((1, 3)))
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

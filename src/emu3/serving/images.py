@@ -9,15 +9,18 @@ from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
+from pydantic import ValidationError
 
 from emu3.generation.events import Failed
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
 from emu3.serving.jobs import Job, Preview
-from emu3.serving.schema import DRAWN, MOST_PICTURES, ImagesRequest, Txt2ImgRequest, given
-from emu3.serving.service import service_of
+from emu3.serving.pictures import open_picture
+from emu3.serving.schema import DRAWN, MOST_GIVEN, MOST_PICTURES, ImagesRequest, Txt2ImgRequest, given
+from emu3.serving.service import Pictures, service_of
 
 router = APIRouter()
 
@@ -27,6 +30,61 @@ async def generate(request: Request, body: ImagesRequest) -> Response:  # type: 
     """Draw pictures from words. They come as base64, whatever `response_format` says."""
     service, fields = service_of(request), cast(Any, body)
     pictures = await service.draw(request, fields.prompt, fields.n or 1, fields.size, given(fields, *DRAWN))
+    return await _answer(request, pictures, fields, "image_generation")
+
+
+@router.post("/v1/images/edits", tags=["pictures"])
+async def edit(request: Request) -> Response:
+    """Draw pictures from one or more pictures and words; with a mask, only what it leaves transparent is drawn anew.
+
+    A form with `image` or `image[]`, up to 16 files, `mask`, and the fields of /v1/images/generations.
+    """
+    service = service_of(request)
+    async with request.form(max_files=MOST_GIVEN + 1, max_fields=64) as form:
+        files = [each for name in ("image", "image[]") for each in form.getlist(name)]
+        masks = form.getlist("mask")
+        fields = _checked({name: value for name, value in form.items() if isinstance(value, str)})
+        opened = [await service.prepare(request, open_picture, await _content(each), "image") for each in files]
+        mask = [await service.prepare(request, open_picture, await _content(each), "mask") for each in masks]
+    if not opened:
+        raise Refused(400, "an edit needs a picture, as the file image", "image")
+    count, options = fields.n or 1, given(fields, *DRAWN)
+    if mask:
+        if len(opened) > 1 or fields.size not in (None, "", "auto"):
+            raise Refused(400, "a mask goes with one picture, and keeps its size", "mask")
+        ask = partial(service.pipeline.complete_requests, opened[0], mask=mask[0])
+    elif not service.can("edit"):
+        raise Refused(
+            400,
+            "this checkpoint does not edit pictures; with a mask it draws a part anew, and /v1/images/generations "
+            "draws new ones",
+            code="unsupported",
+        )
+    else:
+        ask = partial(service.pipeline.edit_requests, [opened] * count)
+    pictures = await service.draw(request, fields.prompt, count, fields.size, options, ask=ask)
+    return await _answer(request, pictures, fields, "image_edit")
+
+
+async def _content(file: Any) -> bytes:
+    """The bytes of a file in a form; Refused for a text in its place."""
+    if isinstance(file, str):
+        raise Refused(400, "a picture is sent as a file of the form", "image")
+    content: bytes = await file.read()
+    return content
+
+
+def _checked(values: dict[str, str]) -> Any:
+    """The fields of a form, as those of a body; an empty text means that a field is absent."""
+    try:
+        return ImagesRequest.model_validate({name: value for name, value in values.items() if value})
+    except ValidationError as error:
+        raise RequestValidationError([each | {"loc": ("body", *each["loc"])} for each in error.errors()]) from error
+
+
+async def _answer(request: Request, pictures: Pictures, fields: Any, kind: str) -> Response:
+    """What a client gets: all pictures at once, or as a stream of events of that kind."""
+    service = pictures.service
     about = {
         "size": f"{pictures.width}x{pictures.height}",
         "output_format": fields.output_format,
@@ -52,22 +110,14 @@ async def generate(request: Request, body: ImagesRequest) -> Response:  # type: 
             if isinstance(heard, Preview | Result):
                 done = isinstance(heard, Result)
                 picture = cast(Image.Image, heard.output if isinstance(heard, Result) else heard.picture)
-                kind = f"image_generation.{'completed' if done else 'partial_image'}"
-                event: dict[str, Any] = {"type": kind, "b64_json": await encode(heard.request, picture)}
+                name = f"{kind}.{'completed' if done else 'partial_image'}"
+                event: dict[str, Any] = {"type": name, "b64_json": await encode(heard.request, picture)}
                 event |= {"created_at": int(time.time()), **about, "seed": pictures.seed(heard.request)}
                 event |= {"usage": pictures.usage} if done else {"partial_image_index": count}
                 count += not done
-                yield sse(event, kind)
+                yield sse(event, name)
 
     return service.stream(pictures.asked, fields.partial_images or 0, write)
-
-
-@router.post("/v1/images/edits", tags=["pictures"])
-async def edit(request: Request) -> Response:
-    """Change a picture by words. No checkpoint can do that yet."""
-    raise Refused(
-        400, "this checkpoint does not edit pictures; /v1/images/generations draws new ones", code="unsupported"
-    )
 
 
 @router.get("/v1/videos", tags=["clips"])

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from emu3.options import MOST_SEED, Answer, Draw
 
 MOST_PICTURES = 10
+MOST_GIVEN = 16
+"""Pictures that an edit may start from."""
 MOST_CHARACTERS = 32_000
 MOST_SIDE = 1024
 """Rows or columns of a grid of tokens that a client sends."""

@@ -23,6 +23,7 @@ from emu3.asked import Asked
 from emu3.checkpoints.opened import holder
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar
+from emu3.generation.request import Request as EngineRequest
 from emu3.options import MOST_SEED, Draw, Serve, make
 from emu3.results import Result
 from emu3.serving.errors import Refused
@@ -89,6 +90,7 @@ class Service:
         size: str | None,
         options: dict[str, Any],
         pinned: Any = None,
+        ask: Callable[..., list[EngineRequest]] | None = None,
     ) -> Pictures:
         """What to ask for a number of pictures of a prompt. Refused, or ValueError, where that cannot be drawn.
 
@@ -99,6 +101,7 @@ class Service:
             size: "WIDTHxHEIGHT" in pixels, "auto", or nothing.
             options: of `emu3.options.Draw`.
             pinned: codes to keep; see `Emu3Pipeline.draw_requests`.
+            ask: makes the requests in its place; called with the prompts and the options.
         """
         if len(prompt) > MOST_CHARACTERS:
             raise Refused(400, f"a prompt may have {MOST_CHARACTERS:,} characters", "prompt")
@@ -107,7 +110,8 @@ class Service:
         options |= {"seed": seed, **self._size(size)}
         settled = self.pipeline.settled(make(Draw, options))
         options |= {"guidance_scale": settled.guidance_scale, "guidance_floor": settled.guidance_floor}
-        requests = await self.prepare(request, self.pipeline.draw_requests, [prompt] * count, pinned=pinned, **options)
+        ask = ask or partial(self.pipeline.draw_requests, pinned=pinned)
+        requests = await self.prepare(request, ask, [prompt] * count, **options)
         kept = 0 if pinned is None else int((np.asarray(pinned) >= 0).sum())
         return Pictures(self, prompt, [Asked(request) for request in requests], options, kept)
 
