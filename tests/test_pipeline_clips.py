@@ -258,3 +258,29 @@ def test_a_part_is_drawn_anew_and_the_rest_keeps_its_tokens(pipeline):
     ):
         with pytest.raises(ValueError, match=reason):
             pipeline.complete(picture, "a cat", **options)
+
+
+def test_a_start_is_brought_to_the_rate(pipeline):
+    frames = noise(16, 16, 16)
+    (clip,) = pipeline.video("a cat", frames=24, start=Clip(frames, 30.0), seed=0)
+    assert clip.frames_per_second == 30
+    half = pipeline.encode_start(Clip(frames, 30.0), 15.0)
+    assert half.shape == Shape(4, 4, 2, 15.0)
+    assert np.array_equal(half.codes_THW, pipeline.encode_visual(Clip(frames[::2], 15.0)).codes_THW)
+    assert pipeline.extend(Clip(frames, 30.0), frames=4, fps=15, seed=0).frames_per_second == 15
+    with pytest.raises(ValueError, match="frames must be a positive multiple of 4 frames, got 6; nearest: 4 or 8"):
+        pipeline.extend(Clip(frames, 30.0), frames=6)
+    with pytest.raises(ValueError, match="prompt must be a string"):
+        pipeline.extend(Clip(frames, 30.0), ["a", "b"])
+    path = Image.fromarray(frames[0])
+    assert np.array_equal(pipeline.encode_start(path).codes_THW, pipeline.encode_start(frames[0]).codes_THW)
+
+
+def test_a_picture_that_does_not_fit_is_not_begun(pipeline):
+    pipeline = Emu3Pipeline(copy.deepcopy(pipeline.model), pipeline.processor)
+    with torch.no_grad():
+        pipeline.model.lm_head.weight[pipeline.layout.vocabulary.boi] *= 12
+    for seed in range(6):
+        parts = pipeline.tell("Tell a story.", seed=seed, max_new_tokens=25, temperature=1.0)
+        assert not any("4*4" in part for part in parts if isinstance(part, str))
+        assert "" not in parts

@@ -92,6 +92,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     processor = Emu3VideoProcessor(fps=12.0, temporal_factor=2, max_frames=6, **SMALL)
     processor.save_pretrained(tmp_path)
     again = Emu3VideoProcessor.from_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["video_preprocessor_config.json"]
     assert (again.fps, again.temporal_factor, again.max_frames, again.spatial_factor) == (12.0, 2, 6, 4)
     pictures = Emu3ImageProcessor(image_mean=[0.5] * 3, **SMALL)
     like = Emu3VideoProcessor.of(pictures, 2, 3.0)

@@ -88,7 +88,7 @@ def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:
     factor: int = processor.image_processor.spatial_factor
     if draw.height is None or draw.width is None:
         area = processor.image_area if draw.image_area is None else draw.image_area
-        shape = Shape(*processor.calculate_generate_size(draw.ratio, area, factor))
+        shape = Shape(*processor.calculate_generate_size(draw.ratio or "1:1", area, factor))
     else:
         shape = Shape(tokens_of("height", draw.height, factor), tokens_of("width", draw.width, factor))
     if max(shape.height, shape.width) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
@@ -97,6 +97,14 @@ def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:
             "times longer than wide; ask for a squarer one"
         )
     return shape
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """One prompt or several, as a list. ValueError for anything else."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
+    return list(texts)
 
 
 def tokens_in(mask: Any, shape: Shape, factor: int) -> NDArray[np.bool_]:

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 
-from emu3.asked import Asked, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
+from emu3.asked import Asked, check_prompts, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
 from emu3.chat import Message
-from emu3.clips import Clip, read_clip
+from emu3.clips import MAX_RATE, Clip, read_clip
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.grammar import Grammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
@@ -89,9 +88,7 @@ class Asking:
         """
         draw = self.settled(make(Draw, options))
         self.require("draw" if given is None else "edit")
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
+        texts = check_prompts(prompts)
         shape = shape or shape_of(draw, self.processor)
         grammar = self.layout.grammar(shape)
         if pinned is not None:
@@ -135,16 +132,17 @@ class Asking:
         self.require("film")
         own = getattr(self.model.config, "clips", None) or {}
         count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
-        rate = self.layout.clips.fps if fps is None else check_number("fps", fps, 1e-3)
+        rate = None if fps is None else check_number("fps", fps, 1e-3, MAX_RATE)
         codes = tokens_of("frames", count, self.temporal_factor, "frames")
         if codes < 2:
             raise ValueError(
                 f"frames is {count}, which share one code, as a picture; ask for {2 * self.temporal_factor}"
             )
         draw = make(Draw, options)
-        begin = None if start is None else self.encode_visual(start, as_clip=True)
+        begin = None if start is None else self.encode_start(start, rate)
+        rate = rate or (begin and begin.frames_per_second) or self.layout.clips.fps
         shape = shape_of(draw, self.processor)
-        if begin is not None and draw.height is None and draw.image_area is None and draw.ratio == make(Draw, {}).ratio:
+        if begin is not None and draw.height is None and draw.image_area is None and draw.ratio is None:
             shape = begin.shape
         shape = Shape(shape.height, shape.width, codes, rate)
         pinned = None
@@ -167,10 +165,11 @@ class Asking:
     ) -> list[Request]:
         """What `edit` asks the engine for. Arguments and errors as there."""
         self.require("edit")
+        check_prompts(prompts)
         given = self.given_for(pictures, prompts)
         sizes = [each[-1].shape._replace(frames=1, frames_per_second=None) for each in given]
         asked = make(Draw, options)
-        has_size = asked.height is not None or asked.image_area is not None or asked.ratio != make(Draw, {}).ratio
+        has_size = (asked.height, asked.image_area, asked.ratio) != (None, None, None)
         if not has_size and len(set(sizes)) > 1:
             raise ValueError("the pictures are of several sizes; edit them one by one, or give height and width")
         shape = None if has_size else sizes[0]
@@ -181,6 +180,7 @@ class Asking:
         self, picture: Any, prompts: str | Sequence[str], *, mask: Any = None, below: int = 0, **options: Any
     ) -> list[Request]:
         """What `complete` asks the engine for. Arguments and errors as there."""
+        check_prompts(prompts)
         codes_HW = self.encode_visual(picture).codes_THW[0].astype(np.int64)
         factor = int(self.processor.image_processor.spatial_factor)
         if mask is not None:
@@ -194,6 +194,8 @@ class Asking:
     def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:
         """For each prompt the codes of its pictures; see `edit`."""
         count = 1 if isinstance(prompts, str) else len(prompts)
+        if getattr(pictures, "ndim", None) == 4:
+            pictures = list(pictures)
         if not isinstance(pictures, list | tuple):
             return [[self.encode_visual(pictures)]] * count
         if isinstance(prompts, str) and not any(isinstance(each, list | tuple) for each in pictures):
@@ -207,26 +209,27 @@ class Asking:
             raise ValueError("a prompt has no picture; give at least one")
         return [[self.encode_visual(picture) for picture in each] for each in lists]
 
-    @torch.inference_mode()
-    def encode_visual(self, source: Any, as_clip: bool = False) -> Visual:
-        """The codes of a picture or a clip, resized as one that is read.
+    def encode_start(self, source: Any, fps: float | None = None) -> Visual:
+        """The codes of what a clip begins with, at a rate; `source` as `read_clip` takes it, or codes already."""
+        if isinstance(source, Visual):
+            return source
+        clip = read_clip(source)
+        if len(clip) == 1:
+            return replace(self.encode_visual(clip.pictures[0]), frames_per_second=fps)
+        return self.encode_visual(sample_frames(clip, fps, self.temporal_factor))
 
-        Args:
-            source: a `Visual`, which stays as it is; a picture; or a clip as `read_clip` takes it.
-            as_clip: whether a list, an array or a file is taken for a clip.
-        """
+    @torch.inference_mode()
+    def encode_visual(self, source: Any) -> Visual:
+        """The codes of a picture or a `Clip`, resized as one that is read; a `Visual` stays as it is."""
         if isinstance(source, Visual):
             return source
         vqmodel, pictures = self.model.model.vqmodel, self.processor.image_processor
         device = self.model.lm_head.weight.device
-        if not as_clip and not isinstance(source, Clip):
+        if not isinstance(source, Clip):
             inputs = pictures(source, return_tensors="pt")
             (codes_HW,) = vqmodel.encode(inputs["pixel_values"].to(device), inputs["image_sizes"]).image_tokens
             return Visual(codes_HW.cpu().numpy()[None])
-        clip = read_clip(source) if not isinstance(source, Image.Image) else read_clip([source])
-        if len(clip) == 1:
-            return self.encode_visual(clip.pictures[0])
-        clip = sample_frames(clip, None, self.temporal_factor)
+        clip = sample_frames(source, None, self.temporal_factor)
         groups = np.split(clip.frames_THWC, len(clip) // self.temporal_factor)
         pieces = (pictures(list(group), return_tensors="pt")["pixel_values"][None].to(device) for group in groups)
         codes_THW = torch.cat(list(vqmodel.encode_stream(pieces)), 1)[0]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,14 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from emu3.options import check_number
 from emu3.pictures import read_pixels, to_channels_last
 
 MAX_FRAMES = 1024
-"""Of a clip that is read. A file may have more; who asks for no fewer is told so."""
+"""Of a clip that is read, unless another number is asked for. What a file has beyond them is left out."""
+
+MAX_RATE = 1e4
+"""Frames a second."""
 
 MAX_PIXELS = 2**29
 """Of all frames of a clip that is read together: 1.6 GB as bytes, 64 frames of 3840x2160."""
 
+_PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "MPO", "BMP", "TIFF")
 _ANIMATIONS, _VIDEOS = (".gif", ".webp"), (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
 _DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
@@ -54,6 +60,9 @@ class Clip:
             raise ValueError(
                 f"frames are bytes (T, H, W, 3), at least one pixel, got {frames.dtype} {frames.shape}; see read_clip"
             )
+
+        if self.frames_per_second is not None:
+            check_number("frames_per_second", self.frames_per_second, 1e-3, MAX_RATE)
 
     def __len__(self) -> int:
         return len(self.frames_THWC)
@@ -83,9 +92,13 @@ class Clip:
 
     def _write_animation(self, file: BinaryIO, format: str) -> None:
         rate = self.frames_per_second or 1000 / _MILLISECONDS
+        unit = 10 if format == "gif" else 1  # milliseconds that a time is a multiple of
+        if rate > 1000 / (2 * unit):
+            raise ValueError(f"{rate:g} frames a second are more than a {format} can have; write another format")
         first, *rest = self.pictures
         options: dict[str, Any] = {"lossless": True} if format == "webp" else {"disposal": 1}
-        times = [round(1000 * (number + 1) / rate) - round(1000 * number / rate) for number in range(len(self))]
+        ends = [unit * round(1000 * number / rate / unit) for number in range(len(self) + 1)]
+        times = [end - start for start, end in pairwise(ends)]
         first.save(file, format, save_all=True, append_images=rest, duration=times, loop=0, **options)
 
     def _write_video(self, file: BinaryIO, format: str) -> None:
@@ -120,8 +133,9 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES) -> Clip:
     """The first frames of a clip, at most `max_frames`.
 
     Args:
-        source: a `Clip`; a list of frames, each as pictures are given; an array or tensor (T, H, W, C) or
-            (T, C, H, W); a PIL animation; the path of an animation or a video; or the bytes of one.
+        source: a `Clip`; a list of frames, each a PIL picture, an array, a tensor or a path; an array or tensor
+            (T, H, W, C) or (T, C, H, W); a PIL animation; the path of an animation or a video; or the bytes of one. A
+            picture in any of these forms is a clip of one frame.
 
     Raises:
         ValueError: it is none of these, has no frames or frames of several sizes, or is too large; a file is damaged.
@@ -133,6 +147,8 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES) -> Clip:
     elif isinstance(source, bytes | str | os.PathLike):
         frames, rate = _read_file(source, max_frames)
     else:
+        if getattr(source, "ndim", None) in (2, 3):
+            source = [source]
         if not isinstance(source, Sequence) and getattr(source, "ndim", None) != 4:
             raise ValueError(
                 f"{source!r:.80}, a {type(source).__name__}, is no clip; give a list of frames, an array (T, H, W, C), "
@@ -143,6 +159,9 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES) -> Clip:
 
 
 def _as_bytes(frame: Any) -> NDArray[np.uint8]:
+    if isinstance(frame, str | os.PathLike):
+        frames, _ = _read_file(frame, 1)
+        return frames[0]
     pixels, _ = to_channels_last(frame, True, None)
     if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
         pixels = pixels * 255
@@ -169,7 +188,7 @@ def _read_file(source: bytes | str | os.PathLike[str], max_frames: int) -> tuple
         if not is_animation(start):
             return frames_of_video(file, max_frames)
         try:
-            with Image.open(file, formats=("GIF", "WEBP", "PNG", "JPEG")) as picture:
+            with Image.open(file, formats=_PICTURES) as picture:
                 return frames_of_animation(picture, max_frames)
         except ValueError:
             raise
@@ -179,19 +198,43 @@ def _read_file(source: bytes | str | os.PathLike[str], max_frames: int) -> tuple
 
 def is_animation(start: bytes) -> bool:
     """Whether a file that begins so is for Pillow."""
-    return start.startswith((b"GIF", b"\x89PNG\r\n\x1a\n", b"\xff\xd8")) or start[8:12] == b"WEBP"
+    known = (b"GIF", b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")
+    return start.startswith(known) or start[8:12] == b"WEBP"
 
 
 def frames_of_animation(picture: Image.Image, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
-    """The first frames of an open animation, and how many a second has; None for a picture that does not move."""
-    count = getattr(picture, "n_frames", 1)
+    """The first frames of an open animation, and how many a second has; None for a picture that does not move.
+
+    Frames may be shown for different times. Then all but the shortest come several times, so that all are as long.
+    """
+    moves = getattr(picture, "is_animated", False) and picture.format in ("GIF", "WEBP", "PNG")
+    count = picture.n_frames if moves else 1  # type: ignore[attr-defined]  # of what moves
     check_pixels(picture.width * picture.height, min(count, max_frames))
-    frames, milliseconds = [], 0.0
+    frames: list[NDArray[np.uint8]] = []
+    times: list[float] = []
     for number in range(min(count, max_frames)):
         picture.seek(number)
         frames.append(np.rint(read_pixels(picture, convert_rgb=True)).astype(np.uint8))
-        milliseconds += picture.info.get("duration") or _MILLISECONDS
-    return frames, 1000 * len(frames) / milliseconds if count > 1 and milliseconds else None
+        times.append(picture.info.get("duration") or _MILLISECONDS)
+    if count == 1:
+        return frames, None
+    turns = _turns_of(times)
+    check_pixels(picture.width * picture.height, min(sum(turns), max_frames))
+    repeated = [frame for frame, again in zip(frames, turns, strict=True) for _ in range(again)]
+    return repeated[:max_frames], 1000 * len(repeated) / sum(times)
+
+
+def _turns_of(times: Sequence[float]) -> list[int]:
+    """How many frames of one length come nearest to each time in milliseconds.
+
+    The length is the shortest time; or somewhat less, as a GIF rounds times to 10 ms, where that explains all of them.
+    """
+    shortest = max(10.0, min(times))
+    for beat in np.linspace(shortest, shortest / 2, 51):
+        turns = [max(1, round(each / beat)) for each in times]
+        if all(abs(each - turn * beat) < 10 for each, turn in zip(times, turns, strict=True)):
+            return turns
+    return [max(1, round(each / shortest)) for each in times]
 
 
 def frames_of_video(file: BinaryIO, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:

@@ -104,6 +104,10 @@ class ClipText:
             )
         if self.temporal_factor < 1 or not self.fps > 0:
             raise ValueError(f"temporal_factor={self.temporal_factor} and fps={self.fps} must be above 0")
+        example = Shape(12, 34, 56, 7.5)
+        again = self.read(self.write(example))
+        if again is None or again[:3] != example[:3]:
+            raise ValueError(f"the text of clips {self.template!r} cannot be read again; put words between its fields")
 
     @classmethod
     def of(cls, config: Any) -> Self:

@@ -283,7 +283,9 @@ class Draw(_Options):
     negative_prompt: str | None = _option(
         None, "What to stay away from. Default: the empty prompt.", check_text, type_=str, flags=("--negative",)
     )
-    ratio: str = _option("1:1", "Width to height.", check_ratio)
+    ratio: str | None = _option(
+        None, "Width to height. Default: 1:1, or that of what is given.", check_ratio, type_=str
+    )
     image_area: int | None = _option(
         None, "Pixels, with the ratio. Default: as trained.", check_whole, 1, 2**40, type_=int
     )

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu3.asked import are_several
+from emu3.asked import are_several, tokens_of
 from emu3.asking import Asking
 from emu3.checkpoints import resolve
 from emu3.checkpoints.memory import check_fits, free_memory
@@ -28,7 +28,7 @@ from emu3.generation.grammar import GridGrammar, MixedGrammar
 from emu3.generation.request import Request
 from emu3.generation.runtime.likelihood import probabilities_of
 from emu3.modeling.parallel import least
-from emu3.options import Answer, Draw, Load, check_whole, make, takes
+from emu3.options import Answer, Draw, Load, check_text, check_whole, make, takes
 from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
 from emu3.results import Clips, Pictures, Result, Stream
 from emu3.segments import Text, Visual
@@ -144,6 +144,8 @@ class Emu3Pipeline(Asking):
         Raises:
             ValueError: the checkpoint only reads, the picture does not fit the context, or an argument is wrong.
         """
+        if pinned is not None and np.ndim(pinned) != 2:
+            raise ValueError(f"pinned codes of a picture are (H, W), got {np.shape(pinned)}; see video for clips")
         return Pictures(self._results(self.draw_requests(prompts, pinned=pinned, **options), on_event))
 
     @takes(Draw)
@@ -163,7 +165,8 @@ class Emu3Pipeline(Asking):
             prompts: what to change; a string is one prompt.
             picture_guidance: whether guidance leads away from what follows without the pictures, too. By default it
                 leads away from what follows from the pictures without the words.
-            on_event, **options: as for `image`. Without a size, the result has that of the last picture.
+            on_event, **options: as for `image`. Without a size, the result has that at which the model reads the last
+                picture.
 
         Raises:
             ValueError: as `image`, or the number of pictures is not that of the prompts.
@@ -191,8 +194,8 @@ class Emu3Pipeline(Asking):
         Args:
             picture: to complete.
             prompts: what it shows, the new part included; one result for each.
-            mask: a picture or an array (H, W) of the picture's size; what is above half of its range is drawn anew,
-                token by token. None: nothing is.
+            mask: a picture or an array (H, W) of the picture's size, or of that at which the model reads it; what is
+                above half of its range is drawn anew, token by token. None: nothing is.
             below: pixels to go on for, a multiple of a token's side.
             on_event, **options: as for `image`; the size is that of the picture.
 
@@ -218,9 +221,9 @@ class Emu3Pipeline(Asking):
         Args:
             prompts: what happens; a string is one prompt.
             frames: how many, a multiple of those that share a code. Default: the checkpoint's own, or 16.
-            fps: frames a second. Default: the checkpoint's own, or 24.
-            start: a picture or clip that each clip begins with; `read_clip` says in what form. It is encoded, and the
-                rest is filmed behind it. Frames that fill no code are left out.
+            fps: frames a second. Default: those of the start, else the checkpoint's own, or 24.
+            start: a picture or clip that each clip begins with; `read_clip` says in what form. It is brought to the
+                rate, encoded, and the rest is filmed behind it. Frames that fill no code are left out.
             on_event, **options: as for `image`. Without a size, a clip with a start has that of the start.
 
         Raises:
@@ -232,10 +235,11 @@ class Emu3Pipeline(Asking):
 
     def extend(self, clip: Any, prompt: str = "", *, frames: int = 16, **options: Any) -> Clip:
         """Go on with a clip, or animate a picture: the clip with `frames` more. Options as for `video`."""
-        start = self.encode_visual(clip, as_clip=True)
+        more = self.temporal_factor * tokens_of("frames", check_whole("frames", frames), self.temporal_factor, "frames")
+        start = self.encode_start(clip, options.pop("fps", None))
         have = self.temporal_factor * start.shape.frames
-        options = {"fps": start.frames_per_second} | options
-        return self.video(prompt, frames=have + check_whole("frames", frames), start=start, **options)[0]
+        words = check_text("prompt", prompt)
+        return self.video(words, frames=have + more, fps=start.frames_per_second, start=start, **options)[0]
 
     @takes(Answer)
     def chat(
@@ -274,11 +278,13 @@ class Emu3Pipeline(Asking):
             messages, pictures: as for `chat`; several conversations give a list of such lists.
             drawing: size and sampling of the pictures. They are not guided.
             on_event: called with the engine's events, whose requests are numbered like the conversations.
-            **options: those of `emu3.options.Answer`. The longest answer counts the tokens of its pictures, too.
+            **options: those of `emu3.options.Answer`. The longest answer, by default what the context holds, counts the
+                tokens of its pictures, too. A picture that does not fit any more ends it.
 
         Raises:
             ValueError: as `chat`, or the checkpoint only reads.
         """
+        options = {"max_new_tokens": self.engine.context} | options
         asked = self.answer_requests(messages, pictures, drawing=drawing or Draw(), **options)
         answers = self._results([self.encode(each) for each in asked], on_event)
         return answers if are_several(messages) else answers[0]
@@ -353,8 +359,10 @@ class Emu3Pipeline(Asking):
     def read(self, request: Request, ids: Sequence[int]) -> Any:
         """What all ids of an answer mean: a picture, a clip, a text, or a list of texts and pictures."""
         if isinstance(request.grammar, MixedGrammar):
-            segments = self.layout.read(ids)
-            return [each.text.strip() if isinstance(each, Text) else self.decode(each) for each in segments]
+            parts = [
+                each.text.strip() if isinstance(each, Text) else self.decode(each) for each in self.layout.read(ids)
+            ]
+            return [part for part in parts if part != ""]
         if request.grammar.kind == "text":
             return self.text(ids).strip()
         return self.decode(self._visual(request, ids))

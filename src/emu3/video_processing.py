@@ -12,8 +12,10 @@ Letters: B, C, H, T, W, see CONTRIBUTING.md.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ _OF_PICTURES = (
     *("do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
     *("do_convert_rgb", "min_pixels", "max_pixels", "spatial_factor"),
 )
+
+
+SAVED_AS = "video_preprocessor_config.json"
 
 
 class Emu3VideoProcessor(Emu3ImageProcessor):
@@ -56,6 +61,26 @@ class Emu3VideoProcessor(Emu3ImageProcessor):
     def of(cls, pictures: Emu3ImageProcessor, temporal_factor: int = 4, fps: float | None = None) -> Emu3VideoProcessor:
         """One that treats frames as an image processor treats pictures."""
         return cls(fps, temporal_factor, **{name: getattr(pictures, name) for name in _OF_PICTURES})
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """The saved settings, which lie beside those of pictures under a name of their own."""
+        return super().get_image_processor_dict(
+            pretrained_model_name_or_path, **{"image_processor_filename": SAVED_AS} | kwargs
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
+        """Writes the settings beside those of pictures, as transformers names the file."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SAVED_AS).write_text(self.to_json_string())
+        return [str(folder / SAVED_AS)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings to save."""
+        saved = super().to_dict()
+        saved.pop("image_processor_type", None)
+        return saved | {"video_processor_type": type(self).__name__}
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """See `preprocess`."""
@@ -90,7 +115,10 @@ class Emu3VideoProcessor(Emu3ImageProcessor):
         most = self.max_frames if max_frames is None else check_whole("max_frames", max_frames, factor)
         pixels, sizes, rates = [], [], []
         for video in clips_in(videos):
-            clip = read_clip(video)
+            clip = read_clip(video, most)
+            rate = clip.frames_per_second or source_fps
+            if fps and rate and rate > fps and len(clip) == most:  # of which fewer are kept
+                clip = read_clip(video, math.ceil(most * rate / fps))
             if clip.frames_per_second is None and source_fps is not None:
                 clip = Clip(clip.frames_THWC, check_number("source_fps", source_fps, 1e-3))
             clip = sample_frames(clip, fps, factor, most)
@@ -119,7 +147,7 @@ class Emu3VideoProcessor(Emu3ImageProcessor):
         return clips
 
 
-def sample_frames(clip: Clip, fps: float | None, factor: int, most: int = MAX_FRAMES) -> Clip:
+def sample_frames(clip: Clip, fps: float | None, factor: int, most: int = 2**31) -> Clip:
     """The frames of a clip that are kept; see the module's docstring for the rule.
 
     `most` is how many there may be. A clip whose rate is not known keeps all frames, and gets the rate `fps`.
@@ -142,7 +170,7 @@ def clips_in(videos: Any) -> list[Any]:
         is_frame = isinstance(first, Image.Image) and not getattr(first, "is_animated", False)
         is_frame = is_frame or getattr(first, "ndim", None) in (2, 3)
         if is_frame or (isinstance(first, str | os.PathLike) and _is_picture(first)):
-            return [[Image.open(each) if isinstance(each, str | os.PathLike) else each for each in videos]]
+            return [list(videos)]
         return list(videos)
     if getattr(videos, "ndim", None) == 5:
         return list(videos)

@@ -13,9 +13,11 @@ from emu3.icons.motion import (
     Place,
     Track,
     clip_caption,
+    fits,
     render_clip,
     sample_clip,
 )
+from emu3.icons.recipes import sample_clips
 from emu3.icons.scenes import BACKGROUNDS, COLORS, contains_held_out, render
 from emu3.icons.sprites import mask
 
@@ -110,3 +112,26 @@ def test_what_is_refused():
         Clip((track((0, 0), (4, 0)), track((0, 20), (8, 8), noun="cat")), "white")
     with pytest.raises(ValueError, match="no task 'jumping'"):
         sample_clip("jumping", np.random.default_rng(0), "train")
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 32), (40, 56), (56, 40), (36, 64), (64, 36)])
+@pytest.mark.parametrize("scenes", [2, 3, 4])
+def test_batches_of_every_size_and_length(size, scenes):
+    rng = np.random.default_rng(0)
+    for task in CLIP_TASKS:
+        if fits(task, scenes, *size):
+            clip = sample_clip(task, rng, "train", scenes, *size)
+            assert (len(clip.scenes), clip.height, clip.width) == (scenes, *size)
+        else:
+            assert task == "crossing"
+            with pytest.raises(ValueError, match="crossing does not fit"):
+                sample_clip(task, rng, "train", scenes, *size)
+    assert not fits("single_motion", 1, *size) and not fits("crossing", 5, *size)
+
+
+def test_batches_of_clips_for_a_tokenizer():
+    for step in range(12):
+        clips = sample_clips([(48, 48), (32, 32), (36, 64)], 32, 0, step)
+        assert len({(len(clip.scenes), clip.height, clip.width) for clip in clips}) == 1
+        assert clips == sample_clips([(48, 48), (32, 32), (36, 64)], 32, 0, step)
+        assert 1 <= len(clips) * FRAMES * len(clips[0].scenes) <= 32

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from emu3 import __version__
-from emu3.cli.common import JsonOption, ModelArgument, ModelOption, load_pipeline, print_out, progress, takes_options
+from emu3.cli.common import (
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    load_pipeline,
+    need_packages,
+    print_out,
+    progress,
+    takes_options,
+)
 from emu3.cli.files import CLIPS, output_paths, read_picture, read_start, write_clip, write_picture
 from emu3.options import Answer, Draw, Load, Serve, check_words
 
@@ -94,6 +103,8 @@ def video(
     for prompt in prompts:
         check_words("prompt", prompt)
     paths = output_paths(output, len(prompts), CLIPS)
+    if paths[0].suffix.lower() not in (".gif", ".webp"):
+        need_packages(f"writing {paths[0].suffix[1:]}", "video", "av")
     begin = None if start is None else read_start(start)
     pipeline = load_pipeline(model, load, "film")
     draw = _with_seed(pipeline, draw)

@@ -124,7 +124,9 @@ def state_of(address: str) -> bytes:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(address)
-    return str(system.ukey(path)).encode()
+    found = system.info(path)
+    told = [found.get(name) for name in ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")]
+    return f"{system.ukey(path)} {told}".encode()
 
 
 def find_inside(folders: Sequence[str], name: str) -> str | None:

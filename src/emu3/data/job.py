@@ -26,6 +26,7 @@ from emu3.data.sources import Source
 from emu3.data.tokenize import Tokenizer
 
 REPORT = "report.json"
+_WHY = {"source": ": the data were changed, or are others"}
 _LOCK = ".lock"
 
 Dispatch = Callable[[list[int], OnProgress], int]
@@ -115,7 +116,8 @@ class Job:
                 if getattr(found, field) != getattr(expected, field):
                     raise ValueError(
                         f"{self.place.join(name)} was made with the {field} {getattr(found, field)!r}, not with "
-                        f"{getattr(expected, field)!r}; name another folder, or make all anew with --overwrite"
+                        f"{getattr(expected, field)!r}{_WHY.get(field, '')}; name another folder, or make all anew "
+                        "with --overwrite"
                     )
             done.add(piece)
         return done

@@ -292,6 +292,11 @@ class FixedIds:
     def length(self) -> int:
         return len(self.ids)
 
+    @property
+    def least(self) -> int:
+        """Tokens that it takes with what must follow: where they do not fit, it is not begun."""
+        return len(self.ids) + (self.follow.length or 1)
+
     def span(self, k: Any) -> tuple[Any, Any]:
         lo: Any = np.asarray((*self.ids, self.ids[-1]))[np.minimum(k, len(self.ids))]
         return (int(lo), int(lo) + 1) if isinstance(k, int) else (lo, lo + 1)

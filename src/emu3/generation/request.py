@@ -172,7 +172,11 @@ class Request:
         prompt, length = max(map(len, self.prompts)), self.grammar.length
         needed = prompt + (length or 1)
         if needed > context:
-            remedy = "give fewer or smaller pictures" if length is None else "ask for a smaller picture"
+            remedy = "give fewer or smaller pictures"
+            if length is not None:
+                remedy = (
+                    "ask for fewer frames" if getattr(self.grammar, "frames", 1) > 1 else "ask for a smaller picture"
+                )
             raise ValueError(
                 f"{needed} tokens ({prompt} of prompt) do not fit the model's context of {context}; "
                 f"shorten the prompt or {remedy}"

@@ -248,7 +248,7 @@ class Sequence:
             then = part.grammar.then(self.ids[part.start : self.emitted])
             if then is None:
                 return events, "stop"
-            if self.budget - self.emitted < (then.length or 1):
+            if self.budget - self.emitted < getattr(then, "least", then.length or 1):
                 return events, "length"
             if then is part.grammar:
                 break

@@ -103,7 +103,7 @@ def cross(a: Track, b: Track) -> bool:
 def is_steady(frames: NDArray[np.uint8], tracks: Sequence[Track], count: int) -> bool:
     """Whether so many objects are there, and every frame is near the one that they would give."""
     background = background_of(np.ascontiguousarray(frames[-1]))
-    if len(tracks) != count or background is None:
+    if len(tracks) != count or background is None or len(frames) % FRAMES:
         return False
     try:
         expected = render_clip(Clip(tuple(tracks), background, *frames.shape[1:3]))

@@ -187,8 +187,13 @@ def sample_clip(
     """
     if task not in CLIP_TASKS:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(CLIP_TASKS)}")
+    counts = [count for count in range(2, MAX_SCENES + 1) if fits(task, count, height, width)]
+    if scenes is not None:
+        counts = [scenes] if fits(task, scenes, height, width) else []
+    if not counts:
+        raise ValueError(f"{task} does not fit into {scenes or MAX_SCENES} scenes of {width}x{height} pixels")
     while True:
-        count = scenes or int(rng.integers(2, MAX_SCENES + 1))
+        count = choose(counts, rng)
         names = _sample_names(1 if task == "single_motion" else 2, rng)
         if any(find_held_out(names)) != (split == "test"):
             continue
@@ -202,6 +207,13 @@ def sample_clip(
         if paths and all(paths) and not any(_meet(a, b) for a, b in combinations(paths, 2)):
             tracks = tuple(Track(*name, tuple(path)) for name, path in zip(names, paths, strict=True))
             return Clip(tracks, choose(BACKGROUNDS, rng), height, width)
+
+
+def fits(task: ClipTask, scenes: int, height: int, width: int) -> bool:
+    """Whether there are clips of a task in so many scenes of a size. Two that cross have to pass each other."""
+    room = min(2 * ICON * (scenes - 1), max(height, width) - ICON)  # for the way that each goes, at most
+    enough = task != "crossing" or (scenes > 2 and room > ICON)
+    return enough and 2 <= scenes <= MAX_SCENES and min(height, width) >= 2 * ICON
 
 
 def _sample_names(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:

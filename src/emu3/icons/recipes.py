@@ -20,7 +20,7 @@ from emu3.data.shards import ShardInfo, shard_name, write_shard
 from emu3.data.tokenize import tokenizer_hash
 from emu3.icons.design import Design
 from emu3.icons.edits import EDIT_KINDS, sample_edit
-from emu3.icons.motion import CLIP_TASKS, FRAMES, MAX_SCENES, Clip, clip_caption, render_clip, sample_clip
+from emu3.icons.motion import CLIP_TASKS, FRAMES, MAX_SCENES, Clip, clip_caption, fits, render_clip, sample_clip
 from emu3.icons.scenes import TASKS, Scene, render, sample_crowd, sample_scene
 from emu3.icons.sequences import (
     ENCODED_AT_ONCE,
@@ -116,8 +116,9 @@ def sample_clips(sizes: Sequence[tuple[int, int]], frames: int, seed: int, step:
     rng = np.random.default_rng([seed, step, part, 2])
     height, width = sizes[int(rng.integers(len(sizes)))]
     scenes = int(rng.integers(2, MAX_SCENES + 1))
-    tasks = [CLIP_TASKS[index] for index in rng.integers(len(CLIP_TASKS), size=max(1, frames // (FRAMES * scenes)))]
-    return [sample_clip(task, rng, "train", scenes, height, width) for task in tasks]
+    tasks = [task for task in CLIP_TASKS if fits(task, scenes, height, width)]
+    chosen = rng.integers(len(tasks), size=max(1, frames // (FRAMES * scenes)))
+    return [sample_clip(tasks[index], rng, "train", scenes, height, width) for index in chosen]
 
 
 def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:

@@ -29,7 +29,7 @@ from emu3.image_processing import Emu3ImageProcessor
 from emu3.layout import ClipText
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.options import Draw
+from emu3.options import ABILITIES, Draw
 from emu3.processing import Emu3Processor
 from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
@@ -154,6 +154,10 @@ class PretrainRecipe(LanguageRecipe):
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
     image_processor: PictureSettings = field(default_factory=PictureSettings)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_abilities(self.abilities)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(LanguageRecipe):
@@ -167,6 +171,10 @@ class FinetuneRecipe(LanguageRecipe):
     checkpoint: str
     abilities: tuple[str, ...] | None = None
     learning_rate: float = 2e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_abilities(self.abilities)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +193,16 @@ class LoraRecipe(FinetuneRecipe):
     dropout: float = 0.0
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.abilities is not None:
+            raise ValueError("abilities are those of the checkpoint that is adapted; leave them out")
+
+
+def _check_abilities(names: Sequence[str] | None) -> None:
+    if wrong := [name for name in names or () if name not in ABILITIES]:
+        raise ValueError(f"abilities has {wrong[0]!r}; the abilities are {', '.join(ABILITIES)}")
 
 
 def pretrain(recipe: PretrainRecipe, folder: Path) -> None:

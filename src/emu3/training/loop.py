@@ -195,6 +195,7 @@ def _stopping_between_steps(processes: int) -> Iterator[list[int]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
+        print("finishing the step, to save it; Ctrl-C again stops at once", flush=True)
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, ask)
