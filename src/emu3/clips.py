@@ -227,14 +227,14 @@ def frames_of_animation(picture: Image.Image, max_frames: int) -> tuple[list[NDA
 def _turns_of(times: Sequence[float]) -> list[int]:
     """How many frames of one length come nearest to each time in milliseconds.
 
-    The length is the shortest time; or somewhat less, as a GIF rounds times to 10 ms, where that explains all of them.
+    The length is the shortest time, or within 10 ms of it: so much a GIF's times are rounded.
     """
     shortest = max(10.0, min(times))
-    for beat in np.linspace(shortest, shortest / 2, 51):
-        turns = [max(1, round(each / beat)) for each in times]
-        if all(abs(each - turn * beat) < 10 for each, turn in zip(times, turns, strict=True)):
-            return turns
-    return [max(1, round(each / shortest)) for each in times]
+    wholes = np.asarray(times)[:, None]
+    beats = np.linspace(max(10.0, shortest - 10), shortest + 10, 81)
+    turns = np.maximum(1, np.rint(wholes / beats))
+    errors = np.abs(wholes - turns * beats).sum(0)
+    return [int(each) for each in turns[:, errors.argmin()]]
 
 
 def frames_of_video(file: BinaryIO, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
