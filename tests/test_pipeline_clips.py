@@ -245,6 +245,11 @@ def test_a_part_is_drawn_anew_and_the_rest_keeps_its_tokens(pipeline):
         assert (result.codes_HW[~expected] == codes[~expected]).all()
         lo, hi = request.grammar.span(np.arange(request.grammar.length))
         assert (hi - lo > 1).sum() == 2
+    large, large_mask = picture.resize((64, 64)), np.kron(mask, np.ones((4, 4), bool))  # which is read at 16x16
+    for given in (large_mask, mask):
+        (request,) = pipeline.complete_requests(large, "a cat", mask=given, seed=1)
+        lo, hi = request.grammar.span(np.arange(request.grammar.length))
+        assert (hi - lo > 1).nonzero()[0].tolist() == [7, 8]
     (longer,) = pipeline.complete(picture, "a cat", below=8, seed=1)
     assert longer.size == (16, 24)
     (made,) = pipeline.results(pipeline.complete_requests(picture, "a cat", below=8, seed=1))

@@ -107,14 +107,14 @@ def check_prompts(prompts: Any) -> list[str]:
     return list(texts)
 
 
-def tokens_in(mask: Any, shape: Shape, factor: int) -> NDArray[np.bool_]:
+def tokens_in(mask: Any, shape: Shape, sizes: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
     """The visual tokens (H, W) of which a mask marks a pixel.
 
     Args:
         mask: a picture, or an array (height, width) of truth values or numbers. Marked is what is above half of its
             range; of a picture with transparency what is more transparent than not.
         shape: of the picture in tokens, whose mask it is.
-        factor: pixels of a token's side.
+        sizes: (height, width) that the mask may have: the picture's, in pixels as it is given and as it is read.
     """
     if isinstance(mask, Image.Image):
         opaque = np.asarray(mask.getchannel("A")) if "A" in mask.getbands() else np.full((1, 1), 255, np.uint8)
@@ -123,13 +123,16 @@ def tokens_in(mask: Any, shape: Shape, factor: int) -> NDArray[np.bool_]:
         marked = np.asarray(mask)
     if marked.ndim != 2 or marked.dtype.kind not in "buif":
         raise ValueError(f"a mask is a picture or an array (height, width), got {marked.dtype} {marked.shape}")
-    pixels = shape.height * factor, shape.width * factor
-    if marked.shape not in (pixels, shape[:2]):
-        size = f"{marked.shape[1]}x{marked.shape[0]}"
-        raise ValueError(f"the mask has {size} pixels, and the picture {pixels[1]}x{pixels[0]}; give one of its size")
+    height, width = marked.shape
+    if (height, width) not in (*sizes, shape[:2]):
+        raise ValueError(
+            f"the mask has {width}x{height} pixels, and the picture {sizes[0][1]}x{sizes[0][0]}; give one of its size"
+        )
     half = 0.5 if marked.dtype.kind == "b" or marked.max(initial=0) <= 1 else 127.5
-    sides = (shape.height, marked.shape[0] // shape.height, shape.width, marked.shape[1] // shape.width)
-    return np.asarray((marked > half).reshape(sides).any((1, 3)))
+    rows, columns = (marked > half).nonzero()
+    tokens = np.zeros(shape[:2], bool)
+    tokens[rows * shape.height // height, columns * shape.width // width] = True
+    return tokens
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 from emu3.asked import Asked, check_prompts, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
 from emu3.chat import Message
@@ -62,7 +63,7 @@ class Asking:
         return int(self.model.model.vqmodel.config.temporal_downsample_factor)
 
     def require(self, ability: str) -> None:
-        """ValueError where the checkpoint's config.json says that it lacks an ability, "draw" or "read"."""
+        """ValueError where the checkpoint's config.json says that it lacks one of `emu3.options.ABILITIES`."""
         check_ability(ability, getattr(self.model.config, "abilities", None))
 
     @takes(Draw)
@@ -184,7 +185,11 @@ class Asking:
         codes_HW = self.encode_visual(picture).codes_THW[0].astype(np.int64)
         factor = int(self.processor.image_processor.spatial_factor)
         if mask is not None:
-            codes_HW[tokens_in(mask, Shape(*codes_HW.shape), factor)] = -1
+            height, width = codes_HW.shape
+            sizes = [(height * factor, width * factor)]
+            if isinstance(picture, Image.Image):
+                sizes.insert(0, (picture.height, picture.width))
+            codes_HW[tokens_in(mask, Shape(height, width), sizes)] = -1
         rows = tokens_of("below", below, factor) if below else 0
         codes_HW = np.pad(codes_HW, ((0, rows), (0, 0)), constant_values=-1)
         if (codes_HW >= 0).all():
