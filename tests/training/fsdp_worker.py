@@ -71,3 +71,4 @@ if __name__ == "__main__":
     weights = whole_weights(objective)
     if is_first_process():
         save_file({name: each.contiguous() for name, each in weights.items()}, Path(folder) / "weights.safetensors")
+    end_processes()

@@ -89,7 +89,17 @@ def run_recipe(path: str | Path, kinds: Mapping[str, Kind]) -> Path:
     """Runs a recipe; returns the folder with the result. A run that was cut off goes on from its last saved state."""
     kind, recipe, output = read_recipe(Path(path), kinds)
     kinds[kind].run(recipe, output)
+    end_processes()
     return output
+
+
+def end_processes() -> None:
+    """Leaves the group of processes, if there is one: a process that ends within it may abort, though all is done."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def read_recipe(path: Path, kinds: Mapping[str, Kind]) -> tuple[str, Any, Path]:
