@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -94,12 +96,24 @@ def run_recipe(path: str | Path, kinds: Mapping[str, Kind]) -> Path:
 
 
 def end_processes() -> None:
-    """Leaves the group of processes, if there is one: a process that ends within it may abort, though all is done."""
+    """Leaves the group of processes, if there is one, when all of them are done."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def end_process() -> None:
+    """Ends one of several processes at once, and any other not at all.
+
+    While Python shuts down, threads that gloo leaves behind may abort a process whose work is done ("terminate called
+    without an active exception"), and its launcher then calls the whole run a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def read_recipe(path: Path, kinds: Mapping[str, Kind]) -> tuple[str, Any, Path]:
