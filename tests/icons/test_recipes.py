@@ -8,14 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from emu3.checkpoints import NANO as NANO_CHECKPOINT
+from emu3.checkpoints.vision import load_vision_tokenizer
 from emu3.configuration import Emu3VQVAEConfig
-from emu3.data.shards import Shard
+from emu3.data.shards import Shard, open_shards
+from emu3.data.tokenize import tokenizer_hash
 from emu3.icons import recipes
 from emu3.icons.captions import DESCRIBE, full_caption, questions
 from emu3.icons.recipes import (
     KINDS,
     IconVisionRecipe,
     export_shards,
+    export_tales,
     make_picture_batch,
     run_recipe,
     sample_batch,
@@ -23,7 +27,7 @@ from emu3.icons.recipes import (
     train_vision,
 )
 from emu3.icons.scenes import contains_held_out, render
-from emu3.icons.sequences import IconDraftRecipe, IconShardsRecipe, SceneSource
+from emu3.icons.sequences import IconDraftRecipe, IconShardsRecipe, IconTalesRecipe, SceneSource
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import loop
 from emu3.training.recipe import read_recipe
@@ -199,3 +203,34 @@ def test_the_vision_tokenizer_learns(tmp_path):
     train_vision(recipe, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["held_out_psnr"] > log[0]["psnr"] + 2
+
+
+def test_a_vision_tokenizer_learns_clips_from_where_it_is(tmp_path):
+    """From nano on: pictures keep their codes, and the sheet shows both."""
+    recipe = IconVisionRecipe(
+        start="nano", clip_share=0.5, sizes=((32, 32), (32, 40)), steps=2, batch_size=8, report_every=1, sheet_every=2
+    )
+    train_vision(recipe, tmp_path)
+    assert (tmp_path / "sheets" / "step-000002.png").is_file()
+    (last,) = [line for line in read_log(tmp_path) if "held_out_clip_psnr" in line]
+    assert last["held_out_psnr"] > 30 > last["held_out_clip_psnr"] > 10
+    before, after = load_vision_tokenizer(NANO_CHECKPOINT), load_vision_tokenizer(tmp_path / "vision")
+    assert torch.equal(before.quantize.embedding.weight, after.quantize.embedding.weight)
+
+
+def test_tales_are_shards_with_designed_codes(tmp_path):
+    export_tales(IconTalesRecipe(vision="nano", clips=3, edits=3, stories=2), tmp_path)
+    tokenizer = load_vision_tokenizer(NANO_CHECKPOINT)
+    own = tokenizer_hash(tokenizer)
+    clips, edits, stories = (open_shards(tmp_path / name, own)[0] for name in ("clips", "edits", "stories"))
+    assert [len(each) for each in (clips, edits, stories)] == [3, 3, 2]
+    for sample in clips:
+        words, clip = (part.content for part in sample.parts)
+        assert words.text.startswith("a clip of ") and clip.frames_per_second == 8 and 2 <= len(clip.codes_THW) <= 4
+        with torch.no_grad():
+            pixels = tokenizer.decode(torch.tensor(clip.codes_THW))
+            seen = tokenizer.encode(pixels, [[48, 48]] * len(pixels)).image_tokens
+        assert (torch.stack(seen) == torch.tensor(clip.codes_THW)).float().mean() > 0.85
+    assert [[part.role for part in sample.parts] for sample in edits] == [["read", "prompt", "draw"]] * 3
+    for sample in stories:
+        assert [part.role for part in sample.parts] == ["prompt", *["answer", "draw"] * (len(sample.parts) // 2)]

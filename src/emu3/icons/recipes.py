@@ -135,10 +135,9 @@ def train_vision(recipe: IconVisionRecipe, folder: Path) -> None:
         objective.set_codebook(design.codebook)
     elif recipe.start is not None:
         design = Design.of_codebook(objective.codebook.detach().clone())
-    sample = partial(make_picture_batch, recipe.sizes)
-    make_batch = partial(sample, design, recipe.batch_size, recipe.seed, recipe.clip_share)
-    pictures = sample(None, MEASURED_PICTURES, recipe.seed + 2, 0.0, 0).pixels
-    clips = sample(None, MEASURED_PICTURES, recipe.seed + 2, 1.0, 0).pixels if recipe.clip_share else None
+    make_batch = partial(make_picture_batch, recipe.sizes, design, recipe.batch_size, recipe.seed, recipe.clip_share)
+    measured = partial(make_picture_batch, recipe.sizes[:1], None, MEASURED_PICTURES, recipe.seed + 2)
+    pictures, clips = measured(0.0, 0).pixels, measured(1.0, 0).pixels if recipe.clip_share else None
     run_objective(recipe, folder, objective, make_batch, HeldOut(pictures, clips), recipe.sheet_every)
 
 
