@@ -132,8 +132,14 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["convert", "nono", "new"], "unknown checkpoint 'nono'"),
         (["convert", "empty", "new"], "config.json"),
         (["convert", "nano", "new", "--to", "gguf"], "--to must be one of documented, legacy, baai, got 'gguf'"),
-        (["convert", "nano", "new", "--abilities", "fly"], "--abilities must be one of draw, read, got 'fly'"),
-        (["convert", "nano", "new", "--abilities", ""], "--abilities must be one of draw, read, got ''"),
+        (
+            ["convert", "nano", "new", "--abilities", "fly"],
+            "--abilities must be one of draw, read, edit, film, tell, got 'fly'",
+        ),
+        (
+            ["convert", "nano", "new", "--abilities", ""],
+            "--abilities must be one of draw, read, edit, film, tell, got ''",
+        ),
         (["quantize", "nano", "nano"], "nano means the shipped checkpoint; name another folder, such as my-nano"),
         (["convert", "nano", "empty", "--to", "legacy"], "empty is there already; remove it, or name another folder"),
         (["convert", "nano", "file/new", "--to", "legacy"], "file' is no folder"),
@@ -254,7 +260,7 @@ def test_several_prompts_are_numbered_and_keep_their_settings(
     drawn: list[dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out-1.png", "out-2.png"]
-    settings = {"model": str(tiny_checkpoint), "version": __version__, "negative_prompt": None, "ratio": "1:1"}
+    settings = {"model": str(tiny_checkpoint), "version": __version__, "negative_prompt": None, "ratio": None}
     settings |= {
         "guidance_scale": 3.0,
         "guidance_floor": 0.0,

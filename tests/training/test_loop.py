@@ -113,6 +113,15 @@ def interrupt(step, at):
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """As a process at a terminal; one in the background of a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_saves_the_step_that_is_being_done(tmp_path, capsys):
     whole = run(tmp_path / "whole", Squares(), parts=2)
     with pytest.raises(KeyboardInterrupt):

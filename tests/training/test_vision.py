@@ -76,8 +76,8 @@ def test_towards_given_codes():
     codebook = torch.randn(16, 4)
     objective.set_codebook(codebook)
     pixels = make_noise(2, 3, 16, 16)
-    codes = torch.randint(16, (2, 4, 4))
-    wanted = codebook[codes].permute(0, 3, 1, 2)[:, None]
+    codes = torch.randint(16, (2, 1, 4, 4))
+    wanted = codebook[codes].movedim(-1, 2)
     result = objective(PictureBatch(pixels, codes))
     with torch.no_grad():
         output = objective.tokenizer.pixels(wanted, single=True)

@@ -189,7 +189,8 @@ def _stopping_between_steps(processes: int) -> Iterator[list[int]]:
     Several processes are stopped at once, as they would wait for each other.
     """
     asked: list[int] = []
-    if processes > 1 or threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as in the background of a script
+    if processes > 1 or ignored or threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
