@@ -134,11 +134,11 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["convert", "nano", "new", "--to", "gguf"], "--to must be one of documented, legacy, baai, got 'gguf'"),
         (
             ["convert", "nano", "new", "--abilities", "fly"],
-            "--abilities must be one of draw, read, edit, film, tell, got 'fly'",
+            "must be one of draw, read, edit, film, tell, got 'fly'",
         ),
         (
             ["convert", "nano", "new", "--abilities", ""],
-            "--abilities must be one of draw, read, edit, film, tell, got ''",
+            "must be one of draw, read, edit, film, tell, got ''",
         ),
         (["quantize", "nano", "nano"], "nano means the shipped checkpoint; name another folder, such as my-nano"),
         (["convert", "nano", "empty", "--to", "legacy"], "empty is there already; remove it, or name another folder"),
