@@ -8,6 +8,7 @@ a conversation             the chat template's text, with pictures in place of <
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -39,16 +40,16 @@ _GUIDANCE = {"guidance_scale": 3.0, "guidance_floor": 0.0}
 """Of a checkpoint that recommends none."""
 
 
-class Asking:
+class Asking(ABC):
     """What of a pipeline makes requests."""
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
 
     @property
+    @abstractmethod
     def engine(self) -> Engine:
-        """See `Emu3Pipeline`."""
-        raise NotImplementedError
+        """Runs the requests."""
 
     @cached_property
     def layout(self) -> Emu3Layout:

@@ -107,8 +107,8 @@ def end_processes() -> None:
 def end_process() -> None:
     """Ends one of several processes at once, and any other not at all.
 
-    While Python shuts down, threads that gloo leaves behind may abort a process whose work is done ("terminate called
-    without an active exception"), and its launcher then calls the whole run a failure.
+    Threads that gloo leaves behind may abort a process while Python shuts down, though its work is done: "terminate
+    called without an active exception". Its launcher would call the whole run a failure.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
