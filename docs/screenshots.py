@@ -8,7 +8,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 DOCS = Path(__file__).parent
-PROMPT, SEED = "a photo of a red cat and a blue dog", "12"
+PROMPT, SEED = "a photo of a red cat and a blue dog", "20"
 
 
 def draw(page: Page) -> None:
