@@ -18,7 +18,7 @@ from emu3.training import machine
 from emu3.training.language import LanguageRecipe, learning_rates, make_optimizers
 from emu3.training.loop import Hook, run_loop
 from emu3.training.objective import NextTokenLoss, pack
-from emu3.training.recipe import end_process, end_processes
+from emu3.training.recipe import exit_at_once, leave_processes
 from emu3.training.results import is_first_process, whole_weights
 from emu3.training.sequences import TokenSequence
 
@@ -72,5 +72,5 @@ if __name__ == "__main__":
     weights = whole_weights(objective)
     if is_first_process():
         save_file({name: each.contiguous() for name, each in weights.items()}, Path(folder) / "weights.safetensors")
-    end_processes()
-    end_process()
+    leave_processes()
+    exit_at_once()

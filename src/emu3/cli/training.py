@@ -36,10 +36,10 @@ def train(
         print_out(_plan(recipe, numbers, teraflops, as_json))
         return
     from emu3.icons.recipes import run_recipe
-    from emu3.training.recipe import end_process
+    from emu3.training.recipe import exit_at_once
 
     typer.echo(str(run_recipe(recipe)))
-    end_process()
+    exit_at_once()
 
 
 def finetune(

@@ -91,11 +91,11 @@ def run_recipe(path: str | Path, kinds: Mapping[str, Kind]) -> Path:
     """Runs a recipe; returns the folder with the result. A run that was cut off goes on from its last saved state."""
     kind, recipe, output = read_recipe(Path(path), kinds)
     kinds[kind].run(recipe, output)
-    end_processes()
+    leave_processes()
     return output
 
 
-def end_processes() -> None:
+def leave_processes() -> None:
     """Leaves the group of processes, if there is one, when all of them are done."""
     import torch.distributed as dist
 
@@ -104,7 +104,7 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def end_process() -> None:
+def exit_at_once() -> None:
     """Ends one of several processes at once, and any other not at all.
 
     Threads that gloo leaves behind may abort a process while Python shuts down, though its work is done: "terminate
