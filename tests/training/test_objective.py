@@ -132,3 +132,42 @@ def test_held_samples_are_held_to_the_checkpoint_without_its_adapters(sequences)
     assert float(total) > 0
     with pytest.raises(ValueError, match="no adapters to switch off; train adapters"):
         NextTokenLoss(base)(pack(own, 100, 0, held=held))
+
+
+def plain_varlen(query, key, value, ends, key_ends, longest, key_longest, scale, window_size):
+    """What PyTorch's kernel for GPUs computes, sample by sample."""
+    assert window_size == (-1, 0) and longest == key_longest and longest >= ends.diff().max()
+    spans = list(zip(ends.tolist(), ends[1:].tolist(), strict=False))
+    mixed = [attend_causally(*(x[a:b].transpose(0, 1)[None] for x in (query, key, value)), scale) for a, b in spans]
+    return torch.cat([each[0] for each in mixed])
+
+
+def test_attention_over_a_whole_row_is_that_of_samples_apart(model, sequences, monkeypatch):
+    """With the kernel's stand-in: padding is a sample of its own, and groups of heads are filled up."""
+    monkeypatch.setattr(objective, "CAUSAL", {"window_size": (-1, 0)})
+    monkeypatch.setattr(objective, "varlen_attn", plain_varlen, raising=False)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float64)
+    loss = NextTokenLoss(model)
+    row = pack(sequences, sum(LENGTHS) + 30, pad=0)
+    expected = run(loss, [row])
+    monkeypatch.setattr(objective, "attention_of", objective.VarlenAttention)
+    found = run(loss, [row])
+    assert found[0] == pytest.approx(expected[0], rel=1e-12)
+    for mine, own in zip(found[2], expected[2], strict=True):
+        torch.testing.assert_close(mine, own)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_attends_over_a_whole_row_as_over_samples_apart(sequences, monkeypatch):
+    torch.manual_seed(0)
+    model = Emu3ForCausalLM(Emu3TextConfig(**MODEL | {"hidden_size": 64})).cuda()
+    loss = NextTokenLoss(model)
+    row = pack(sequences, sum(LENGTHS) + 30, pad=0)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert isinstance(objective.attention_of((5,), 5, torch.device("cuda")), objective.VarlenAttention)
+        found = run(loss, [row])
+        monkeypatch.setattr(objective, "attention_of", PackedAttention)
+        expected = run(loss, [row])
+    assert found[0] == pytest.approx(expected[0], rel=1e-2)
+    for mine, own in zip(found[2], expected[2], strict=True):
+        assert (mine - own).norm() <= 0.05 * own.norm()

@@ -8,6 +8,8 @@ from emu3.icons.scenes import Relation, Scene, SceneObject, Task, relation
 from emu3.icons.sprites import plural
 
 DESCRIBE = "Describe the picture."  # asks for the full caption
+WATCH = "Describe the clip."  # asks for the caption of a clip, colours named
+COMPARE = "What changed?"  # asks for a sentence of a story
 NUMBERS = ("zero", "one", "two", "three", "four")
 RELATION_WORDS: dict[Relation, str] = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 

@@ -33,11 +33,13 @@ from emu3.icons.sequences import (
     SceneSource,
     check_sources,
     clip_sample,
+    compare_sample,
     edit_sample,
     samples_of,
     story_sample,
+    watch_sample,
 )
-from emu3.icons.stories import sample_story
+from emu3.icons.stories import sample_story, sentence_of
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training import draft
 from emu3.training.codes import encode, to_pixels
@@ -159,11 +161,17 @@ def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:
 
 
 def export_tales(recipe: IconTalesRecipe, folder: Path) -> None:
-    """Writes clips, edits and stories as shards, FOLDER/clips, FOLDER/edits and FOLDER/stories, with designed codes."""
+    """Writes clips, edits and stories as shards, FOLDER/clips, edits and so on as shards, each kind in FOLDER/KIND, with designed codes."""
     tokenizer = load_vision_tokenizer(resolve(recipe.vision))
     design = Design.of_codebook(tokenizer.quantize.embedding.weight.detach())
     own, size = tokenizer_hash(tokenizer), tokenizer.config.codebook_size
-    makers = {"clips": _make_clip, "edits": _make_edit, "stories": _make_story}
+    makers = {
+        "clips": _make_clip,
+        "edits": _make_edit,
+        "stories": _make_story,
+        "watched": _make_watched,
+        "compared": _make_compared,
+    }
     for number, (name, make) in enumerate(makers.items()):
         count = getattr(recipe, name)
         info = ShardInfo(tokenizer=own, codebook_size=size, settings="icons", source=name)
@@ -186,6 +194,18 @@ def _make_clip(key: str, rng: np.random.Generator, design: Design, recipe: IconT
 def _make_edit(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:
     edit = sample_edit(EDIT_KINDS[int(rng.integers(len(EDIT_KINDS)))], rng, "train")
     return edit_sample(key, design.codes_of(edit.before), design.codes_of(edit.after), edit.words)
+
+
+def _make_watched(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:
+    task = CLIP_TASKS[int(rng.integers(len(CLIP_TASKS)))]
+    clip = sample_clip(task, rng, "train")
+    codes_THW = np.stack([design.codes_of(each) for each in clip.scenes])
+    return watch_sample(key, codes_THW, clip_caption(clip, task), recipe.frames_per_second)
+
+
+def _make_compared(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:
+    edit = sample_edit(EDIT_KINDS[int(rng.integers(len(EDIT_KINDS)))], rng, "train")
+    return compare_sample(key, design.codes_of(edit.before), design.codes_of(edit.after), sentence_of(edit))
 
 
 def _make_story(key: str, rng: np.random.Generator, design: Design, recipe: IconTalesRecipe) -> Sample:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from emu3.data.samples import Part, Sample
-from emu3.icons.captions import DESCRIBE, caption, full_caption, questions
+from emu3.icons.captions import COMPARE, DESCRIBE, WATCH, caption, full_caption, questions
 from emu3.icons.scenes import TASKS, Scene, Task, render, sample_scene
 from emu3.icons.stories import Story
 from emu3.segments import Text, Visual
@@ -109,6 +109,8 @@ class IconTalesRecipe(Checked):
         vision: a checkpoint, or the folder of a vision tokenizer alone, whose codebook is designed.
         seed: of all.
         clips, edits, stories: how many of each.
+        watched: clips to describe.
+        compared: pairs of pictures, of which is to be said what changed.
         frames_per_second: of the clips.
         colored_captions: share of the clips asked for with all colours named.
     """
@@ -118,6 +120,8 @@ class IconTalesRecipe(Checked):
     clips: int = 20_000
     edits: int = 20_000
     stories: int = 10_000
+    watched: int = 0
+    compared: int = 0
     frames_per_second: float = 8.0
     colored_captions: float = 0.8
 
@@ -154,6 +158,18 @@ def story_sample(key: str, story: Story, codes_NHW: Sequence[NDArray[Any]]) -> S
     for sentence, codes_HW in zip(story.sentences, codes_NHW, strict=True):
         parts += [Part("answer", Text(sentence)), Part("draw", Visual(codes_HW[None]))]
     return Sample(key, tuple(parts))
+
+
+def watch_sample(key: str, codes_THW: NDArray[Any], words: str, frames_per_second: float) -> Sample:
+    """A clip to describe."""
+    watched = Part("read", Visual(codes_THW, frames_per_second))
+    return Sample(key, (watched, Part("prompt", Text(WATCH)), Part("answer", Text(words))))
+
+
+def compare_sample(key: str, before_HW: NDArray[Any], after_HW: NDArray[Any], words: str) -> Sample:
+    """Two pictures, and what has changed from the first to the second."""
+    pictures = [Part("read", Visual(codes_HW[None])) for codes_HW in (before_HW, after_HW)]
+    return Sample(key, (*pictures, Part("prompt", Text(COMPARE)), Part("answer", Text(words))))
 
 
 def samples_of(

@@ -59,7 +59,8 @@ def sentence_of(edit: Edit) -> str:
         case "remove":
             return f"The {edit.noun} leaves."
         case "add":
-            return f"{with_article(f'{edit.color} {edit.noun}').capitalize()} comes."
+            added = next(thing for thing in edit.after.objects if thing.noun == edit.noun)
+            return f"{with_article(f'{added.color} {added.noun}').capitalize()} comes."
 
 
 _SENTENCES = {

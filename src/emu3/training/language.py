@@ -84,6 +84,14 @@ class DrawingSettings(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipSettings(Checked):
+    """What clips are like, unless a request says otherwise: their frames, and how many of them a second."""
+
+    frames: int | None = None
+    fps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PictureSettings(Checked):
     """The smallest and the largest area of pictures that are read, as of `Emu3ImageProcessor`."""
 
@@ -140,6 +148,7 @@ class PretrainRecipe(LanguageRecipe):
         image_area: size of drawn pictures in pixels, unless a request names another.
         abilities: what the data teach, of `emu3.options.ABILITIES`; other uses are refused.
         drawing: how pictures are drawn, unless a request says otherwise.
+        clips: what clips are like.
         image_processor: for pictures that are read.
     """
 
@@ -152,6 +161,7 @@ class PretrainRecipe(LanguageRecipe):
     image_area: int
     abilities: tuple[str, ...] = ("draw", "read")
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
+    clips: ClipSettings = field(default_factory=ClipSettings)
     image_processor: PictureSettings = field(default_factory=PictureSettings)
 
     def __post_init__(self) -> None:
@@ -220,8 +230,9 @@ def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     text_config = Emu3TextConfig(**recipe.model, vocab_size=len(tokenizer), **ids)
     config = Emu3Config(vq_config=vision.config, text_config=text_config, vocabulary_map=names)
     config.abilities = list(recipe.abilities)
-    if drawing := {name: value for name, value in asdict(recipe.drawing).items() if value is not None}:
-        config.drawing = drawing
+    for name in ("drawing", "clips"):
+        if given := {key: value for key, value in asdict(getattr(recipe, name)).items() if value is not None}:
+            setattr(config, name, given)
     model = Emu3ForConditionalGeneration(config)
     model.model.vqmodel.load_state_dict(vision.state_dict())
     model.generation_config = GenerationConfig(**ids)

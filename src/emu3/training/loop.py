@@ -223,6 +223,10 @@ def share_out(objective: nn.Module, settings: RunSettings, processes: int) -> No
         for module in objective.modules():
             if isinstance(module, Emu3TextModel):
                 module.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile_layers:
+        for module in objective.modules():
+            if isinstance(module, Emu3DecoderLayer):
+                module.compile()
     device = training_device()
     if processes == 1:
         objective.to(device)

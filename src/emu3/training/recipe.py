@@ -38,6 +38,7 @@ class RunSettings(Checked):
             divides this one; the result is the same for any number of processes.
         precision: of products. "auto": bfloat16 where it is fast, beside weights in float32.
         recompute_layers: whether the backward pass computes the layers again, which takes less memory and more time.
+        compile_layers: whether PyTorch compiles the layers, which pays in a long run on a GPU.
         gradient_norm: longer gradients are cut to this length.
         average: of the weights over the run, at each step `average` old and the rest new; 0: the last weights count.
         report_every: steps between two lines of the log.
@@ -51,6 +52,7 @@ class RunSettings(Checked):
     parts: int = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute_layers: bool = False
+    compile_layers: bool = False
     gradient_norm: float = 1.0
     average: float = 0.0
     report_every: int = 50

@@ -23,7 +23,7 @@ from emu3.data.samples import Media, Part, Sample
 from emu3.layout import ClipText, Emu3Layout
 from emu3.processing import Emu3Processor
 from emu3.segments import Text, Visual
-from emu3.tokenization import PlainText, encode_pieces, take_apart
+from emu3.tokenization import Pieces, PlainText, encode_pieces, take_apart
 from emu3.training.recipe import Checked
 from emu3.vocabulary import Vocabulary
 
@@ -79,6 +79,8 @@ class SequenceBuilder:
         self.processor, self.vocabulary, self.weights = processor, vocabulary, weights or Weights()
         self.clips = clips or ClipText()
         self._ids_of_text: dict[str, list[int]] = {}
+        self._rendered: dict[str, str] = {}
+        self._apart: dict[str, Pieces] = {}
 
     @cached_property
     def layout(self) -> Emu3Layout:
@@ -135,10 +137,14 @@ class SequenceBuilder:
         return pieces if starts_with_bos else [([self.vocabulary.bos], PROMPT, True), *pieces]
 
     def _render(self, messages: list[dict[str, Any]], asks: bool, sample: Sample) -> str:
-        try:
-            return str(self.processor.apply_chat_template(messages, add_generation_prompt=asks))
-        except ValueError as error:
-            raise ValueError(f"sample {sample.key!r}: {error}") from error
+        """What the template makes of messages; of conversations that differ in their texts only, once."""
+        key = f"{asks} {messages}"
+        if key not in self._rendered:
+            try:
+                self._rendered[key] = str(self.processor.apply_chat_template(messages, add_generation_prompt=asks))
+            except ValueError as error:
+                raise ValueError(f"sample {sample.key!r}: {error}") from error
+        return self._rendered[key]
 
     def _fill(
         self, prompt: str, texts: Sequence[str], pictures: Iterator[Visual], kinds: tuple[int, int], counts: bool
@@ -146,7 +152,7 @@ class SequenceBuilder:
         """Pieces of a rendered text, with texts in place of their stand-ins and codes in place of <image>."""
         found: list[str | int] = []
         for index, part in enumerate(STAND_IN.split(prompt)):
-            found += [texts[int(part)]] if index % 2 else take_apart(self.processor.tokenizer, part)
+            found += [texts[int(part)]] if index % 2 else self._take_apart(part)
         pieces: list[Piece] = []
         for is_picture, run in groupby(found, key=lambda piece: piece == self.vocabulary.image_placeholder):
             if is_picture:
@@ -154,6 +160,12 @@ class SequenceBuilder:
             else:
                 pieces.append((encode_pieces(self.processor.tokenizer, list(run)), kinds[0], counts))
         return [piece for piece in pieces if len(piece[0])]
+
+    def _take_apart(self, template: str) -> Pieces:
+        """The pieces of what a template puts between texts; the same is taken apart once."""
+        if template not in self._apart:
+            self._apart[template] = take_apart(self.processor.tokenizer, template)
+        return self._apart[template]
 
     def _spell(self, part: Part) -> Piece:
         """One part of a sample that is no conversation."""
