@@ -26,7 +26,18 @@ from emu3.generation.grammar import Grammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
 from emu3.layout import ClipText, Emu3Layout
-from emu3.options import Answer, Draw, check_ability, check_number, check_text, check_whole, check_words, make, takes
+from emu3.options import (
+    GUIDANCE,
+    Answer,
+    Draw,
+    check_ability,
+    check_number,
+    check_text,
+    check_whole,
+    check_words,
+    make,
+    takes,
+)
 from emu3.segments import Shape, Visual
 from emu3.tokenization import PlainText
 from emu3.video_processing import sample_frames
@@ -36,7 +47,7 @@ if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
-_GUIDANCE = {"guidance_scale": 3.0, "guidance_floor": 0.0}
+_GUIDANCE = dict(zip(GUIDANCE, (3.0, 0.0, 0.0), strict=True))
 """Of a checkpoint that recommends none."""
 
 
@@ -106,16 +117,22 @@ class Asking(ABC):
             guidance = None
             if draw.guidance_scale != 1:
                 without = self.layout.prompt(draw.negative_prompt or "", shape, () if picture_guidance else own)
-                scale, floor = cast(float, draw.guidance_scale), cast(float, draw.guidance_floor)
-                guidance = Guidance(tuple(without), scale, floor=floor)
+                scale, floor, agreement = (cast(float, getattr(draw, name)) for name in GUIDANCE)
+                guidance = Guidance(tuple(without), scale, floor=floor, agreement=agreement)
             ids = tuple(self.layout.prompt(words, shape, own))
             requests.append(Request(ids, grammar, sampling, guidance, seed, decoder=decoder))
             requests[-1].budget(self.engine.context)  # refuses what does not fit
         return requests
 
-    def settled(self, draw: Draw) -> Draw:
-        """With the guidance that the checkpoint's config.json recommends under "drawing", where none is asked for."""
-        own = getattr(self.model.config, "drawing", None) or {}
+    def settled(self, draw: Draw, film: bool = False) -> Draw:
+        """With the guidance that the checkpoint's config.json recommends, where none is asked for.
+
+        It stands under "drawing". What stands under "clips" goes before it, for a clip.
+        """
+        own: dict[str, Any] = {}
+        for name in ("drawing", "clips") if film else ("drawing",):
+            given = getattr(self.model.config, name, None) or {}
+            own |= {key: value for key, value in given.items() if value is not None}
         missing = [name for name in _GUIDANCE if getattr(draw, name) is None]
         found: Any = {name: _GUIDANCE[name] if own.get(name) is None else own[name] for name in missing}
         return replace(draw, **found)
@@ -159,6 +176,8 @@ class Asking(ABC):
                 raise ValueError(f"frames is {count}, and the start has {have} already; ask for more")
             pinned = np.full((codes, shape.height, shape.width), -1)
             pinned[: begin.shape.frames] = begin.codes_THW
+        settled = self.settled(draw, film=True)
+        options |= {name: getattr(settled, name) for name in GUIDANCE}
         return self.draw_requests(prompts, shape=shape, pinned=pinned, **options)
 
     @takes(Draw)

@@ -21,6 +21,9 @@ MOST_GUIDANCE = 1e6
 LEAST_TEMPERATURE = 1e-6
 """Below it, logits divided by the temperature could overflow. It chooses the most likely id anyway."""
 
+GUIDANCE = ("guidance_scale", "guidance_floor", "guidance_agreement")
+"""Options of how guidance leads, which a checkpoint may recommend."""
+MOST_AGREEMENT = 100.0
 MOST_SEED = 2**63 - 1
 MOST_TOP_K = 2**31 - 1
 
@@ -306,6 +309,16 @@ class Draw(_Options):
         check_number,
         0,
         1,
+        type_=float,
+    )
+    guidance_agreement: float | None = _option(
+        None,
+        "Where words and negative prompt expect the same token, with odds this near (in nats), it stays as likely as "
+        "by the words alone, so that guidance decides what is drawn and not where; 0: never. Default: the "
+        "checkpoint's own, or 0.",
+        check_number,
+        0,
+        MOST_AGREEMENT,
         type_=float,
     )
     top_k: int = _option(2048, "Sample among the k likeliest tokens; 0: all.", check_whole, 0, MOST_TOP_K)

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from emu3.generation.sampling import GREEDY, Sampling, choose, guide, implausible, restrict, uniform_noise
+from emu3.generation.sampling import GREEDY, Guide, Sampling, choose, guide, restrict, uniform_noise
 
 # Few distinct values, so that ties are common: half precision makes them common in real logits.
 rows = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 0.25, 1.0, 2.5]), min_size=1, max_size=12)
@@ -49,9 +49,48 @@ def test_guidance_on_a_slice_gives_the_probabilities_of_guidance_on_everything(s
 def test_the_floor_is_a_share_of_the_likeliest(row, floor):
     logits_BV = torch.tensor([row])
     shares = logits_BV.double().softmax(-1) / logits_BV.double().softmax(-1).max()
-    left_out = implausible(logits_BV, floor)
+    guided_BV, left_out = Guide(2.0, floor).logits(logits_BV, torch.zeros_like(logits_BV))
+    torch.testing.assert_close(guided_BV, 2 * logits_BV)
     clear = (shares - floor).abs() > 1e-5 * floor
     assert (left_out == (shares < floor))[clear].all() and not left_out[0, logits_BV.argmax()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([0.0, 0.05, 0.3]), st.floats(1.1, 4))
+def test_what_both_branches_expect_stays_as_likely(seed, floor, scale):
+    """And the others have the proportions that guidance gives them. Where the branches differ, nothing changes."""
+    generator = torch.Generator().manual_seed(seed)
+    conditional, unconditional = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
+    conditional[:3, 4] = unconditional[:3, 4] = 8.0
+    logits, left_out = Guide(scale, floor, 1.5).logits(conditional, unconditional)
+    shares = (logits if left_out is None else logits.masked_fill(left_out, -math.inf)).softmax(-1)
+    kept = (conditional.softmax(-1)[:, 4] > 0.5) & (unconditional.softmax(-1)[:, 4] > 0.5)
+    odds = [
+        (each[:, 4] - torch.cat((each[:, :4], each[:, 5:]), 1).logsumexp(1)) for each in (conditional, unconditional)
+    ]
+    kept &= (odds[0] - odds[1]).abs() < 1.5
+    torch.testing.assert_close(shares[kept, 4], conditional.softmax(-1)[kept, 4])
+    others, plain = [0, 1, 2, 3, 5, 6, 7, 8], guide(conditional, unconditional, scale)
+    for row in range(6):
+        if kept[row]:
+            own, wanted = shares[row, others], plain[row, others].exp()
+            likely = conditional[row, others].exp()
+            wanted = wanted.where(likely >= floor * likely.max(), 0)
+            torch.testing.assert_close(own / own.sum(), wanted / wanted.sum())
+    differ, without = ~kept, Guide(scale, floor).logits(conditional, unconditional)
+    assert torch.equal(logits[differ], without[0][differ])
+    assert kept.any()
+
+
+def test_limits_hold_above_a_scale_of_one_only():
+    conditional, unconditional = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    plain = guide(conditional, unconditional, 0.5)
+    assert torch.equal(Guide(0.5, 0.3, 2.0).logits(conditional, unconditional)[0], plain)
+    scales = torch.tensor([[0.5], [2.0], [1.0], [3.0]])
+    logits, left_out = Guide(scales, 0.3, 2.0).logits(conditional, unconditional)
+    assert not left_out[[0, 2]].any() and left_out[[1, 3]].any()
+    torch.testing.assert_close(logits[0], plain[0])
+    torch.testing.assert_close(logits[2], conditional[2])
 
 
 def test_draw_follows_the_probabilities():

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from emu3.checkpoints.load import load_model, load_processor
 from emu3.data.samples import Part, Sample
+from emu3.generation.sampling import Guide
 from emu3.modeling.draft import load_draft
 from emu3.segments import Text, Visual
 from emu3.training import draft
@@ -66,6 +67,8 @@ def test_a_head_learns_what_the_model_says(tiny_checkpoint, tmp_path):
     torch.manual_seed(0)
     batch = make_batch(builder, 999)
     pairs = Pairs.sample(batch, 4, 60, recipe.ahead)
-    loss, covered = draft_loss(model, head, read(model, batch), 5, pairs, recipe.guidance_scale, recipe.guidance_floor)
+    loss, covered = draft_loss(
+        model, head, read(model, batch), 5, pairs, Guide(recipe.guidance_scale, recipe.guidance_floor)
+    )
     assert float(loss) < 1.2 * after
     assert 0 < float(covered) <= 1

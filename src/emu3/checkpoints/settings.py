@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3.checkpoints.files import read_json
-from emu3.options import ABILITIES
+from emu3.options import ABILITIES, MOST_AGREEMENT
 
 # `model_type` -> the part of BAAI's layout; "" for the documented one.
 _PARTS = {"emu3": "", "Emu3": "language", "Emu3VisionVQ": "vision"}
@@ -132,6 +132,12 @@ SCHEME: Mapping[str, Kind] = {
 }
 """`quantization_config`, which `emu3 quantize` writes."""
 
+_GUIDANCE: dict[str, Kind] = {
+    "guidance_scale": _real(-1e6, 1e6) | _NULL,
+    "guidance_floor": _SHARE | _NULL,
+    "guidance_agreement": _real(0, MOST_AGREEMENT) | _NULL,
+}
+
 WHOLE: Mapping[str, Kind] = _COMMON | {
     "text_config": _object(TEXT),
     "vq_config": _object(VISION),
@@ -141,9 +147,9 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
     # Conversion and training write it. Without it, nothing is known.
     "abilities": _list_of(_one_of(*ABILITIES), 1, len(ABILITIES)) | _NULL,
     # How pictures are drawn unless a request says otherwise.
-    "drawing": _object({"guidance_scale": _real(-1e6, 1e6) | _NULL, "guidance_floor": _SHARE | _NULL}),
+    "drawing": _object(_GUIDANCE),
     # How clips are opened, see `emu3.layout.ClipText`, and what they are like unless a request says otherwise.
-    "clips": _object({"text": _NAME | _NULL, "fps": _real(1e-3, 1e4) | _NULL, "frames": _SIZE | _NULL}),
+    "clips": _object(_GUIDANCE | {"text": _NAME | _NULL, "fps": _real(1e-3, 1e4) | _NULL, "frames": _SIZE | _NULL}),
 }
 """config.json."""
 

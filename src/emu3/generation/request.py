@@ -9,8 +9,16 @@ from typing import Any, cast
 from emu3.generation.decoders.protocol import Decoder
 from emu3.generation.decoders.raster import RasterDecoder
 from emu3.generation.grammar import Grammar, Kind
-from emu3.generation.sampling import GREEDY, Sampling
-from emu3.options import MOST_GUIDANCE, MOST_SEED, check_flag, check_guidance, check_number, check_whole
+from emu3.generation.sampling import GREEDY, Guide, Sampling
+from emu3.options import (
+    MOST_AGREEMENT,
+    MOST_GUIDANCE,
+    MOST_SEED,
+    check_flag,
+    check_guidance,
+    check_number,
+    check_whole,
+)
 
 RASTER = RasterDecoder()
 
@@ -28,23 +36,24 @@ class Guidance:
         scale: a number, or a function from progress to a number. Progress is 0 at the first token of a picture, and
             towards 1 at the last. At 1, which is no guidance, the negative prompt is not run.
         kinds: the parts of an answer that are guided. The negative prompt sees the others too.
-        floor: above a scale of 1, ids that are less likely, by the prompt alone, than this share of the likeliest are
-            left out. 0: none.
+        floor, agreement: limits of guidance above a scale of 1, see `emu3.generation.sampling.Guide`.
 
     Raises:
         ValueError: a scale that is no finite number, or so large that logits could overflow; a floor that is not from 0
-            to 1.
+            to 1, or an agreement that is not from 0 to 100.
     """
 
     negative_ids: tuple[int, ...]
     scale: float | Callable[[float], float] = 3.0
     kinds: frozenset[Kind] = frozenset(("text", "visual"))
     floor: float = 0.0
+    agreement: float = 0.0
 
     def __post_init__(self) -> None:
         _check_ids("negative_ids", self.negative_ids)
         check_guidance("guidance scale", self.scale)
         object.__setattr__(self, "floor", check_number("guidance floor", self.floor, 0, 1))
+        object.__setattr__(self, "agreement", check_number("guidance agreement", self.agreement, 0, MOST_AGREEMENT))
 
 
 def _check_ids(name: str, ids: object) -> None:
@@ -131,9 +140,11 @@ class Request:
             return (self.prompt_ids,)
         return (self.prompt_ids, self.guidance.negative_ids)
 
-    def floor_at(self, scale: float | None) -> float:
-        """The floor of guidance at a scale; 0 up to 1, where guidance does not lead further than the prompt."""
-        return 0.0 if self.guidance is None or scale is None or scale <= 1 else self.guidance.floor
+    def guide_of(self, scale: float | None) -> Guide | None:
+        """How an id is guided at a scale that `guidance_at` gave."""
+        if self.guidance is None or scale is None:
+            return None
+        return Guide(scale, self.guidance.floor, self.guidance.agreement)
 
     def sampling_of(self, kind: Kind) -> Sampling:
         """How ids of a part of this kind are chosen."""

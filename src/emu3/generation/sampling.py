@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,13 +53,54 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tenso
     return torch.lerp(unconditional_BV, conditional_BV, scale)
 
 
-def implausible(conditional_BV: Tensor, floor: float) -> Tensor:
-    """Which ids (B, V) are less likely, by conditional logits, than a share of the likeliest one.
+class Guide(NamedTuple):
+    """How one guides: at a scale, a number or one a row (B, 1), and above 1 within two limits.
 
-    Guidance multiplies ratios of probabilities, and where both are tiny, ratios are noise: an id that neither branch
-    would write can win. Source: the plausibility constraint of Li et al., arXiv 2210.15097.
+    Attributes:
+        scale: see `guide`.
+        floor: ids are left out that are less likely, by conditional logits, than this share of the likeliest one.
+            Guidance multiplies ratios of probabilities, and where both are tiny, ratios are noise: an id that neither
+            branch would write can win. Source: the plausibility constraint of Li et al., arXiv 2210.15097. 0: none.
+        agreement: nats. Where both branches have the same likeliest id, with more than half of the probability, and
+            its odds differ by less, it stays as likely as by the conditional logits, and guidance chooses among the
+            others only; so does the floor. Such an id goes on with what is there, a background say. Without this,
+            guidance, which makes what begins likelier, would begin everything too early. 0: nowhere.
     """
-    return conditional_BV < conditional_BV.amax(-1, keepdim=True) + math.log(floor)
+
+    scale: float | Tensor
+    floor: float = 0.0
+    agreement: float = 0.0
+
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Guided logits (B, V), and which ids are left out (B, V), if any are."""
+        guided_BV = guide(conditional_BV, unconditional_BV, self.scale)
+        leads = self.scale > 1
+        if not (self.floor or self.agreement) or leads is False:
+            return guided_BV, None
+        # Choices among ids, which no gradient goes through.
+        likely_BV = conditional_BV.detach()
+        top_B1 = likely_BV.argmax(-1, keepdim=True)
+        left_out_BV = torch.zeros_like(likely_BV, dtype=torch.bool)
+        if self.floor:
+            left_out_BV = (likely_BV < likely_BV.amax(-1, keepdim=True) + math.log(self.floor)) & leads
+        if not self.agreement:
+            return guided_BV, left_out_BV
+        is_top_BV = torch.zeros_like(left_out_BV).scatter(-1, top_B1, True)
+        own_B1, other_B1 = (_odds(each, top_B1, is_top_BV) for each in (conditional_BV, unconditional_BV))
+        agree_B1 = (unconditional_BV.argmax(-1, keepdim=True) == top_B1) & (own_B1 > 0) & (other_B1 > 0)
+        agree_B1 = agree_B1 & ((own_B1 - other_B1).abs() < self.agreement) & leads
+        if self.floor:
+            others_BV = likely_BV.masked_fill(is_top_BV, -torch.inf)
+            low_BV = others_BV < others_BV.amax(-1, keepdim=True) + math.log(self.floor)
+            left_out_BV = left_out_BV.where(~agree_B1, low_BV & ~is_top_BV)
+        rest_B1 = guided_BV.masked_fill(is_top_BV | left_out_BV, -torch.inf).logsumexp(-1, keepdim=True)
+        kept_BV = guided_BV.scatter(-1, top_B1, rest_B1 + own_B1)
+        return torch.where(agree_B1, kept_BV, guided_BV), left_out_BV
+
+
+def _odds(logits_BV: Tensor, index_B1: Tensor, is_index_BV: Tensor) -> Tensor:
+    """The logarithm of the odds (B, 1) of one id a row."""
+    return logits_BV.gather(-1, index_B1) - logits_BV.masked_fill(is_index_BV, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 def restrict(logits_BV: Tensor, sampling: Sampling) -> Tensor:

@@ -161,7 +161,7 @@ def export_shards(recipe: IconShardsRecipe, folder: Path) -> None:
 
 
 def export_tales(recipe: IconTalesRecipe, folder: Path) -> None:
-    """Writes clips, edits and stories as shards, FOLDER/clips, edits and so on as shards, each kind in FOLDER/KIND, with designed codes."""
+    """Writes clips, edits and so on as shards, each kind in FOLDER/KIND. Their codes are designed."""
     tokenizer = load_vision_tokenizer(resolve(recipe.vision))
     design = Design.of_codebook(tokenizer.quantize.embedding.weight.detach())
     own, size = tokenizer_hash(tokenizer), tokenizer.config.codebook_size

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from emu3.generation.events import Failed, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar
-from emu3.options import DECODINGS, Draw
+from emu3.options import DECODINGS, GUIDANCE, Draw
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
 from emu3.serving.jobs import Job, Preview
@@ -28,7 +28,7 @@ router = APIRouter(include_in_schema=False)
 
 _PAGE = Path(__file__).parent / "page"
 _MOST_PREVIEWS = 8
-_NUMBERS = ("guidance_scale", "guidance_floor", "temperature", "top_k", "top_p")
+_NUMBERS = (*GUIDANCE, "temperature", "top_k", "top_p")
 _SHOWN = ("negative_prompt", "ratio", *_NUMBERS, "decoding", "seed")
 
 

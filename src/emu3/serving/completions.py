@@ -13,6 +13,7 @@ from PIL import Image
 
 from emu3.asked import Asked
 from emu3.generation.events import Failed, Tokens
+from emu3.options import GUIDANCE
 from emu3.results import Result
 from emu3.serving.conversation import GrowingText, asked_to_draw, data_url, read_messages
 from emu3.serving.errors import error_body, sse
@@ -29,7 +30,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore
     service, fields = service_of(request), cast(Any, body)
     prompt = asked_to_draw(fields.messages, fields.modalities)
     if prompt is not None and ("image" in (fields.modalities or ()) or service.can("draw")):
-        options = given(fields, "negative_prompt", "guidance_scale", "guidance_floor", "seed", "decoding")
+        options = given(fields, "negative_prompt", *GUIDANCE, "seed", "decoding")
         reply: _Reply = _Drawn(await service.draw(request, prompt, 1, fields.size, options))
     else:
         talk = await service.prepare(request, read_messages, fields.messages, service.fetcher)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from emu3.options import MOST_SEED, Answer, Draw
+from emu3.options import GUIDANCE, MOST_SEED, Answer, Draw
 
 MOST_PICTURES = 10
 MOST_GIVEN = 16
@@ -72,7 +72,7 @@ class _Images(Body):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
 
 
-DRAWN = ("negative_prompt", "guidance_scale", "guidance_floor", "seed", "top_k", "top_p", "temperature", "decoding")
+DRAWN = ("negative_prompt", *GUIDANCE, "seed", "top_k", "top_p", "temperature", "decoding")
 """Options of drawing that the routes of OpenAI take, beyond OpenAI's own."""
 
 ImagesRequest = option_fields("ImagesRequest", _Images, Draw, DRAWN)
@@ -94,7 +94,7 @@ class _Chat(Body):
 
 
 _Answering = option_fields("ChatRequest", _Chat, Answer, ("temperature", "top_k", "top_p", "seed"))
-_DRAWN_IN_CHAT = ("negative_prompt", "guidance_scale", "guidance_floor", "decoding")
+_DRAWN_IN_CHAT = ("negative_prompt", *GUIDANCE, "decoding")
 ChatRequest = option_fields("ChatRequest", _Answering, Draw, _DRAWN_IN_CHAT)
 """Body of /v1/chat/completions."""
 

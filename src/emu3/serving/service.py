@@ -24,7 +24,7 @@ from emu3.checkpoints.opened import holder
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Request as EngineRequest
-from emu3.options import MOST_SEED, Draw, Serve, make
+from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, make
 from emu3.results import Result
 from emu3.serving.errors import Refused
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
@@ -109,7 +109,7 @@ class Service:
         seed = secrets.randbelow(2**31) if seed is None else min(seed, MOST_SEED - count)
         options |= {"seed": seed, **self._size(size)}
         settled = self.pipeline.settled(make(Draw, options))
-        options |= {"guidance_scale": settled.guidance_scale, "guidance_floor": settled.guidance_floor}
+        options |= {name: getattr(settled, name) for name in GUIDANCE}
         ask = ask or partial(self.pipeline.draw_requests, pinned=pinned)
         requests = await self.prepare(request, ask, [prompt] * count, **options)
         kept = 0 if pinned is None else int((np.asarray(pinned) >= 0).sum())

@@ -45,8 +45,8 @@ class DPOSettings(Checked):
 
     Attributes:
         beta: how much a change from the start counts; the lower, the further the model may go.
-        guidance_scale, guidance_floor: of the distribution that is learned; a scale of 1, half the work, learns
-            the conditional one.
+        guidance_scale, guidance_floor, guidance_agreement: of the distribution that is learned; a scale of 1, half the
+            work, learns the conditional one.
         temperature, top_k, top_p: of that distribution.
         sft: weight of the mean loss of the chosen picture's tokens, which keeps it likely.
     """
@@ -54,6 +54,7 @@ class DPOSettings(Checked):
     beta: float = 0.1
     guidance_scale: float = 1.0
     guidance_floor: float = 0.0
+    guidance_agreement: float = 0.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -123,7 +124,8 @@ def batch_of(pairs: Sequence[Pair], layout: Layout, settings: DPOSettings) -> Pa
         guidance = None
         if settings.guidance_scale != 1:
             negative = tuple(layout.prompt("", shape))
-            guidance = Guidance(negative, settings.guidance_scale, floor=settings.guidance_floor)
+            floor, agreement = settings.guidance_floor, settings.guidance_agreement
+            guidance = Guidance(negative, settings.guidance_scale, floor=floor, agreement=agreement)
         requests.append(Request(tuple(layout.prompt(prompt, shape)), grammar, settings.sampling, guidance))
         ids.append(grammar.ids_of(np.asarray(visual.codes_THW)).tolist())
     return PairBatch([pair.key for pair in pairs], Answers.of(requests, ids, layout.vocabulary.pad))

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3.generation.sampling import guide, implausible
+from emu3.generation.sampling import Guide
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
+from emu3.options import GUIDANCE
 from emu3.quantization import dequantize_head
 from emu3.training.loop import StepResult, rate_factor, run_loop
 from emu3.training.machine import autocast, training_device
@@ -31,7 +32,7 @@ class DraftRecipe(RunSettings):
     Attributes:
         checkpoint: the folder whose model it drafts for, and which gets the head.
         width, ahead: of the `DraftHead`.
-        guidance_scale, guidance_floor: with which pictures will be drawn.
+        guidance_scale, guidance_floor, guidance_agreement: with which pictures will be drawn.
         reuse: steps for which a batch of pictures is used, as to run the checkpoint on them takes longer than a step.
         rows: how many pairs of a picture's positions a step looks at: the newest decided one, and one ahead of it.
         learning_rate: of the matrices (Muon), at its highest.
@@ -45,6 +46,7 @@ class DraftRecipe(RunSettings):
     ahead: int = 16
     guidance_scale: float = 3.0
     guidance_floor: float = 0.0
+    guidance_agreement: float = 0.0
     batch_size: int = 8
     reuse: int = 3
     rows: int = 250
@@ -127,8 +129,7 @@ def draft_loss(
     reading: Reading,
     width: int,
     pairs: Pairs,
-    scale: float,
-    floor: float = 0.0,
+    guide: Guide,
 ) -> tuple[Tensor, Tensor]:
     """The mean divergence of the drafts from what the model says, and how much of the two distributions is common.
 
@@ -138,7 +139,7 @@ def draft_loss(
         reading: of the checkpoint.
         width: of the pictures, in codes.
         pairs: of positions.
-        scale, floor: of guidance.
+        guide: with which pictures will be drawn.
     """
     lo, hi = model.model.vocabulary.visual_span
     visual_VE, device = dequantize_head(model.lm_head, slice(lo, hi)), reading.codes.device
@@ -148,9 +149,9 @@ def draft_loss(
         with autocast():
             lanes = [hidden_BSE[own_R, ahead_R] @ visual_VE.T for hidden_BSE in (reading.with_words, reading.without)]
         conditional_RV, unconditional_RV = (each.float() for each in lanes)
-        wanted_RV = guide(conditional_RV, unconditional_RV, scale)
-        if floor and scale > 1:
-            wanted_RV.masked_fill_(implausible(conditional_RV, floor), -torch.inf)
+        wanted_RV, left_out_RV = guide.logits(conditional_RV, unconditional_RV)
+        if left_out_RV is not None:
+            wanted_RV = wanted_RV.masked_fill(left_out_RV, -torch.inf)
         wanted_RV = wanted_RV.softmax(-1)
         places_RN = around(width, ahead_R, newest_R)
         codes_RN = reading.codes[own_R[:, None], places_RN.clamp_min(0)].where(places_RN >= 0, hi - lo)
@@ -214,8 +215,8 @@ class DraftLoss(nn.Module):
             self._last = {batch.number: read(model, batch)}
         reading = self._last[batch.number]
         pairs = Pairs.sample(batch, len(reading.codes), self.recipe.rows, self.recipe.ahead)
-        guidance = self.recipe.guidance_scale, self.recipe.guidance_floor
-        loss, covered = draft_loss(model, self.head, reading, batch.width, pairs, *guidance)
+        guide = Guide(*(getattr(self.recipe, name) for name in GUIDANCE))
+        loss, covered = draft_loss(model, self.head, reading, batch.width, pairs, guide)
         one = torch.ones((), device=loss.device)
         return StepResult(loss, one, {"covered": (covered, one)}, pairs.ahead.numel())
 

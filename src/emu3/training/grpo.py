@@ -64,7 +64,7 @@ class GRPOSettings(Checked):
 
     Attributes:
         group: pictures of each prompt.
-        guidance_scale, guidance_floor, temperature, top_k, top_p, decoding: how they are drawn; see
+        guidance_scale, guidance_floor, guidance_agreement, temperature, top_k, top_p, decoding: how they are drawn; see
             `emu3.options.Draw`.
         clip_low, clip_high: by how much a token's probability may fall or rise, as a share, before it stops to count.
         kl: weight of the distance to the start.
@@ -79,6 +79,7 @@ class GRPOSettings(Checked):
     group: int = 8
     guidance_scale: float | None = None
     guidance_floor: float | None = None
+    guidance_agreement: float | None = None
     temperature: float = 1.0
     top_k: int = 2048
     top_p: float = 1.0
@@ -259,6 +260,7 @@ class GRPO(nn.Module):
             words,
             guidance_scale=settings.guidance_scale,
             guidance_floor=settings.guidance_floor,
+            guidance_agreement=settings.guidance_agreement,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,

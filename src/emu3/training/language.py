@@ -29,7 +29,7 @@ from emu3.image_processing import Emu3ImageProcessor
 from emu3.layout import ClipText
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.options import ABILITIES, Draw
+from emu3.options import ABILITIES, GUIDANCE, Draw
 from emu3.processing import Emu3Processor
 from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
@@ -78,14 +78,18 @@ class DrawingSettings(Checked):
 
     guidance_scale: float | None = None
     guidance_floor: float | None = None
+    guidance_agreement: float | None = None
 
     def __post_init__(self) -> None:
-        Draw(guidance_scale=self.guidance_scale, guidance_floor=self.guidance_floor)  # refuses wrong ones
+        Draw(**{name: getattr(self, name) for name in GUIDANCE})  # refuses wrong ones
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSettings(Checked):
-    """What clips are like, unless a request says otherwise: their frames, and how many of them a second."""
+class ClipSettings(DrawingSettings):
+    """What clips are like, unless a request says otherwise: their frames, how many of them a second, their guidance.
+
+    What is not given of the guidance is that of pictures.
+    """
 
     frames: int | None = None
     fps: float | None = None

@@ -183,9 +183,8 @@ class VarlenAttention:
     ) -> tuple[Tensor, None]:
         """As `PackedAttention`."""
         rows = [each[0].transpose(0, 1).to(self.dtype).contiguous() for each in (query, key, value)]
-        groups = rows[0].shape[1] // rows[1].shape[1]
-        rows[1:] = [each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in rows[1:]]
-        mixed = varlen_attn(*rows, self.ends, self.ends, self.longest, self.longest, scale=scaling, **CAUSAL)
+        q, k, v = (row.repeat_interleave(rows[0].shape[1] // row.shape[1], dim=1) for row in rows)
+        mixed = varlen_attn(q, k, v, self.ends, self.ends, self.longest, self.longest, scale=scaling, **CAUSAL)
         return cast(Tensor, mixed)[None], None
 
 

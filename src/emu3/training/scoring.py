@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from emu3.generation.request import Request
-from emu3.generation.sampling import Sampling, guide, implausible, restrict
+from emu3.generation.sampling import Guide, Sampling, restrict
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.training.adapters import without_adapters
 from emu3.training.objective import attend_on_cpu
@@ -38,7 +38,7 @@ class Answers(NamedTuple):
         negative_places: the same in the lane of the negative prompt; None without guidance.
         targets: the token (T,) as an index into the legal ids.
         scales: of guidance (T, 1); None without.
-        floor: of guidance, for all.
+        floor, agreement: limits of guidance, for all.
         span: the legal ids, lo..hi-1.
         number: of answers.
     """
@@ -50,6 +50,7 @@ class Answers(NamedTuple):
     targets: Tensor
     scales: Tensor | None
     floor: float
+    agreement: float
     span: tuple[int, int]
     number: int
 
@@ -59,10 +60,12 @@ class Answers(NamedTuple):
         guided = {len(request.prompts) for request in requests}
         if len(guided) != 1:
             raise ValueError("answers that are compared are guided all or none; split the batch")
-        (lanes,), floors = guided, {0.0 if each.guidance is None else each.guidance.floor for each in requests}
-        if len(floors) != 1:
+        (lanes,), guides = guided, [each.guidance for each in requests]
+        limits = {(0.0, 0.0) if each is None else (each.floor, each.agreement) for each in guides}
+        if len(limits) != 1:
             raise ValueError(
-                f"answers that are compared have one floor of guidance, got {sorted(floors)}; split the batch"
+                "answers that are compared have one floor and one agreement of guidance, got "
+                f"{sorted(limits)}; split the batch"
             )
         rows = [
             [*request.prompts[lane], *each]
@@ -93,7 +96,7 @@ class Answers(NamedTuple):
             None if lanes == 1 else starts[own_T, 1] + places_T,
             torch.tensor(targets),
             None if lanes == 1 else torch.tensor([1.0 if scale is None else scale for scale in scales])[:, None],
-            floors.pop(),
+            *limits.pop(),
             spans.pop(),
             len(requests),
         )
@@ -132,10 +135,8 @@ def score(model: Emu3ForConditionalGeneration, answers: Answers, sampling: Sampl
         logits_TV, left_out_TV = (hidden_BSE[own, answers.places[rows]] @ head.T).float(), None
         if answers.negative_places is not None and answers.scales is not None:
             negative_TV = (hidden_BSE[own + answers.number, answers.negative_places[rows]] @ head.T).float()
-            guided_TV = guide(logits_TV, negative_TV, answers.scales[rows])
-            if answers.floor:
-                left_out_TV = implausible(logits_TV.detach(), answers.floor) & (answers.scales[rows] > 1)
-            logits_TV = guided_TV
+            guide = Guide(answers.scales[rows], answers.floor, answers.agreement)
+            logits_TV, left_out_TV = guide.logits(logits_TV, negative_TV)
         found.append(_scores_of(logits_TV, left_out_TV, targets_T1, sampling))
     log_probabilities, entropies = (torch.cat(each) for each in zip(*found, strict=True))
     return Scores(log_probabilities, entropies)

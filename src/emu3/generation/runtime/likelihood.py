@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from emu3.generation.request import Request
 from emu3.generation.runtime.head import Head
-from emu3.generation.sampling import guide, implausible, probabilities
+from emu3.generation.sampling import probabilities
 
 
 @torch.inference_mode()
@@ -29,11 +29,11 @@ def probabilities_of(model: Any, request: Request, ids: Sequence[int]) -> NDArra
     sampling = request.sampling_of(grammar.kind)
     for k in (hi > lo + 1).nonzero()[0].tolist():  # one by one, because the logits of all would take much memory
         logits_BV = head.logits(torch.stack([state[k] for state in states]), (int(lo[k]), int(hi[k])))
-        scale = request.guidance_at(grammar, k)
+        guide = request.guide_of(request.guidance_at(grammar, k))
         guided_BV = logits_BV[:1]
-        if scale is not None:
-            guided_BV = guide(guided_BV, logits_BV[1:], scale)
-            if floor := request.floor_at(scale):
-                guided_BV[implausible(logits_BV[:1], floor)] = -torch.inf
+        if guide is not None:
+            guided_BV, left_out_BV = guide.logits(guided_BV, logits_BV[1:])
+            if left_out_BV is not None:
+                guided_BV[left_out_BV] = -torch.inf
         found[k] = probabilities(guided_BV, sampling)[0, ids[k] - int(lo[k])]
     return found

@@ -17,7 +17,7 @@ from emu3.generation.runtime.drafts import Drafter
 from emu3.generation.runtime.forward import Forward, can_pack, working_dtype
 from emu3.generation.runtime.graphs import RecordedForward
 from emu3.generation.runtime.head import Head
-from emu3.generation.sampling import Sampling, guide, implausible, log_probabilities
+from emu3.generation.sampling import Guide, Sampling, log_probabilities
 from emu3.generation.sequence import Draw, Hidden, Inputs, Plan, Sequence
 from emu3.modeling.parallel import processes_of
 from emu3.quantization import QuantizedLinear
@@ -171,18 +171,18 @@ class ModelRunner:
         """
         targets = [target for _, plan in planned for target in plan.targets]
         lanes = [sequence.lanes[0].index for sequence, plan in planned for _ in plan.targets]
-        floors = [sequence.request.floor_at(target.scale) for sequence, plan in planned for target in plan.targets]
+        guides = [sequence.request.guide_of(target.scale) for sequence, plan in planned for target in plan.targets]
         asking = [sequence.request.log_probabilities for sequence, plan in planned for _ in plan.targets]
         # Targets that choose alike share the head, the sorting and the draw. Each is named by its index in `targets`.
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for n, target in enumerate(targets):
-            alike[target.draw, target.span, target.scale, floors[n], target.sampling].append(n)
+            alike[target.draw, target.span, guides[n], target.sampling].append(n)
         outcomes: dict[int, Tensor | Exception] = {}
         finite: dict[int, bool] = {}
         chances: dict[int, Tensor] = {}
-        for (draw, span, scale, floor, sampling), members in alike.items():
+        for (draw, span, guide, sampling), members in alike.items():
             places = [targets[n].place for n in members]
-            logits_BV, left_out_BV = self._logits(hidden, [lanes[n] for n in members], places, span, scale, floor)
+            logits_BV, left_out_BV = self._logits(hidden, [lanes[n] for n in members], places, span, guide)
             noise_B = torch.tensor([targets[n].noise for n in members], device=logits_BV.device)
             finite.update(zip(members, logits_BV.sum(-1).isfinite().tolist(), strict=True))
             if left_out_BV is not None:
@@ -208,21 +208,19 @@ class ModelRunner:
         lanes: list[int],
         places: list[int],
         span: tuple[int, int],
-        scale: float | None,
-        floor: float,
+        guide: Guide | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, V) in float32 of the legal ids only, and which of these the floor leaves out.
+        """Logits (B, V) in float32 of the legal ids only, and which of these guidance leaves out.
 
-        With a scale, each is guided by the next lane, which holds the negative prompt.
+        With a guide, each is guided by the next lane, which holds the negative prompt.
         """
-        if scale is not None:
+        if guide is not None:
             lanes, places = lanes + [lane + 1 for lane in lanes], places * 2
         logits_BV = self.head.logits(hidden.at(lanes, places), span)
-        if scale is None:
+        if guide is None:
             return logits_BV, None
         conditional_BV, unconditional_BV = logits_BV.chunk(2)
-        left_out_BV = implausible(conditional_BV, floor) if floor else None
-        return guide(conditional_BV, unconditional_BV, scale), left_out_BV
+        return guide.logits(conditional_BV, unconditional_BV)
 
 
 def _rows(draw: Draw, logits_BV: Tensor, sampling: Sampling, noise_B: Tensor) -> list[Tensor | Exception]:

@@ -1,7 +1,7 @@
 import { byId, el } from "./dom.js";
 
 const RATIOS = ["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"];
-const NUMBERS = ["guidance_scale", "guidance_floor", "temperature", "top_k", "top_p"];
+const NUMBERS = ["guidance_scale", "guidance_floor", "guidance_agreement", "temperature", "top_k", "top_p"];
 
 const divisor = (a, b) => (b ? divisor(b, a % b) : a);
 
@@ -70,8 +70,9 @@ export class Form {
   write(record) {
     this.field("prompt").value = record.prompt ?? "";
     this.field("negative_prompt").value = record.negative_prompt ?? "";
-    // Pictures from before there was a floor were drawn without one.
-    const known = typeof record.guidance_scale === "number" ? { guidance_floor: 0, ...record } : record;
+    // Pictures from before there were limits of guidance were drawn without them.
+    const none = { guidance_floor: 0, guidance_agreement: 0 };
+    const known = typeof record.guidance_scale === "number" ? { ...none, ...record } : record;
     for (const name of NUMBERS) if (typeof known[name] === "number") this.field(name).value = known[name];
     if (record.seed !== undefined) this.field("seed").value = record.seed;
     if (record.width > 0 && record.height > 0) this.ratio(shape(record.width, record.height));

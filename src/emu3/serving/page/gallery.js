@@ -10,6 +10,7 @@ const NAMES = {
   height: "Height",
   guidance_scale: "Guidance",
   guidance_floor: "Guidance floor",
+  guidance_agreement: "Guidance agreement",
   temperature: "Temperature",
   top_k: "Top k",
   top_p: "Top p",

@@ -2,7 +2,7 @@ import { el } from "./dom.js";
 import { score } from "./api.js";
 
 const KEYS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-const SCORED = ["negative_prompt", "guidance_scale", "guidance_floor", "temperature", "top_k", "top_p"];
+const SCORED = ["negative_prompt", "guidance_scale", "guidance_floor", "guidance_agreement", "temperature", "top_k", "top_p"];
 
 /** The grid of a picture's tokens, of which some are pinned. */
 export class Tokens {
