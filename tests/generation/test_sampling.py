@@ -59,7 +59,7 @@ def test_the_floor_is_a_share_of_the_likeliest(row, floor):
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.05, 0.3]), st.floats(1.1, 4))
 def test_what_both_branches_expect_stays_as_likely(seed, floor, scale):
     """And the others have the proportions that guidance gives them. Where the branches differ, nothing changes."""
-    generator = torch.Generator().manual_seed(seed)
+    others, generator = [0, 1, 2, 3, 5, 6, 7, 8], torch.Generator().manual_seed(seed)
     conditional, unconditional = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
     conditional[:3, 4] = unconditional[:3, 4] = 8.0
     logits, left_out = Guide(scale, floor, 1.5).logits(conditional, unconditional)
@@ -70,7 +70,7 @@ def test_what_both_branches_expect_stays_as_likely(seed, floor, scale):
     ]
     kept &= (odds[0] - odds[1]).abs() < 1.5
     torch.testing.assert_close(shares[kept, 4], conditional.softmax(-1)[kept, 4])
-    others, plain = [0, 1, 2, 3, 5, 6, 7, 8], guide(conditional, unconditional, scale)
+    plain = guide(conditional, unconditional, scale)
     for row in range(6):
         if kept[row]:
             own, wanted = shares[row, others], plain[row, others].exp()

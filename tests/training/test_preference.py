@@ -96,7 +96,7 @@ def test_answers_that_do_not_go_together_are_refused(pipeline):
     with pytest.raises(ValueError, match="guided all or none"):
         Answers.of([guided, plain], [ids, ids], 0)
     floored = pipeline.draw_requests([RED], guidance_scale=3.0, guidance_floor=0.1)[0]
-    with pytest.raises(ValueError, match=r"one floor of guidance, got \[0.0, 0.1\]"):
+    with pytest.raises(ValueError, match=r"one agreement of guidance, got \[\(0.0, 0.0\), \(0.1, 0.0\)\]"):
         Answers.of([guided, floored], [ids, ids], 0)
     with pytest.raises(ValueError, match="does not allow"):
         Answers.of([plain], [[0, *ids[1:]]], 0)
