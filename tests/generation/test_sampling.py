@@ -61,6 +61,7 @@ def test_what_both_branches_expect_stays_as_likely(seed, floor, scale):
     """And the others have the proportions that guidance gives them. Where the branches differ, nothing changes."""
     others, generator = [0, 1, 2, 3, 5, 6, 7, 8], torch.Generator().manual_seed(seed)
     conditional, unconditional = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
+    unconditional[0] = conditional[0] + 0.1 * unconditional[0]
     conditional[:3, 4] = unconditional[:3, 4] = 8.0
     logits, left_out = Guide(scale, floor, 1.5).logits(conditional, unconditional)
     shares = (logits if left_out is None else logits.masked_fill(left_out, -math.inf)).softmax(-1)
