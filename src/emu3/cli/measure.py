@@ -26,18 +26,23 @@ def evaluate(
     model: ModelArgument = "nano",
     count: Annotated[int, typer.Option(min=1, help="Held-out prompts for each task.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and pictures.")] = 0,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for pictures and report.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for report.html and report.md.")] = None,
+    only: Annotated[str, typer.Option(help="Parts by commas, such as drawing,clips. Default: all that it can.")] = "",
+    media: Annotated[Path | None, typer.Option(help="A folder of pictures and clips to encode, too.")] = None,
     decoding: Annotated[str, typer.Option(help="How to draw; see `emu3 image`.")] = "predictive",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a checkpoint: drawing by task, answers, captions, reconstruction."""
+    """Measure all that a checkpoint can: drawing, answers, clips, edits, stories, layout, reconstruction."""
     parse_decoding(decoding)
-    if output is not None:
-        check_folder(output)
-    check_checkpoint(model, load, "draw", "read")
-    from emu3.icons.report import evaluate
+    for folder in (output, media):
+        if folder is not None:
+            check_folder(folder)
+    check_checkpoint(model, load)
+    from emu3.icons.report import check_names, evaluate
 
-    report = evaluate(model, count, seed, output, decoding, **asdict(load))
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    check_names(names)
+    report = evaluate(model, count, seed, output, decoding, names, media, **asdict(load))
     print_out(report.to_dict() if as_json else report.to_table())
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from emu3.icons.captions import with_article
 from emu3.icons.judge import Glyphs, read_picture, satisfies
+from emu3.icons.measures import reconstruct
 from emu3.icons.prompts import RequiredObject, Requirement
-from emu3.icons.report import reconstruct
 from emu3.icons.scenes import BACKGROUNDS, COLORS, LATTICE, paint
 from emu3.icons.sprites import ICON, NOUNS, load_sprites
 from emu3.pipeline import Emu3Pipeline

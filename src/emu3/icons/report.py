@@ -1,136 +1,80 @@
-"""What a checkpoint can do, measured on scenes that training never saw: drawing, answering, describing, reconstructing.
+"""`emu3 eval`: everything that a checkpoint can do, measured; as a table, as JSON, and as a page for people."""
 
-`emu3.icons.judge` judges drawings from their pixels. The ceiling is the judge's score for the true scenes after
-encoding and decoding: no drawing could score better. Answers and captions must be right to the letter.
-"""
-
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from emu3.icons.captions import DESCRIBE, full_caption, questions
-from emu3.icons.judge import read_picture, satisfies
-from emu3.icons.prompts import EvaluationPrompt, evaluation_prompts
-from emu3.icons.scenes import TASKS, render
+from emu3.clips import Clip
+from emu3.icons import measures, tale_measures
+from emu3.icons.measures import Run
+from emu3.icons.score import Example, Section
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
-from emu3.sheet import contact_sheet
-
-QUESTION_KINDS = ("what", "color", "count", "where")
-ANSWER_TOKENS = 32
-
-Asked = tuple[EvaluationPrompt, str, str]
-"""A prompt, a question about its scene, and the right answer."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """How many were right, of the prompts whose pairs training had seen and of those with a held-out pair."""
+class Measure(NamedTuple):
+    """A part of an evaluation, and the abilities that a checkpoint needs for it."""
 
-    known_right: int = 0
-    known: int = 0
-    held_out_right: int = 0
-    held_out: int = 0
+    run: Callable[[Run], Section]
+    needs: tuple[str, ...]
 
-    @property
-    def share(self) -> float:
-        """Right ones among all, 0 to 1."""
-        return (self.known_right + self.held_out_right) / max(1, self.known + self.held_out)
 
-    def __add__(self, other: Self) -> Self:
-        return replace(self, **{name: count + getattr(other, name) for name, count in vars(self).items()})
-
-    @classmethod
-    def of(cls, outcomes: Iterable[tuple[bool, bool]]) -> Self:
-        """Counts (held out, right) pairs."""
-        return sum((cls(right, 1) if not held_out else cls(0, 0, right, 1) for held_out, right in outcomes), cls())
+MEASURES: dict[str, Measure] = {
+    "drawing": Measure(measures.drawing, ("draw",)),
+    "layout": Measure(measures.layout, ("draw",)),
+    "answers": Measure(measures.answers, ("read",)),
+    "captions": Measure(measures.captions, ("read",)),
+    "clips": Measure(tale_measures.clips, ("film",)),
+    "continuation": Measure(tale_measures.continuation, ("film",)),
+    "watching": Measure(tale_measures.watching, ("read", "film")),
+    "edits": Measure(tale_measures.edits, ("edit",)),
+    "stories": Measure(tale_measures.stories, ("tell",)),
+    "reconstruction": Measure(measures.reconstruction, ()),
+}
+"""By name, as `emu3 eval --only` takes it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Scores of one checkpoint, from `count` prompts for each task.
+    """What an evaluation of a checkpoint came to; `settings` say how it was made."""
 
-    `drawing` scores drawings by task, `ceiling` true pictures encoded and decoded; `answers` are by kind of question.
-    `reconstruction_psnr` is a mean over pictures, in dB. `int8` says whether the layers ran in 8 bits.
-    """
-
-    model: str
-    count: int
-    seed: int
-    drawing: dict[str, Score]
-    ceiling: dict[str, Score]
-    answers: dict[str, Score]
-    captions: Score
-    reconstruction_psnr: float
-    decoding: str = "predictive"
-    int8: bool = False
-
-    def rows(self) -> Iterator[tuple[str, Score, Score | None]]:
-        """Name, score and ceiling of each line of the table."""
-        for task in TASKS:
-            yield f"draw {task.replace('_', ' ')}", self.drawing[task], self.ceiling[task]
-        yield "drawing", sum(self.drawing.values(), Score()), sum(self.ceiling.values(), Score())
-        for kind in QUESTION_KINDS:
-            yield f"answer {kind}", self.answers[kind], None
-        yield "answers", sum(self.answers.values(), Score()), None
-        yield "captions", self.captions, None
+    settings: dict[str, Any]
+    sections: tuple[Section, ...]
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON; shares beside the counts."""
-        return {
-            **{name: getattr(self, name) for name in ("model", "count", "seed", "decoding", "int8")},
-            "scores": {name: {"share": score.share, **asdict(score)} for name, score, _ in self.rows()},
-            "ceilings": {name: ceiling.share for name, _, ceiling in self.rows() if ceiling is not None},
-            "reconstruction_psnr": self.reconstruction_psnr,
+        """Everything but the examples, for JSON."""
+        figures = {
+            f"{section.name}: {figure.name}": {"value": figure.value, **figure.others}
+            for section in self.sections
+            for figure in section.figures
         }
+        scores = {name: each for section in self.sections for name, each in section.scores().items()}
+        return {**self.settings, "scores": scores, "figures": figures, "left_out": list(self.left_out)}
 
     def to_table(self) -> str:
-        """The table for people, as Markdown."""
+        """For people, as Markdown."""
+        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        parts = [said, *(section.to_table() for section in self.sections)]
+        if self.left_out:
+            parts.append(f"Left out, as the checkpoint cannot do it: {', '.join(self.left_out)}.")
+        return "\n\n".join(parts)
 
-        def share(right: int, of: int) -> str:
-            return f"{right / of:.2f} ({right}/{of})" if of else "-"
-
-        how = f"{self.model}, {self.decoding}{', layers in 8 bits' if self.int8 else ''}"
-        lines = [f"{how}: {self.count} prompts a task, seed {self.seed}", ""]
-        lines += ["| | all | seen pairs | held-out pairs | ceiling |", "|---|---|---|---|---|"]
-        for name, score, ceiling in self.rows():
-            lines.append(
-                f"| {name} | {score.share:.2f} | {share(score.known_right, score.known)} "
-                f"| {share(score.held_out_right, score.held_out)} | {f'{ceiling.share:.2f}' if ceiling else '-'} |"
-            )
-        lines.append(f"| reconstruction | {self.reconstruction_psnr:.1f} dB | | | |")
-        return "\n".join(lines)
-
-
-@torch.inference_mode()
-def reconstruct(pipeline: Emu3Pipeline, pictures: list[Image.Image]) -> list[Image.Image]:
-    """Pictures of one size, encoded and decoded."""
-    inputs = pipeline.processor.image_processor(pictures, return_tensors="pt")
-    vqmodel = pipeline.model.model.vqmodel
-    codes = torch.stack(vqmodel.encode(inputs["pixel_values"], inputs["image_sizes"]).image_tokens)
-    return list(pipeline.processor.postprocess(vqmodel.decode(codes))["pixel_values"])
-
-
-def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures with values 0 to 255."""
-    error = np.square(picture.astype(np.float64) - target).mean()
-    return float(10 * np.log10(255.0**2 / max(error, 1e-6)))
-
-
-def judge_pictures(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:
-    """Whether each picture shows what its prompt asks for."""
-    return [
-        satisfies(read_picture(np.asarray(picture.convert("RGB"))), prompt.requirement)
-        for prompt, picture in zip(prompts, pictures, strict=True)
-    ]
+    def to_html(self) -> str:
+        """A page that needs no other file: tables, pictures, and clips that play."""
+        body = "".join(map(_section, self.sections))
+        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        left_out = f"<p>Left out: {', '.join(self.left_out)}.</p>" if self.left_out else ""
+        title = f"emu3 eval {html.escape(str(self.settings['model']))}"
+        return _PAGE.format(title=title, settings=html.escape(said), body=body + left_out)
 
 
 def evaluate(
@@ -139,61 +83,95 @@ def evaluate(
     seed: int = 0,
     output: Path | None = None,
     decoding: str = "predictive",
+    only: Sequence[str] = (),
+    media: Path | None = None,
     **options: Any,
 ) -> Report:
-    """Measures a checkpoint, which must both draw and read; else, or with an unknown decoding, it is a `ValueError`.
+    """Measures a checkpoint.
 
     Args:
         folder: the checkpoint's folder or name.
-        count: how many prompts for each drawing task, questions of each kind, and captions.
-        seed: of the prompts and of the pictures.
-        output: folder for a contact sheet of each task, and the report as Markdown.
+        count: how many prompts for each task, questions of each kind, captions, and so on.
+        seed: of prompts, pictures and clips.
+        output: folder for report.md and report.html.
         decoding: see `Emu3Pipeline.image`.
+        only: names of `MEASURES`; by default all that the checkpoint can do.
+        media: a folder of pictures and clips of one's own, which are encoded and decoded too.
         **options: how the checkpoint is loaded, see `emu3.options.Load`.
+
+    Raises:
+        ValueError: an unknown decoding or name, a checkpoint that lacks what `only` asks for, or no media there.
     """
     parse_decoding(decoding)  # refuses an unknown one before anything is loaded
+    check_names(only)
     pipeline = Emu3Pipeline.from_pretrained(folder, **options)
-    pipeline.require("draw")
-    pipeline.require("read")
-    console = Console(stderr=True)  # stdout is for the report
-    prompts = {task: evaluation_prompts(task, count, seed) for task in TASKS}
-    drawing: dict[str, Score] = {}
-    ceiling: dict[str, Score] = {}
-    errors: list[float] = []
-    for task in track(TASKS, description="drawing", console=console):
-        captions = [prompt.prompt for prompt in prompts[task]]
-        held_out = [prompt.held_out for prompt in prompts[task]]
-        pictures = pipeline.image(captions, seed=seed, decoding=decoding)
-        right = judge_pictures(prompts[task], pictures)
-        drawing[task] = Score.of(zip(held_out, right, strict=True))
-        truth = [Image.fromarray(render(prompt.scene)) for prompt in prompts[task]]
-        decoded = reconstruct(pipeline, truth)
-        ceiling[task] = Score.of(zip(held_out, judge_pictures(prompts[task], decoded), strict=True))
-        errors += [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(decoded, truth, strict=True)]
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            contact_sheet(pictures, captions, 6, right).save(output / f"{task}.png")
-    # The tasks alternate, so that every kind of question meets every kind of scene.
-    scenes = [prompts[task][index] for index in range(count) for task in TASKS]
-    answers: dict[str, Score] = {}
-    for kind in track(QUESTION_KINDS, description="answering", console=console):
-        asked: list[Asked] = []
-        for prompt in scenes:
-            possible = [question for question in questions(prompt.scene) if question.kind == kind]
-            if possible and len(asked) < count:
-                question = possible[len(asked) % len(possible)]
-                asked.append((prompt, question.text, question.answer))
-        answers[kind] = _score_answers(pipeline, asked)
-    described = [(prompt, DESCRIBE, full_caption(prompt.scene)) for prompt in scenes[:count]]
-    found = (drawing, ceiling, answers, _score_answers(pipeline, described), float(np.mean(errors)))
-    report = Report(str(folder), count, seed, *found, decoding, options.get("int8", False))
+    for name in only:
+        for ability in MEASURES[name].needs:
+            pipeline.require(ability)
+    run = Run(pipeline, count, seed, decoding)
+    able = getattr(pipeline.model.config, "abilities", None)
+    names = list(only) or [name for name, each in MEASURES.items() if able is None or set(each.needs) <= set(able)]
+    sections = []
+    for name in track(names, description="measuring", console=Console(stderr=True)):  # stdout is for the report
+        is_own = name == "reconstruction"
+        sections.append(measures.reconstruction(run, media) if is_own else MEASURES[name].run(run))
+    settings = {"model": str(folder), "count": count, "seed": seed, "decoding": decoding}
+    settings |= {name: value for name, value in options.items() if name == "int8" and value}
+    left_out = () if only else tuple(name for name in MEASURES if name not in names)
+    report = Report(settings, tuple(sections), left_out)
     if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
         (output / "report.md").write_text(report.to_table() + "\n")
+        (output / "report.html").write_text(report.to_html())
     return report
 
 
-def _score_answers(pipeline: Emu3Pipeline, asked: list[Asked]) -> Score:
-    """Asks each question about the picture of its prompt's scene."""
-    conversations = [(question, [Image.fromarray(render(prompt.scene))]) for prompt, question, _ in asked]
-    answers = pipeline.chat(conversations, max_new_tokens=ANSWER_TOKENS)
-    return Score.of((prompt.held_out, said == right) for (prompt, _, right), said in zip(asked, answers, strict=True))
+def check_names(only: Sequence[str]) -> None:
+    """ValueError for a name that is none of `MEASURES`."""
+    if wrong := [name for name in only if name not in MEASURES]:
+        raise ValueError(f"{wrong[0]!r} is not measured; choose among {', '.join(MEASURES)}")
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .2rem .8rem; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} tr:nth-child(even) {{ background: #8881 }}
+.examples {{ display: flex; flex-wrap: wrap; gap: .8rem }}
+figure {{ margin: 0; width: min-content; min-width: 7rem }} figure div {{ display: flex; gap: .3rem }}
+img {{ width: 7rem; image-rendering: pixelated }} figcaption {{ font-size: .8rem; line-height: 1.25 }}
+.right {{ color: #0a6b2d }} .wrong {{ color: #b00020 }}
+</style>
+<h1>{title}</h1><p>{settings}</p>
+{body}
+</html>
+"""
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{section.name}</h2><p>{html.escape(section.about)}</p>"]
+    _, *tables = section.to_table().split("\n\n")
+    for table in tables:
+        head, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines())
+        cells = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+        cells += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+        parts.append(f"<table>{''.join(cells)}</table>")
+    if section.examples:
+        parts.append(f'<div class="examples">{"".join(map(_example, section.examples))}</div>')
+    return "".join(parts)
+
+
+def _example(example: Example) -> str:
+    verdict = "" if example.right is None else "right" if example.right else "wrong"
+    words = html.escape(example.words)
+    shown = "".join(f'<img alt="{words}" src="{_address(each)}">' for each in example.media)
+    mark = {"right": "✓ ", "wrong": "✗ ", "": ""}[verdict]
+    return f'<figure><div>{shown}</div><figcaption class="{verdict}">{mark}{words}</figcaption></figure>'
+
+
+def _address(media: Image.Image | Clip) -> str:
+    file = io.BytesIO()
+    kind = "webp" if isinstance(media, Clip) else "png"
+    media.save(file, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
