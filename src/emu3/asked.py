@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from emu3.chat import Message
-from emu3.clips import Clip, read_clip
 from emu3.generation.request import Request
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.options import MOST_SEED, Draw, check_whole, check_words
@@ -60,8 +59,10 @@ def _conversation(messages: Any) -> list[Message]:
             pictures = () if pictures is None else (pictures,)
         if any(picture is None for picture in pictures):
             raise ValueError("one of the pictures is None; give pictures, or an empty list for a question without any")
-        content: list[dict[str, Any]] = [{"type": kind_of(each), kind_of(each): each} for each in pictures]
-        content.append({"type": "text", "text": check_words("question", text)})
+        content = [
+            *({"type": "image", "image": picture} for picture in pictures),
+            {"type": "text", "text": check_words("question", text)},
+        ]
         return [{"role": "user", "content": content}]
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
@@ -71,39 +72,6 @@ def _conversation(messages: Any) -> list[Message]:
     if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
         raise ValueError("the conversation ends with an answer; its last message must be a question")
     return list(messages)
-
-
-def kind_of(media: Any) -> str:
-    """The type of a message's part that holds a picture or a `Clip`."""
-    return "video" if isinstance(media, Clip) else "image"
-
-
-def take_clips(conversation: list[Message]) -> tuple[list[Message], dict[int, Clip]]:
-    """A conversation with the first frame in place of each clip; and the clips, by their number among all pictures.
-
-    `{"type": "video", "video": clip}` is a clip, where `clip` is whatever `read_clip` takes; so is an "image" that is a
-    `Clip`. ValueError for a clip that cannot be read.
-    """
-    clips: dict[int, Clip] = {}
-    count = 0
-
-    def part_of(part: Any) -> Any:
-        nonlocal count
-        if not isinstance(part, Mapping) or part.get("type") not in ("image", "video"):
-            return part
-        media = part.get(part["type"])
-        count += 1
-        if part["type"] == "image" and not isinstance(media, Clip):
-            return part
-        clips[count - 1] = read_clip(media)
-        return {"type": "image", "image": clips[count - 1].pictures[0]}
-
-    plain: list[Message] = []
-    for message in conversation:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        has_parts = isinstance(content, list | tuple)
-        plain.append({**message, "content": [part_of(part) for part in content]} if has_parts and content else message)
-    return plain, clips
 
 
 def tokens_of(name: str, pixels: int, factor: int, unit: str = "pixels") -> int:

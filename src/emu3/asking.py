@@ -18,16 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emu3.asked import (
-    Asked,
-    check_prompts,
-    conversations_of,
-    seeds_of,
-    shape_of,
-    take_clips,
-    tokens_in,
-    tokens_of,
-)
+from emu3.asked import Asked, check_prompts, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
 from emu3.chat import Message
 from emu3.clips import MAX_RATE, Clip, read_clip
 from emu3.generation.decoders.named import decoder_named
@@ -304,7 +295,6 @@ class Asking(ABC):
         max_new_tokens: int,
         decoder: Any,
     ) -> Asked:
-        conversation, clips = take_clips(conversation)
         inputs = self.processor.apply_chat_template(
             conversation,
             tokenize=True,
@@ -313,7 +303,7 @@ class Asking(ABC):
             split_special_tokens=True,
             add_generation_prompt=True,
         )
-        ids = tuple(self._with_clips(inputs["input_ids"][0].tolist(), clips))
+        ids = tuple(inputs["input_ids"][0].tolist())
         request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens, decoder=decoder)
         request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
         if "pixel_values" not in inputs:
@@ -323,16 +313,7 @@ class Asking(ABC):
             (pixels_CHW[None, :, : size[0], : size[1]], size[None])
             for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
         )
-        return Asked(request, tuple(each for number, each in enumerate(pixels) if number not in clips))
-
-    def _with_clips(self, ids: list[int], clips: dict[int, Clip]) -> list[int]:
-        """The ids with clips in place of their first frames, by their numbers among the pictures."""
-        vocabulary = self.layout.vocabulary
-        starts = [at for at, id_ in enumerate(ids) if id_ == vocabulary.boi]
-        for number, clip in sorted(clips.items(), reverse=True):
-            end = ids.index(vocabulary.eoi, starts[number]) + 1
-            ids = ids[: starts[number]] + self.layout.spell([self.encode_visual(clip)]) + ids[end:]
-        return ids
+        return Asked(request, tuple(pixels))
 
     @torch.inference_mode()
     def encode(self, asked: Asked) -> Request:
