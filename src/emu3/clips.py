@@ -276,8 +276,7 @@ def check_pixels(pixels: int, frames: int, most: int = MAX_PIXELS) -> None:
     """ValueError for a clip that would not fit: frames of so many pixels."""
     if pixels * frames > most:
         raise ValueError(
-            f"{frames} frames of {pixels:,} pixels are more than {most:,} pixels together; give fewer or smaller "
-            "frames"
+            f"{frames} frames of {pixels:,} pixels are more than {most:,} pixels together; give fewer or smaller frames"
         )
 
 
