@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from emu3.chat import Message
+from emu3.clips import Clip
 from emu3.generation.request import Request
 from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.options import MOST_SEED, Draw, check_whole, check_words
@@ -72,6 +73,18 @@ def _conversation(messages: Any) -> list[Message]:
     if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
         raise ValueError("the conversation ends with an answer; its last message must be a question")
     return list(messages)
+
+
+def clip_of(part: Any) -> Any:
+    """The clip of a part of a message, as `read_clip` takes it; None where it has none."""
+    if not isinstance(part, Mapping):
+        return None
+    if part.get("type") == "video":
+        if part.get("video") is None:
+            raise ValueError(f"{part!r:.80} is no content; give {{'type': 'video', 'video': clip}}")
+        return part["video"]
+    image = part.get("image") if part.get("type") == "image" else None
+    return image if isinstance(image, Clip) else None
 
 
 def tokens_of(name: str, pixels: int, factor: int, unit: str = "pixels") -> int:

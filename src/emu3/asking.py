@@ -3,13 +3,13 @@
 words                      bos, words, boi 12*12 img
 words about pictures       bos, the pictures, words, boi 12*12 img
 a clip                     bos, words, boi 4*12*12, 8 fps, 2 s img; what it begins with is pinned in its grammar
-a conversation             the chat template's text, with pictures in place of <image>
+a conversation             the chat template's text, with pictures and clips in place of <image>
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emu3.asked import Asked, check_prompts, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
+from emu3.asked import Asked, check_prompts, clip_of, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
 from emu3.chat import Message
 from emu3.clips import MAX_RATE, Clip, read_clip
 from emu3.generation.decoders.named import decoder_named
@@ -295,6 +295,7 @@ class Asking(ABC):
         max_new_tokens: int,
         decoder: Any,
     ) -> Asked:
+        conversation, clips = self._without_clips(conversation)
         inputs = self.processor.apply_chat_template(
             conversation,
             tokenize=True,
@@ -303,7 +304,7 @@ class Asking(ABC):
             split_special_tokens=True,
             add_generation_prompt=True,
         )
-        ids = tuple(inputs["input_ids"][0].tolist())
+        ids = tuple(self._with_clips(inputs["input_ids"][0].tolist(), clips))
         request = Request(ids, grammar, sampling, seed=seed, max_new_tokens=max_new_tokens, decoder=decoder)
         request.budget(self.engine.context)  # refuses what does not fit, before the pictures are encoded
         if "pixel_values" not in inputs:
@@ -311,9 +312,44 @@ class Asking(ABC):
         # One by one and without padding, which would change the codes near it.
         pixels = (
             (pixels_CHW[None, :, : size[0], : size[1]], size[None])
-            for pixels_CHW, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
+            for pixels_CHW, size, clip in zip(inputs["pixel_values"], inputs["image_sizes"], clips, strict=True)
+            if clip is None
         )
         return Asked(request, tuple(pixels))
+
+    def _without_clips(self, conversation: list[Message]) -> tuple[list[Message], list[Visual | None]]:
+        """The conversation with a small picture in place of each clip; and for each picture the clip that it is."""
+        side = int(self.processor.image_processor.spatial_factor)
+        messages: list[Message] = []
+        clips: list[Visual | None] = []
+        for message in conversation:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            if not isinstance(content, list | tuple):
+                messages.append(message)
+                continue
+            parts = []
+            for part in content:
+                source = clip_of(part)
+                if source is not None:
+                    clips.append(self.encode_start(source, self.layout.clips.fps))
+                    part = {"type": "image", "image": Image.new("RGB", (side, side))}
+                elif isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+                    clips.append(None)
+                parts.append(part)
+            messages.append({**message, "content": parts})
+        return messages, clips
+
+    def _with_clips(self, ids: list[int], clips: Sequence[Visual | None]) -> list[int]:
+        """Ids with clips in place of the pictures that stand for them."""
+        if not any(clips):
+            return ids
+        vocabulary, whole, pictures = self.layout.vocabulary, list[int](), iter(clips)
+        while vocabulary.boi in ids:
+            start, end = ids.index(vocabulary.boi), ids.index(vocabulary.eoi) + 1
+            clip = next(pictures)
+            whole += ids[:start] + (ids[start:end] if clip is None else self.layout.spell([clip]))
+            ids = ids[end:]
+        return whole + ids
 
     @torch.inference_mode()
     def encode(self, asked: Asked) -> Request:

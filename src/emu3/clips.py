@@ -129,8 +129,8 @@ class Clip:
         return f'<img src="data:image/webp;base64,{data}" width="{width}" style="image-rendering: pixelated">'
 
 
-def read_clip(source: Any, max_frames: int = MAX_FRAMES) -> Clip:
-    """The first frames of a clip, at most `max_frames`.
+def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int = MAX_PIXELS) -> Clip:
+    """The first frames of a clip, at most `max_frames`; those of a file have at most `max_pixels` together.
 
     Args:
         source: a `Clip`; a list of frames, each a PIL picture, an array, a tensor or a path; an array or tensor
@@ -143,9 +143,9 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES) -> Clip:
     if isinstance(source, Clip):
         return Clip(stack_frames(list(source.frames_THWC[:max_frames])), source.frames_per_second)
     if isinstance(source, Image.Image):
-        frames, rate = frames_of_animation(source, max_frames)
+        frames, rate = frames_of_animation(source, max_frames, max_pixels)
     elif isinstance(source, bytes | str | os.PathLike):
-        frames, rate = _read_file(source, max_frames)
+        frames, rate = _read_file(source, max_frames, max_pixels)
     else:
         if getattr(source, "ndim", None) in (2, 3):
             source = [source]
@@ -177,7 +177,9 @@ def stack_frames(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.stack(frames)
 
 
-def _read_file(source: bytes | str | os.PathLike[str], max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
+def _read_file(
+    source: bytes | str | os.PathLike[str], max_frames: int, max_pixels: int = MAX_PIXELS
+) -> tuple[list[NDArray[np.uint8]], float | None]:
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError(f"there is no file {os.fspath(source)!r:.200}; check the spelling")
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
@@ -186,10 +188,10 @@ def _read_file(source: bytes | str | os.PathLike[str], max_frames: int) -> tuple
         if not start:
             raise ValueError("the file is empty")
         if not is_animation(start):
-            return frames_of_video(file, max_frames)
+            return frames_of_video(file, max_frames, max_pixels)
         try:
             with Image.open(file, formats=_PICTURES) as picture:
-                return frames_of_animation(picture, max_frames)
+                return frames_of_animation(picture, max_frames, max_pixels)
         except ValueError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
@@ -202,14 +204,16 @@ def is_animation(start: bytes) -> bool:
     return start.startswith(known) or start[8:12] == b"WEBP"
 
 
-def frames_of_animation(picture: Image.Image, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
+def frames_of_animation(
+    picture: Image.Image, max_frames: int, max_pixels: int = MAX_PIXELS
+) -> tuple[list[NDArray[np.uint8]], float | None]:
     """The first frames of an open animation, and how many a second has; None for a picture that does not move.
 
     Frames may be shown for different times. Then all but the shortest come several times, so that all are as long.
     """
     moves = getattr(picture, "is_animated", False) and picture.format in ("GIF", "WEBP", "PNG")
     count = picture.n_frames if moves else 1  # type: ignore[attr-defined]  # of what moves
-    check_pixels(picture.width * picture.height, min(count, max_frames))
+    check_pixels(picture.width * picture.height, min(count, max_frames), max_pixels)
     frames: list[NDArray[np.uint8]] = []
     times: list[float] = []
     for number in range(min(count, max_frames)):
@@ -219,7 +223,7 @@ def frames_of_animation(picture: Image.Image, max_frames: int) -> tuple[list[NDA
     if count == 1:
         return frames, None
     turns = _turns_of(times)
-    check_pixels(picture.width * picture.height, min(sum(turns), max_frames))
+    check_pixels(picture.width * picture.height, min(sum(turns), max_frames), max_pixels)
     repeated = [frame for frame, again in zip(frames, turns, strict=True) for _ in range(again)]
     return repeated[:max_frames], 1000 * len(repeated) / sum(times)
 
@@ -237,13 +241,15 @@ def _turns_of(times: Sequence[float]) -> list[int]:
     return [int(each) for each in turns[:, errors.argmin()]]
 
 
-def frames_of_video(file: BinaryIO, max_frames: int) -> tuple[list[NDArray[np.uint8]], float | None]:
+def frames_of_video(
+    file: BinaryIO, max_frames: int, max_pixels: int = MAX_PIXELS
+) -> tuple[list[NDArray[np.uint8]], float | None]:
     """The first frames of a video file, turned upright, and how many a second has. ValueError where it is none."""
     frames: list[NDArray[np.uint8]] = []
     with opened_video(file) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         for frame in container.decode(stream):
-            check_pixels(frame.width * frame.height, len(frames) + 1)
+            check_pixels(frame.width * frame.height, len(frames) + 1, max_pixels)
             turns = round(getattr(frame, "rotation", 0) / 90) % 4
             frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
             if len(frames) >= max_frames:
@@ -266,12 +272,11 @@ def opened_video(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"cannot read the clip: {getattr(error, 'strerror', None) or error}") from error
 
 
-def check_pixels(pixels: int, frames: int) -> None:
+def check_pixels(pixels: int, frames: int, most: int = MAX_PIXELS) -> None:
     """ValueError for a clip that would not fit: frames of so many pixels."""
-    if pixels * frames > MAX_PIXELS:
+    if pixels * frames > most:
         raise ValueError(
-            f"{frames} frames of {pixels:,} pixels are more than {MAX_PIXELS:,} pixels together; give fewer or smaller "
-            "frames"
+            f"{frames} frames of {pixels:,} pixels are more than {most:,} pixels together; give fewer or smaller frames"
         )
 
 

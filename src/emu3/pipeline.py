@@ -249,9 +249,10 @@ class Emu3Pipeline(Asking):
 
         Args:
             messages: a question; or a conversation, which is a list of messages `{"role": ..., "content": ...}`, whose
-                content is a text or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": picture}`
-                (see `emu3.chat.Message`); or a list of conversations, each as before or a pair (question, pictures).
-            pictures: one or a list, which stand in front of the question.
+                content is a text or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": picture}`
+                (see `emu3.chat.Message`) and `{"type": "video", "video": clip}`; or a list of conversations, each as
+                before or a pair (question, pictures).
+            pictures: one or a list, which stand in front of the question. A `Clip` may be among them.
             on_event: called with the engine's events, whose requests are numbered like the conversations.
             **options: those of `emu3.options.Answer`. Answer i of several has seed + i, or its own of a list of seeds.
 

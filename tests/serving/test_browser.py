@@ -103,11 +103,13 @@ def test_mistakes_are_refused(server, body):
 
 def test_what_is_loaded(server):
     model = server.client.get("/api/model").json()
-    assert (model["name"], model["abilities"], model["factor"]) == ("nano", ["draw", "read"], 4)
+    assert (model["name"], model["abilities"], model["factor"]) == ("nano", ["draw", "read", "edit", "film", "tell"], 4)
     assert (model["width"], model["height"]) == (12, 12)
     own = {name: model["options"][name]["default"] for name in ("guidance_scale", "guidance_floor")}
-    assert own == {"guidance_scale": 1.5, "guidance_floor": 0.05}
+    assert own == {"guidance_scale": 2.5, "guidance_floor": 0.05}
     assert {"purple", "cats"} <= set(model["words"])
+    clips = {"frames": 12, "fps": 8.0, "step": 4, "most": 24, "formats": ["webp", "gif", "mp4"]}
+    assert model["clips"] == clips
 
 
 def test_the_page_and_no_other_file(server):

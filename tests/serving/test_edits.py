@@ -64,7 +64,6 @@ def test_edits_by_a_checkpoint_that_has_learned_them(serve, tmp_path):
 @pytest.mark.parametrize(
     ("picture", "data", "mask", "words"),
     [
-        (True, {"prompt": CAR}, None, "does not edit pictures"),
         (False, {"prompt": CAR}, None, "needs a picture"),
         (True, {}, None, "prompt"),
         (True, {"prompt": CAR, "n": "11"}, None, "10"),

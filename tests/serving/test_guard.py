@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from emu3.options import Serve
-from emu3.serving.conversation import GrowingText
 from emu3.serving.errors import Refused
 from emu3.serving.remote import Fetcher, is_public
+from emu3.serving.telling import GrowingText
 
 CAR = "a photo of a red car"
 DRAW = "/v1/images/generations"

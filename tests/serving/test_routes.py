@@ -166,8 +166,18 @@ def test_unknown_fields_are_ignored_and_null_is_absent(server, nano):
         ("images/generations", {"prompt": CAR, "guidance_scale": 1e9}, "guidance_scale", "guidance_scale must be"),
         ("images/generations", {"prompt": CAR, "output_format": "gif"}, "output_format", "png"),
         ("images/generations", {"prompt": "a " * 3000}, None, "do not fit the model's context of 1024"),
-        ("videos", {"prompt": CAR}, None, "makes no clips"),
+        ("videos", {}, "prompt", "required"),
+        ("videos", {"prompt": CAR, "frames": 6}, None, "multiple of 4 frames, got 6; nearest: 4 or 8"),
+        ("videos", {"prompt": CAR, "frames": 4}, None, "ask for 8"),
+        ("videos", {"prompt": CAR, "frames": 400}, None, "ask for fewer frames"),
+        ("videos", {"prompt": CAR, "seconds": "long"}, "seconds", "number"),
+        ("videos", {"prompt": CAR, "seconds": 0}, "seconds", "greater than 0"),
+        ("videos", {"prompt": CAR, "fps": -1}, "fps", "greater than 0"),
+        ("videos", {"prompt": CAR, "size": "big"}, "size", "WIDTHxHEIGHT"),
+        ("videos", {"prompt": CAR, "guidance_floor": 2}, "guidance_floor", "from 0 to 1"),
+        ("videos", {"prompt": CAR, "input_reference": "x"}, "input_reference", "data URLs"),
         ("chat/completions", {"messages": []}, "messages", "at least 1"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "size": "big"}, "size", "WIDTHxHEIGHT"),
         ("chat/completions", {"messages": [{"role": "function", "content": "x"}]}, "messages.0.role", "one of"),
         ("chat/completions", {"messages": [{"role": [], "content": "x"}]}, "messages.0.role", "one of"),
         (
@@ -197,7 +207,7 @@ def test_the_other_routes(server):
     assert get("/models").json() == get("/v1/models").json()
     assert get("/v1/models/gpt-image-1").json()["id"] == "nano"
     assert get("/health").json() == {"status": "ok"} and get("/ready").json() == {"status": "ready"}
-    assert get("/v1/videos").json()["data"] == []
+    assert get("/v1/videos").json()["object"] == "list"
     assert get("/v1/videos/video_1").status_code == get("/v1/videos/video_1/content").status_code == 404
     assert server.client.delete("/v1/videos/video_1").status_code == 404
     assert get("/nowhere").json()["error"]["type"] == "invalid_request_error"

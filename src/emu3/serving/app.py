@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from emu3 import __version__
 from emu3.options import Serve
-from emu3.serving import browser, completions, images
+from emu3.serving import browser, completions, images, live, videos
 from emu3.serving.errors import Refused, on_error
 from emu3.serving.guard import Guard
 from emu3.serving.jobs import Draining, QueueFull
@@ -81,7 +81,7 @@ def create_app(pipeline: Emu3Pipeline, name: str, serve: Serve | None = None) ->
 
     app = FastAPI(title="emu3", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for each in (router, images.router, completions.router, browser.router):
+    for each in (router, images.router, videos.router, completions.router, live.router, browser.router):
         app.include_router(each)
     for kind in (Refused, QueueFull, Draining, ValueError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, on_error)

@@ -1,4 +1,4 @@
-"""The route of conversations, in OpenAI's form. An answer may be a picture."""
+"""The route of conversations, in OpenAI's form. An answer may be a picture, a clip, or a text with pictures in it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,22 @@ from emu3.asked import Asked
 from emu3.generation.events import Failed, Tokens
 from emu3.options import GUIDANCE
 from emu3.results import Result
-from emu3.serving.conversation import GrowingText, asked_to_draw, data_url, read_messages
+from emu3.serving.conversation import image_part, wish_of
 from emu3.serving.errors import error_body, sse
-from emu3.serving.jobs import Heard, Job
+from emu3.serving.jobs import Heard, Job, Part
+from emu3.serving.pictures import to_base64
 from emu3.serving.schema import ChatRequest, given
 from emu3.serving.service import Pictures, Service, service_of
+from emu3.serving.telling import GrowingText
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", tags=["chat"])
 async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore[valid-type]
-    """Answer about pictures; or draw, where the last message begins with "draw" or "/image"."""
+    """Answer about pictures and clips; or draw or film, where the last message begins with "draw" or "film"."""
     service, fields = service_of(request), cast(Any, body)
-    prompt = asked_to_draw(fields.messages, fields.modalities)
-    if prompt is not None and ("image" in (fields.modalities or ()) or service.can("draw")):
-        options = given(fields, "negative_prompt", *GUIDANCE, "seed", "decoding")
-        reply: _Reply = _Drawn(await service.draw(request, prompt, 1, fields.size, options))
-    else:
-        talk = await service.prepare(request, read_messages, fields.messages, service.fetcher)
-        options = given(fields, "temperature", "top_k", "top_p", "seed")
-        if (longest := fields.max_completion_tokens or fields.max_tokens) is not None:
-            options["max_new_tokens"] = longest
-        reply = _Said(service, await service.prepare(request, service.pipeline.answer_requests, talk, **options))
+    reply = await _reply(request, service, fields)
     about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
 
     def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
@@ -65,6 +58,26 @@ async def chat(request: Request, body: ChatRequest) -> Response:  # type: ignore
         yield sse("[DONE]")
 
     return service.stream(reply.asked, 0, write)
+
+
+async def _reply(request: Request, service: Service, fields: Any) -> _Reply:
+    """How the last message is answered."""
+    wish, prompt = wish_of(fields.messages, fields.modalities) or (None, "")
+    if wish == "tell" and not service.can("tell"):
+        wish = "draw" if "image" in (fields.modalities or ()) else None
+    options = given(fields, "negative_prompt", *GUIDANCE, "seed", "decoding")
+    if wish == "film" and service.can("film"):
+        return _Filmed(await service.film(request, prompt, fields.size, options))
+    if wish == "draw" and ("image" in (fields.modalities or ()) or service.can("draw")):
+        return _Drawn(await service.draw(request, prompt, 1, fields.size, options))
+    longest = fields.max_completion_tokens or fields.max_tokens
+    asked = await service.answer(
+        request,
+        fields.messages,
+        given(fields, "temperature", "top_k", "top_p", "seed") | ({"max_new_tokens": longest} if longest else {}),
+        tell=wish == "tell",
+    )
+    return _Told(asked) if wish == "tell" else _Said(service, asked)
 
 
 class _Said:
@@ -100,7 +113,7 @@ class _Drawn:
 
     async def content(self, result: Result) -> dict[str, Any]:
         """Of the whole message."""
-        return {"images": [data_url(await self._pictures.encode(0, cast(Image.Image, result.output)))]}
+        return {"images": [image_part(await self._pictures.url(0, result.output))]}
 
     async def delta(self, heard: Heard) -> dict[str, Any]:
         """What an event adds to the message."""
@@ -111,7 +124,48 @@ class _Drawn:
         return _usage(self._pictures.usage["input_tokens"], self._pictures.grid.length)
 
 
-_Reply = _Said | _Drawn
+class _Filmed(_Drawn):
+    """A clip as the answer, an animated WebP, which clients show as a picture."""
+
+    async def content(self, result: Result) -> dict[str, Any]:
+        """Of the whole message."""
+        return {"images": [image_part(await self._pictures.clip_url(result.output))]}
+
+
+class _Told:
+    """A text with pictures as the answer: each says with `after` how many characters of the text are before it."""
+
+    def __init__(self, asked: list[Asked]) -> None:
+        self.asked = asked
+        self._said = self._shown = 0
+        self._broken = False  # a picture came, so what is said next is another paragraph
+
+    async def content(self, result: Result) -> dict[str, Any]:
+        """Of the whole message."""
+        parts = [self._part(each) for each in result.output]
+        texts = [part["content"] for part in parts if "content" in part]
+        return {"content": "".join(texts), "images": [each for part in parts for each in part.get("images", ())]}
+
+    async def delta(self, heard: Heard) -> dict[str, Any]:
+        """What an event adds to the message."""
+        return self._part(heard.content) if isinstance(heard, Part) else {}
+
+    def _part(self, part: str | Image.Image) -> dict[str, Any]:
+        if isinstance(part, str):
+            text = f"\n\n{part}" if self._broken and self._said else part
+            self._said, self._broken = self._said + len(text), False
+            return {"content": text}
+        url = f"data:image/png;base64,{to_base64(part, 'png', None, None)}"
+        place = {"index": self._shown, "after": self._said}
+        self._shown, self._broken = self._shown + 1, True
+        return {"images": [image_part(url) | place]}
+
+    def usage(self, result: Result) -> dict[str, int]:
+        """Tokens that went in and came out."""
+        return _usage(len(self.asked[0].request.prompt_ids), len(result.ids))
+
+
+_Reply = _Said | _Drawn | _Told
 
 
 def _usage(prompt: int, completion: int) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""Messages of OpenAI's chat form as conversations of `emu3.chat`, and answers as text that grows."""
+"""Messages of OpenAI's chat form as conversations of `emu3.chat`, and what the last of them asks for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from emu3.serving.errors import Refused
-from emu3.serving.pictures import MOST_PIXELS, read_picture
+from emu3.serving.pictures import MOST_PIXELS, read_film, read_picture
 from emu3.serving.remote import Fetcher
 from emu3.serving.schema import MOST_CHARACTERS
 
@@ -15,6 +15,8 @@ _MOST_PICTURES = 16
 # What tools gave is read as if the user had said it.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
 _DRAW = re.compile(r"\s*(?:/image\b|draw\b)\s*(?:me\b)?[\s:,]*", re.IGNORECASE)
+_FILM = re.compile(r"\s*(?:/video\b|film\b)\s*(?:me\b)?[\s:,]*", re.IGNORECASE)
+_TELL = re.compile(r"\s*(?:please\s+)?tell\b.{0,40}\bstory\b", re.IGNORECASE)
 
 
 def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict[str, Any]]:
@@ -36,9 +38,15 @@ def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict
                 parts.append(part)
                 characters += len(part["text"])
             elif role != "assistant":  # a picture that the model drew is no part of what it reads
-                picture = read_picture(part["url"], fetcher, f"{where}.content")
-                parts.append({"type": "image", "image": picture})
-                pictures, pixels = pictures + 1, pixels + picture.width * picture.height
+                if part["type"] == "video":
+                    clip = read_film(part["url"], fetcher, f"{where}.content")
+                    parts.append({"type": "video", "video": clip})
+                    pixels += clip.frames_THWC.size // 3
+                else:
+                    picture = read_picture(part["url"], fetcher, f"{where}.content")
+                    parts.append({"type": "image", "image": picture})
+                    pixels += picture.width * picture.height
+                pictures += 1
                 if pixels > MOST_PIXELS:
                     raise Refused(400, f"the pictures of a conversation may have {MOST_PIXELS:,} pixels", where)
         if characters > MOST_CHARACTERS or pictures > _MOST_PICTURES:
@@ -46,9 +54,9 @@ def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict
                 400, f"a conversation may have {MOST_CHARACTERS:,} characters and {_MOST_PICTURES} pictures", where
             )
         # Clients put pictures behind the text as a habit; models are trained with them in front of it.
-        order = [part["type"] for part in parts]
-        if order == sorted(order, reverse=True):
-            parts.sort(key=lambda part: str(part["type"]))
+        texts = [part["type"] == "text" for part in parts]
+        if texts == sorted(texts, reverse=True):
+            parts.sort(key=lambda part: bool(part["type"] == "text"))
         talk.append({"role": _ROLES[role], "content": parts})
     # The template takes one message of the system, in front.
     system = [part for message in talk if message["role"] == "system" for part in message["content"]]
@@ -77,16 +85,24 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "refusal" and isinstance(part.get("refusal"), str):
             parts.append({"type": "text", "text": part["refusal"]})
-        elif kind in ("image_url", "input_image"):
-            address = part.get("image_url")
-            parts.append({"type": "image", "url": address.get("url") if isinstance(address, dict) else address})
+        elif kind in ("image_url", "input_image", "video_url", "input_video"):
+            what = "video" if "video" in kind else "image"
+            address = part.get(f"{what}_url")
+            parts.append({"type": what, "url": address.get("url") if isinstance(address, dict) else address})
         else:
-            raise Refused(400, f"{where} may hold parts of type text and image_url", where)
+            raise Refused(400, f"{where} may hold parts of type text, image_url and video_url", where)
     return parts
 
 
-def asked_to_draw(messages: Sequence[Any], modalities: Sequence[str] | None) -> str | None:
-    """What to draw, where the last message asks for a picture: by "draw ..." or "/image ...", or by `modalities`."""
+Wish = Literal["draw", "film", "tell"]
+
+
+def wish_of(messages: Sequence[Any], modalities: Sequence[str] | None) -> tuple[Wish, str] | None:
+    """What the last message asks for beside an answer in words, and its words. None: nothing.
+
+    A picture by "draw ..." or "/image ...", a clip by "film ..." or "/video ...", an answer with pictures in it by
+    "tell ... story". Or by `modalities`: ["text", "image"] asks for the latter, all others with "image" for a picture.
+    """
     last = messages[-1]
     if last.get("role") != "user":
         return None
@@ -95,45 +111,15 @@ def asked_to_draw(messages: Sequence[Any], modalities: Sequence[str] | None) -> 
         for part in _parts(last.get("content"), f"messages.{len(messages) - 1}.content")
         if part["type"] == "text"
     )
-    match = _DRAW.match(text)
-    if match is None and "image" not in (modalities or ()):
-        return None
-    return text[match.end() :].strip() if match else text.strip()
+    commands: tuple[tuple[Wish, re.Pattern[str]], ...] = (("draw", _DRAW), ("film", _FILM))
+    for wish, command in commands:
+        if match := command.match(text):
+            return wish, text[match.end() :].strip()
+    if _TELL.match(text) or list(modalities or ()) == ["text", "image"]:
+        return "tell", text.strip()
+    return ("draw", text.strip()) if "image" in (modalities or ()) else None
 
 
-class GrowingText:
-    """The text of an answer as its ids come, without spaces at its ends.
-
-    `read` gives the text of ids, spaces included. The text of two runs of ids is that of one behind the other, unless
-    the bytes of a character are in both.
-    """
-
-    def __init__(self, read: Callable[[Sequence[int]], str]) -> None:
-        self._read = read
-        self._ids: list[int] = []  # whose text is not told yet
-        self._spaces = ""  # which are told once something follows them
-        self._begun = False
-
-    def push(self, ids: Sequence[int]) -> str:
-        """More ids: the text that they add. What may still change stays back."""
-        self._ids += ids
-        text = self._read(self._ids)
-        if text.endswith("\ufffd"):  # as bytes of a character decode that is not complete yet
-            return ""
-        self._ids = []
-        return self._more(text)
-
-    def finish(self) -> str:
-        """The rest."""
-        return self._more(self._read(self._ids))
-
-    def _more(self, text: str) -> str:
-        text = self._spaces + text if self._begun else text.lstrip()
-        shown = text.rstrip()
-        self._spaces, self._begun = text[len(shown) :], self._begun or bool(shown)
-        return shown
-
-
-def data_url(content: str) -> dict[str, Any]:
-    """A PNG in base64, as a part of an answer."""
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
+def image_part(url: str) -> dict[str, Any]:
+    """A picture or clip, as a part of an answer."""
+    return {"type": "image_url", "image_url": {"url": url}}

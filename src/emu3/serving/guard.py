@@ -36,7 +36,7 @@ _MOST_VALUES = 200_000
 # Of a body, except where pictures come with it.
 _MOST_BYTES_OF_WORDS = 4_000_000
 _WITH_FORM = ("/v1/images/edits", "/v1/videos")
-_WITH_PICTURES = ("/v1/chat/completions", *_WITH_FORM)
+_WITH_PICTURES = ("/v1/chat/completions", "/api/edit", "/api/film", "/api/tell", *_WITH_FORM)
 _SECURITY = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",

@@ -1,4 +1,4 @@
-"""Routes that draw: OpenAI's, those of clips in its form, and two of AUTOMATIC1111."""
+"""Routes that draw: OpenAI's, and two of AUTOMATIC1111."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from pydantic import ValidationError
 
 from emu3.generation.events import Failed
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
+from emu3.serving.forms import checked, content_of
 from emu3.serving.jobs import Job, Preview
 from emu3.serving.pictures import open_picture
 from emu3.serving.schema import DRAWN, MOST_GIVEN, MOST_PICTURES, ImagesRequest, Txt2ImgRequest, given
@@ -43,9 +42,13 @@ async def edit(request: Request) -> Response:
     async with request.form(max_files=MOST_GIVEN + 1, max_fields=64) as form:
         files = [each for name in ("image", "image[]") for each in form.getlist(name)]
         masks = form.getlist("mask")
-        fields = _checked({name: value for name, value in form.items() if isinstance(value, str)})
-        opened = [await service.prepare(request, open_picture, await _content(each), "image") for each in files]
-        mask = [await service.prepare(request, open_picture, await _content(each), "mask") for each in masks]
+        texts = {name: value for name, value in form.items() if isinstance(value, str)}
+        fields = cast(Any, checked(ImagesRequest, texts))
+        opened: list[Image.Image] = []
+        mask: list[Image.Image] = []
+        for name, found, into in (("image", files, opened), ("mask", masks, mask)):
+            for file in found:
+                into.append(await service.prepare(request, open_picture, await content_of(file, name), name))
     if not opened:
         raise Refused(400, "an edit needs a picture, as the file image", "image")
     count, options = fields.n or 1, given(fields, *DRAWN)
@@ -53,33 +56,10 @@ async def edit(request: Request) -> Response:
         if len(opened) > 1 or fields.size not in (None, "", "auto"):
             raise Refused(400, "a mask goes with one picture, and keeps its size", "mask")
         ask = partial(service.pipeline.complete_requests, opened[0], mask=mask[0])
-    elif not service.can("edit"):
-        raise Refused(
-            400,
-            "this checkpoint does not edit pictures; with a mask it draws a part anew, and /v1/images/generations "
-            "draws new ones",
-            code="unsupported",
-        )
+        pictures = await service.draw(request, fields.prompt, count, fields.size, options, ask=ask)
     else:
-        ask = partial(service.pipeline.edit_requests, [opened] * count)
-    pictures = await service.draw(request, fields.prompt, count, fields.size, options, ask=ask)
+        pictures = await service.edit(request, opened, fields.prompt, count, fields.size, options)
     return await _answer(request, pictures, fields, "image_edit")
-
-
-async def _content(file: Any) -> bytes:
-    """The bytes of a file in a form; Refused for a text in its place."""
-    if isinstance(file, str):
-        raise Refused(400, "a picture is sent as a file of the form", "image")
-    content: bytes = await file.read()
-    return content
-
-
-def _checked(values: dict[str, str]) -> Any:
-    """The fields of a form, as those of a body; an empty text means that a field is absent."""
-    try:
-        return ImagesRequest.model_validate({name: value for name, value in values.items() if value})
-    except ValidationError as error:
-        raise RequestValidationError([each | {"loc": ("body", *each["loc"])} for each in error.errors()]) from error
 
 
 async def _answer(request: Request, pictures: Pictures, fields: Any, kind: str) -> Response:
@@ -118,26 +98,6 @@ async def _answer(request: Request, pictures: Pictures, fields: Any, kind: str) 
                 yield sse(event, name)
 
     return service.stream(pictures.asked, fields.partial_images or 0, write)
-
-
-@router.get("/v1/videos", tags=["clips"])
-async def videos() -> dict[str, Any]:
-    """The clips that are made: none, as no checkpoint makes any yet."""
-    return {"object": "list", "data": [], "has_more": False}
-
-
-@router.post("/v1/videos", tags=["clips"])
-async def make_video(request: Request) -> Response:
-    """Make a clip. No checkpoint can do that yet."""
-    raise Refused(400, "this checkpoint makes no clips; /v1/images/generations draws pictures", code="unsupported")
-
-
-@router.get("/v1/videos/{number}", tags=["clips"])
-@router.get("/v1/videos/{number}/content", tags=["clips"])
-@router.delete("/v1/videos/{number}", tags=["clips"])
-async def video(number: str) -> Response:
-    """A clip that was asked for: how far it is, its content, or its end."""
-    raise Refused(404, "there is no such clip", code="not_found")
 
 
 @router.get("/sdapi/v1/options", tags=["AUTOMATIC1111"])

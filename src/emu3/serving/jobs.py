@@ -32,17 +32,28 @@ class Draining(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """The rows of a picture that are finished, on a grey picture of its full size."""
+    """The rows of a picture that are finished, on a grey picture of its full size; of a clip, those of its last frame.
+
+    `rows` counts those of all frames.
+    """
 
     request: int
     picture: Image.Image
     rows: int
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A piece of the text of an answer, or a picture in it that is finished."""
+
+    request: int
+    content: str | Image.Image
+
+
 Named = Started | Tokens | RowDone | FrameDone | Finished | Failed
 """Events of a request."""
 
-Heard = Named | Stepped | Result | Preview
+Heard = Named | Stepped | Result | Preview | Part
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Pictures from clients, which are not trusted, and pictures for them."""
+"""Pictures and clips from clients, which are not trusted, and pictures for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from emu3.clips import Clip, is_animation, read_clip
 from emu3.serving.errors import Refused
 from emu3.serving.remote import Fetcher
 
@@ -20,13 +21,17 @@ MOST_BYTES = 20_000_000
 """Of the file of a picture."""
 
 MOST_PIXELS = 50_000_000
-"""Of all pictures of a request."""
+"""Of all pictures of a request, and of all frames of a clip."""
+
+MOST_FRAMES = 1024
+"""Of a clip; what it has beyond them is left out."""
 
 # A progressive JPEG is decoded once for each scan; cameras write about ten.
 _MOST_SCANS = 100
 _SCAN = b"\xff\xda"
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _DATA_URL = re.compile(r"data:image/(png|jpe?g|webp|gif);base64,", re.IGNORECASE)
+_CLIP_URL = re.compile(r"data:(image/(png|jpe?g|webp|gif)|video/[\w.+-]{1,64});base64,", re.IGNORECASE)
 
 
 def read_picture(address: object, fetcher: Fetcher | None, param: str) -> Image.Image:
@@ -35,20 +40,40 @@ def read_picture(address: object, fetcher: Fetcher | None, param: str) -> Image.
     Raises:
         Refused: it is neither, too large, damaged, or in a format that is not read.
     """
+    forms = "data:image/png;base64,...; PNG, JPEG, WebP or GIF"
+    return open_picture(_content(address, fetcher, param, "picture", _DATA_URL, forms), param)
+
+
+def read_film(address: object, fetcher: Fetcher | None, param: str) -> Clip:
+    """The clip of a data URL or an address, as `read_picture` reads a picture. A picture is a clip of one frame."""
+    forms = "data:video/mp4;base64,...; MP4, WebM, GIF or WebP"
+    return open_film(_content(address, fetcher, param, "clip", _CLIP_URL, forms), param)
+
+
+def _content(
+    address: object, fetcher: Fetcher | None, param: str, what: str, data_url: re.Pattern[str], forms: str
+) -> bytes:
     if not isinstance(address, str):
-        raise Refused(400, "a picture is given as a data URL, a string", param)
-    if match := _DATA_URL.match(address):
+        raise Refused(400, f"a {what} is given as a data URL, a string", param)
+    if match := data_url.match(address):
         try:
-            content = base64.b64decode(address[match.end() :].strip(), validate=True)
+            return base64.b64decode(address[match.end() :].strip(), validate=True)
         except (binascii.Error, ValueError):
             raise Refused(400, "the data URL does not hold base64", param) from None
-    elif address.lower().startswith(("http://", "https://")) and fetcher is not None:
-        content = fetcher.fetch(address, param)
-    else:
-        raise Refused(
-            400, "pictures are read from data URLs only, as in data:image/png;base64,...; PNG, JPEG, WebP or GIF", param
-        )
-    return open_picture(content, param)
+    if address.lower().startswith(("http://", "https://")) and fetcher is not None:
+        return fetcher.fetch(address, param)
+    raise Refused(400, f"{what}s are read from data URLs only, as in {forms}", param)
+
+
+def open_film(content: bytes, param: str) -> Clip:
+    """The clip in a file, or the picture as one frame. Errors as `read_picture`."""
+    if len(content) > MOST_BYTES:
+        raise Refused(413, f"a clip may have {MOST_BYTES // 1_000_000} MB", param)
+    source: Any = open_picture(content, param) if is_animation(content[:12]) else content
+    try:
+        return read_clip(source, MOST_FRAMES, MOST_PIXELS)
+    except ValueError as error:
+        raise Refused(400, str(error), param) from None
 
 
 def open_picture(content: bytes, param: str) -> Image.Image:

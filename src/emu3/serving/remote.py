@@ -73,7 +73,7 @@ class Fetcher:
             connection.sock = stream
             if scheme == "https":
                 connection.sock = stream = ssl.create_default_context().wrap_socket(stream, server_hostname=host)
-            connection.request("GET", target, headers={"user-agent": "emu3", "accept": "image/*"})
+            connection.request("GET", target, headers={"user-agent": "emu3", "accept": "image/*, video/*"})
             response = connection.getresponse()
             if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("location")):
                 return location

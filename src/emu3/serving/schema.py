@@ -18,6 +18,10 @@ MOST_CHARACTERS = 32_000
 MOST_SIDE = 1024
 """Rows or columns of a grid of tokens that a client sends."""
 MOST_MESSAGES = 256
+MOST_SECONDS = 3600
+"""Of a clip."""
+MOST_CLIP = 65_536
+"""Frames of a clip."""
 
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Format = Literal["png", "jpeg", "webp"]
@@ -58,11 +62,14 @@ def _size(value: str) -> str:
     return value
 
 
+Size = Annotated[str, AfterValidator(_size)]
+
+
 class _Images(Body):
     prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS, description="What to draw.")
     model: str | None = Field(default=None, description="Any name is accepted.")
     n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
-    size: Annotated[str, AfterValidator(_size)] | None = Field(
+    size: Size | None = Field(
         default=None,
         description='Pixels as WIDTHxHEIGHT, or "auto". The nearest size that the checkpoint can draw is taken.',
     )
@@ -79,6 +86,24 @@ ImagesRequest = option_fields("ImagesRequest", _Images, Draw, DRAWN)
 """Body of /v1/images/generations."""
 
 
+class _Videos(Body):
+    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS, description="What happens.")
+    model: Annotated[str, Field(max_length=256)] | None = Field(default=None, description="Any name is accepted.")
+    size: Size | None = Field(default=None, description="As of pictures.")
+    seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] | None = Field(
+        default=None, description="As many as fit are made, at most. Default: the checkpoint's own."
+    )
+    frames: Annotated[int, Field(ge=1, le=MOST_CLIP)] | None = Field(default=None, description="In place of seconds.")
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    input_reference: str | dict[str, Any] | None = Field(
+        default=None, description="A picture or clip that it begins with: a data URL."
+    )
+
+
+VideosRequest = option_fields("VideosRequest", _Videos, Draw, DRAWN)
+"""Body of /v1/videos."""
+
+
 class _Chat(Body):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     model: str | None = Field(default=None, description="Any name is accepted.")
@@ -90,7 +115,7 @@ class _Chat(Body):
     modalities: Annotated[list[str], Field(max_length=8, fail_fast=True)] | None = Field(
         default=None, description='With "image", the answer is a picture.'
     )
-    size: str | None = _Images.model_fields["size"]  # type: ignore[assignment]
+    size: Size | None = Field(default=None, description="As of pictures.")
 
 
 _Answering = option_fields("ChatRequest", _Chat, Answer, ("temperature", "top_k", "top_p", "seed"))

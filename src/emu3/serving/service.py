@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from starlette.types import Message, Receive, Scope, Send
 
 from emu3 import __version__
-from emu3.asked import Asked
+from emu3.asked import Asked, shape_of
 from emu3.checkpoints.opened import holder
+from emu3.clips import MAX_RATE, Clip
 from emu3.generation.events import Failed
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Request as EngineRequest
-from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, make
+from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, check_number, make
 from emu3.results import Result
+from emu3.segments import Shape
+from emu3.serving.conversation import read_messages
 from emu3.serving.errors import Refused
+from emu3.serving.films import Films, file_of
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
 from emu3.serving.pictures import to_base64
 from emu3.serving.remote import Fetcher
@@ -56,6 +61,7 @@ class Service:
     def __init__(self, pipeline: Emu3Pipeline, name: str, serve: Serve) -> None:
         self.pipeline, self.name, self.serve = pipeline, name, serve
         self.worker = Worker(pipeline, serve.queue_tokens)
+        self.films = Films(self.worker)
         self.fetcher = Fetcher(serve.names("picture_host")) if serve.picture_host else None
         self.began = int(time.time())
         words = holder(Path(pipeline.model.name_or_path), "words.txt") / "words.txt"
@@ -91,6 +97,7 @@ class Service:
         options: dict[str, Any],
         pinned: Any = None,
         ask: Callable[..., list[EngineRequest]] | None = None,
+        film: bool = False,
     ) -> Pictures:
         """What to ask for a number of pictures of a prompt. Refused, or ValueError, where that cannot be drawn.
 
@@ -102,18 +109,88 @@ class Service:
             options: of `emu3.options.Draw`.
             pinned: codes to keep; see `Emu3Pipeline.draw_requests`.
             ask: makes the requests in its place; called with the prompts and the options.
+            film: whether these are clips.
         """
         if len(prompt) > MOST_CHARACTERS:
             raise Refused(400, f"a prompt may have {MOST_CHARACTERS:,} characters", "prompt")
         seed = options.pop("seed", None)
         seed = secrets.randbelow(2**31) if seed is None else min(seed, MOST_SEED - count)
         options |= {"seed": seed, **self._size(size)}
-        settled = self.pipeline.settled(make(Draw, options))
+        settled = self.pipeline.settled(make(Draw, options), film=film)
         options |= {name: getattr(settled, name) for name in GUIDANCE}
         ask = ask or partial(self.pipeline.draw_requests, pinned=pinned)
         requests = await self.prepare(request, ask, [prompt] * count, **options)
-        kept = 0 if pinned is None else int((np.asarray(pinned) >= 0).sum())
-        return Pictures(self, prompt, [Asked(request) for request in requests], options, kept)
+        return Pictures(self, prompt, [Asked(request) for request in requests], options)
+
+    async def edit(
+        self, request: Request, pictures: list[Image.Image], prompt: str, count: int, size: str | None, options: Any
+    ) -> Pictures:
+        """As `draw`, from pictures."""
+        if not self.can("edit"):
+            raise Refused(
+                400,
+                "this checkpoint does not edit pictures; with a mask it draws a part anew, and /v1/images/generations "
+                "draws new ones",
+                code="unsupported",
+            )
+        ask = partial(self.pipeline.edit_requests, [pictures] * count)
+        edited = await self.draw(request, prompt, count, size, options, ask=ask)
+        return replace(edited, more={"from_pictures": len(pictures)})
+
+    async def film(
+        self,
+        request: Request,
+        prompt: str,
+        size: str | None,
+        options: dict[str, Any],
+        *,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        start: Clip | None = None,
+    ) -> Pictures:
+        """As `draw`, one clip. Where it has seconds and no frames, so many as fit, at most."""
+        if not self.can("film"):
+            instead = "; /v1/images/generations draws pictures" if self.can("draw") else ""
+            raise Refused(400, f"this checkpoint makes no clips{instead}", code="unsupported")
+        if fps is not None:
+            check_number("fps", fps, 1e-3, MAX_RATE)
+        rate = fps or (start.frames_per_second if start is not None and len(start) > 1 else None)
+        rate = rate or self.pipeline.layout.clips.fps
+        ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, start=start)
+        film = await self.draw(request, prompt, 1, size, options, ask=ask, film=True)
+        return replace(film, more={"frames": film.grid.frames * self.pipeline.temporal_factor, "fps": rate})
+
+    def _film_requests(
+        self,
+        prompts: list[str],
+        *,
+        frames: int | None,
+        fps: float,
+        seconds: float | None,
+        start: Clip | None,
+        **options: Any,
+    ) -> list[EngineRequest]:
+        pipeline = self.pipeline
+        begin = None if start is None else pipeline.encode_start(start, fps)
+        if frames is None and seconds is not None:
+            shape = begin.shape if begin is not None else shape_of(make(Draw, options), pipeline.processor)
+            codes = max(2, round(seconds * fps / pipeline.temporal_factor))
+            shape = Shape(shape.height, shape.width, codes, fps)
+            words = (*prompts, options.get("negative_prompt") or "")
+            room = pipeline.engine.context - max(len(pipeline.layout.prompt(each, shape)) for each in words) - 2
+            frames = pipeline.temporal_factor * max(2, min(codes, room // pipeline.layout.grammar(shape).frame_length))
+        return pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **options)
+
+    async def answer(
+        self, request: Request, messages: Sequence[Any], options: dict[str, Any], tell: bool = False
+    ) -> list[Asked]:
+        """What to ask for an answer to messages; with `tell` one that may have pictures in it."""
+        talk = await self.prepare(request, read_messages, messages, self.fetcher)
+        more: dict[str, Any] = {}
+        if tell:
+            more, options = {"drawing": Draw()}, {"max_new_tokens": self.pipeline.engine.context} | options
+        return await self.prepare(request, self.pipeline.answer_requests, talk, **more, **options)
 
     def _size(self, size: str | None) -> dict[str, Any]:
         """Options for a size: its ratio, and its area up to the one that the checkpoint was trained on."""
@@ -130,7 +207,7 @@ class Service:
         return int(self.pipeline.processor.image_processor.spatial_factor)
 
     def can(self, ability: str) -> bool:
-        """Whether the checkpoint can "draw" or "read", as far as it says."""
+        """Whether the checkpoint has one of `emu3.options.ABILITIES`, as far as it says."""
         try:
             self.pipeline.require(ability)
         except ValueError:
@@ -161,15 +238,33 @@ class Service:
         return _Stream(self.worker, self.worker.open(asked, live=True, previews=previews), write)
 
 
+@dataclass(frozen=True, eq=False)
 class Pictures:
-    """Pictures of one prompt that are to be drawn, and how a client is told of them. `kept`: tokens that are given."""
+    """Pictures of one prompt that are to be drawn, or a clip, and how a client is told of them.
 
-    def __init__(
-        self, service: Service, prompt: str, asked: list[Asked], options: dict[str, Any], kept: int = 0
-    ) -> None:
-        self.service, self.prompt, self.asked, self.options, self.kept = service, prompt, asked, options, kept
-        self.grid = cast(GridGrammar, asked[0].request.grammar)
-        self.width, self.height = self.grid.width * service.factor, self.grid.height * service.factor
+    `more` goes into the record of each.
+    """
+
+    service: Service
+    prompt: str
+    asked: list[Asked]
+    options: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> GridGrammar:
+        """Of each."""
+        return cast(GridGrammar, self.asked[0].request.grammar)
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.grid.width * self.service.factor
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.grid.height * self.service.factor
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -189,11 +284,17 @@ class Pictures:
         return cast(int, self.options["seed"]) + place
 
     def record(self, place: int) -> dict[str, Any]:
-        """What draws a picture again, for its file; with a note where it does not, because some tokens were given."""
+        """What draws a picture again, for its file; with a note where it does not, because something was given."""
         draw = {name: value for name, value in self.options.items() if name not in ("ratio", "image_area", "seed")}
         own = {"seed": self.seed(place), "height": self.height, "width": self.width}
-        own |= {"kept_tokens": self.kept} if self.kept else {}
+        kept = len(self.grid.pinned) if isinstance(self.grid, PinnedGrid) else 0
+        own |= self.more | ({"kept_tokens": kept} if kept else {})
         return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **draw, **own}
+
+    async def clip_url(self, clip: Clip) -> str:
+        """A clip as a data URL, an animated WebP."""
+        content = await asyncio.to_thread(file_of, clip, "webp")
+        return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
     async def url(self, place: int, picture: Image.Image) -> str:
         """A picture as a data URL, a PNG."""

@@ -20,20 +20,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from emu3.asked import Asked
 from emu3.generation.events import Event, Failed, Finished, RowDone, Started, Stepped, Tokens
-from emu3.generation.grammar import GridGrammar
+from emu3.generation.grammar import GridGrammar, MixedGrammar
 from emu3.results import Result
-from emu3.serving.jobs import STOPPED, Draining, Heard, Job, Named, Preview, QueueFull
+from emu3.segments import Visual
+from emu3.serving.jobs import STOPPED, Draining, Heard, Job, Named, Part, Preview, QueueFull
 from emu3.serving.metrics import Metrics, Rate
+from emu3.serving.telling import Telling
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from emu3.pipeline import Emu3Pipeline
 
 logger = logging.getLogger("emu3")
@@ -62,8 +66,9 @@ class _Running:
     place: int
     ids: dict[int, int] = field(default_factory=dict)  # position -> id, where previews are asked for
     rows: int = 0  # that are finished from the top; decoders may finish a row before the one above it
-    previews: int = 0
+    previews: int = 0  # of the picture under way
     began: float = 0.0
+    telling: Telling | None = None  # of an answer with pictures in it
 
 
 class Worker:
@@ -265,7 +270,9 @@ class Worker:
                 self._tell({job: [Failed(place, why)]})
             else:
                 job.numbers[number] = place
-                self._running[number] = _Running(job, place)
+                self._running[number] = running = _Running(job, place)
+                if job.live and isinstance(asked.request.grammar, MixedGrammar):
+                    running.telling = Telling(self.pipeline.layout, asked.request.grammar)
 
     def _end(self, job: Job) -> None:
         for number in job.numbers:
@@ -314,7 +321,9 @@ class Worker:
         elif isinstance(event, Tokens):
             if event.position == 0:
                 self.metrics.first_tokens.observe(time.monotonic() - job.began)
-            if job.previews:
+            if running.telling is not None:
+                heard += self._parts(running, running.telling.push(event.position, event.ids))
+            elif job.previews:
                 running.ids |= dict(enumerate(event.ids, event.position))
         elif isinstance(event, RowDone):
             if event.row == 0:
@@ -326,7 +335,19 @@ class Worker:
             self.metrics.finished.labels("failed" if isinstance(event, Failed) else event.reason).inc()
             self.metrics.seconds.observe(time.monotonic() - job.began)
             if isinstance(event, Finished):
+                if running.telling is not None:
+                    heard += self._parts(running, running.telling.finish())
                 heard.append(self._result(running, event))
+        return heard
+
+    def _parts(self, running: _Running, parts: Sequence[str | Visual]) -> list[Heard]:
+        heard: list[Heard] = []
+        for part in parts:
+            if isinstance(part, str):
+                heard.append(Part(running.place, part))
+                continue
+            running.rows = running.previews = 0
+            heard.append(Part(running.place, cast("Image.Image", self.pipeline.decode(part))))
         return heard
 
     def _leave_queue(self, running: _Running) -> None:
@@ -344,21 +365,28 @@ class Worker:
     def _preview(self, running: _Running) -> Preview | None:
         """The next preview of a picture, if it is due and there is time for it."""
         job, grid = running.job, running.job.asked[running.place].request.grammar
-        if running.previews >= job.previews or not isinstance(grid, GridGrammar):
+        if running.previews >= job.previews:
             return None
-        length = grid.width + 1
-        while running.rows < grid.height and all(
-            k in running.ids for k in range(running.rows * length, (running.rows + 1) * length)
-        ):
+        ids: Mapping[int, int] = running.ids
+        if running.telling is not None:
+            grid, ids = running.telling.grammar.grid, dict(enumerate(running.telling.drawn))
+        if not isinstance(grid, GridGrammar):
+            return None
+        rows = grid.frames * grid.height
+
+        def start_of(row: int) -> int:
+            return row // grid.height * grid.frame_length + row % grid.height * (grid.width + 1)
+
+        while running.rows < rows and all(k in ids for k in range(start_of(running.rows), start_of(running.rows + 1))):
             running.rows += 1
-        if running.rows == grid.height:
+        if running.rows == rows:
             return None
-        due = math.ceil((running.previews + 1) * grid.height / (job.previews + 1))
+        due = math.ceil((running.previews + 1) * rows / (job.previews + 1))
         if running.rows < due or self._preview_seconds > _PREVIEW_SHARE * self._seconds + _PREVIEW_CREDIT:
             return None
         start = time.perf_counter()
         try:
-            picture = self.pipeline.preview(grid, [running.ids[k] for k in range(running.rows * length)])
+            picture = self.pipeline.preview(grid, [ids[k] for k in range(start_of(running.rows))])
         except Exception:  # such as memory that ran out; the picture itself may still succeed
             logger.exception("a preview could not be drawn")
             running.previews = job.previews

@@ -1,0 +1,159 @@
+"""Clips: asked for by OpenAI's own client, looked after, fetched in each format, and given up."""
+
+import base64
+import io
+import sys
+import time
+
+import av
+import numpy as np
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+from PIL import Image
+
+from emu3 import Emu3Pipeline
+from emu3.clips import Clip, read_clip
+from emu3.serving import films
+from emu3.testing import write_tiny_checkpoint
+
+DOG = "a clip of a red dog moving left"
+# OpenAI is about to shut down its own service of this form.
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def finished(server, made):
+    """A clip by its id, when it is made."""
+    end = time.monotonic() + 60
+    while (film := server.client.get(f"/v1/videos/{made['id']}").json())["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return film
+
+
+def content(server, film, **query):
+    answer = server.client.get(f"/v1/videos/{film['id']}/content", params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.content, answer.headers["content-type"]
+
+
+def test_openai_makes_a_clip(client, nano):
+    extra = {"seed": 3, "decoding": "raster"}
+    made = client.videos.create(model="sora-2", prompt=DOG, seconds="12", size="1280x1280", extra_body=extra)
+    assert (made.object, made.status, made.model, made.prompt) == ("video", "queued", "sora-2", DOG)
+    film = client.videos.poll(made.id, poll_interval_ms=100)
+    assert (film.status, film.progress, film.size, film.error) == ("completed", 100, "48x48", None)
+    assert film.seconds == "3" and film.frames == 24  # what fits of the 12 s that were asked for
+    assert film.created_at <= film.completed_at < film.expires_at
+    expected = nano.video(DOG, frames=24, seed=3, decoding="raster")[0]
+    found = read_clip(client.videos.download_content(film.id, extra_query={"format": "webp"}).read())
+    assert np.array_equal(found.frames_THWC, expected.frames_THWC) and found.frames_per_second == 8
+    with av.open(io.BytesIO(client.videos.download_content(film.id).read())) as opened:
+        frames = [each.to_ndarray(format="rgb24") for each in opened.decode(video=0)]
+        assert opened.format.name.startswith("mov") and opened.streams.video[0].average_rate == 8
+    assert np.abs(np.stack(frames).astype(int) - expected.frames_THWC).mean() < 12
+    thumbnail = Image.open(io.BytesIO(client.videos.download_content(film.id, variant="thumbnail").read()))
+    assert (thumbnail.format, thumbnail.size) == ("WEBP", (48, 48))
+    sheet = Image.open(io.BytesIO(client.videos.download_content(film.id, variant="spritesheet").read()))
+    assert (sheet.format, sheet.size) == ("JPEG", (240, 240))
+    assert [each.id for each in client.videos.list()][0] == film.id
+    assert client.videos.delete(film.id).deleted
+    with pytest.raises(NotFoundError, match="no such clip"):
+        client.videos.retrieve(film.id)
+
+
+def test_openai_begins_with_a_picture(client, nano):
+    picture = nano.image("a photo of a red dog", seed=1)[0]
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    made = client.videos.create(prompt=DOG, input_reference=("a.png", file.getvalue()), extra_body={"seed": 3})
+    film = client.videos.poll(made.id, poll_interval_ms=100)
+    found = read_clip(client.videos.download_content(film.id, extra_query={"format": "webp"}).read())
+    expected = nano.video(DOG, start=picture, seed=3)[0]
+    assert np.array_equal(found.frames_THWC, expected.frames_THWC)
+    with pytest.raises(BadRequestError, match="no picture"):
+        client.videos.create(prompt=DOG, input_reference=("a.png", b"\x89PNG\r\n\x1a\nno"))
+
+
+def test_clips_go_on_and_are_had_as_gif(server, nano):
+    start = nano.video(DOG, frames=8, seed=3)[0]
+    body = {"prompt": DOG, "seed": 4, "frames": 16, "input_reference": {"image_url": webp(start)}}
+    film = finished(server, server.post("/v1/videos", body).json())
+    assert (film["seconds"], film["frames"], film["fps"]) == ("2", 16, 8)
+    found = read_clip(content(server, film, format="webp")[0])
+    expected = nano.extend(start, DOG, frames=8, seed=4)
+    assert np.array_equal(found.frames_THWC, expected.frames_THWC)
+    made, kind = content(server, film, format="gif")
+    assert kind == "image/gif" and len(read_clip(made)) == 16
+
+
+def webp(clip):
+    file = io.BytesIO()
+    clip.save(file, "webp")
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_the_list_has_pages(server, nano):
+    for film in server.app.state.service.films:
+        server.client.delete(f"/v1/videos/{film.id}")
+    ids = [server.post("/v1/videos", {"prompt": DOG, "frames": 8}).json()["id"] for _ in range(3)]
+    get = server.client.get
+    first = get("/v1/videos", params={"limit": 2}).json()
+    assert ([each["id"] for each in first["data"]], first["has_more"]) == (ids[:0:-1], True)
+    rest = get("/v1/videos", params={"limit": 2, "after": first["last_id"]}).json()
+    assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (ids[:1], False)
+    assert [each["id"] for each in get("/v1/videos", params={"order": "asc"}).json()["data"]] == ids
+    wrong = get("/v1/videos", params={"after": "video_1"})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "after"
+    assert get("/v1/videos", params={"limit": 0}).status_code == 400
+    for each in ids:
+        assert server.client.delete(f"/v1/videos/{each}").json()["deleted"]
+    assert server.is_idle() and get("/v1/videos").json()["data"] == []
+
+
+def test_one_that_is_deleted_is_given_up(server):
+    step, worker = server.worker.engine.step, server.worker
+    worker.engine.step = lambda: (time.sleep(0.05), step())[1]
+    try:
+        made = server.post("/v1/videos", {"prompt": DOG, "frames": 24, "decoding": "raster"}).json()
+        early = server.client.get(f"/v1/videos/{made['id']}/content")
+        assert early.status_code == 400 and early.json()["error"]["code"] == "not_finished"
+        time.sleep(0.5)
+        assert 0 <= server.client.get(f"/v1/videos/{made['id']}").json()["progress"] < 50
+        server.client.delete(f"/v1/videos/{made['id']}")
+        assert server.is_idle()
+    finally:
+        del worker.engine.step
+
+
+def test_what_cannot_be_done(server, serve, tmp_path, monkeypatch):
+    film = finished(server, server.post("/v1/videos", {"prompt": DOG, "frames": 8}).json())
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    answer = server.client.get(f"/v1/videos/{film['id']}/content")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "format")
+    assert "pip install 'emu3[video]'" in error["message"] and "format=webp" in error["message"]
+    assert content(server, film, format="webp")[1] == "image/webp"
+    pipeline = Emu3Pipeline.from_pretrained(write_tiny_checkpoint(tmp_path / "tiny", side=16))
+    pipeline.model.config.abilities = ["draw"]
+    answer = serve(pipeline=pipeline).post("/v1/videos", {"prompt": DOG})
+    assert answer.status_code == 400 and "makes no clips" in answer.json()["error"]["message"]
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(films, "_MOST_FINISHED", 3)
+    monkeypatch.setattr(films, "_MOST_BYTES", 250)
+    store, made = films.Films(None), [films.Film({}) for _ in range(5)]
+    for film, side in zip(made, (1, 1, 1, 1, 8), strict=True):
+        film.end(Clip(np.zeros((1, side, side, 3), np.uint8)))
+        store.keep(film)
+    assert list(store) == made[2:]
+    made[4].clip = Clip(np.zeros((9, 8, 8, 3), np.uint8))  # alone too large: it is kept, and no other
+    assert list(store) == made[4:]
+    monkeypatch.setattr(films, "_KEPT_SECONDS", -2)
+    assert list(store) == []
