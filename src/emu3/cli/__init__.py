@@ -27,6 +27,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "edit": generate.edit,
     "video": generate.video,
     "chat": generate.chat,
+    "tell": generate.tell,
     "serve": generate.serve,
     "info": checkpoints.info,
     "pull": checkpoints.pull,

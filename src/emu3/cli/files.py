@@ -32,6 +32,11 @@ def write_clip(clip: Clip, path: Path) -> None:
     _write_whole(path, lambda unfinished: clip.save(unfinished, path.suffix))
 
 
+def write_text(text: str, path: Path) -> None:
+    """Write a text, wholly or not at all."""
+    _write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f".{os.getpid()}.tmp")  # short: `path` may have the longest name allowed
     try:
@@ -114,6 +119,14 @@ def read_picture(name: str) -> Image.Image:
     # What Pillow raises depends on the format and on where the file breaks.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {name!r} as a picture: {error}") from error
+
+
+def read_media(name: str) -> Image.Image | Clip:
+    """The picture, or the clip, to look at. ValueError where there is none, or it cannot be read."""
+    if not name.lower().endswith(CLIPS):
+        return read_picture(name)
+    clip = read_start(name)
+    return clip if len(clip) > 1 else clip.pictures[0]
 
 
 def read_start(name: str) -> Clip:

@@ -18,7 +18,17 @@ from emu3.cli.common import (
     progress,
     takes_options,
 )
-from emu3.cli.files import CLIPS, output_paths, read_picture, read_start, write_clip, write_picture
+from emu3.cli.files import (
+    CLIPS,
+    check_folder,
+    output_paths,
+    read_media,
+    read_picture,
+    read_start,
+    write_clip,
+    write_picture,
+    write_text,
+)
 from emu3.options import Answer, Draw, Load, Serve, check_words
 
 if TYPE_CHECKING:
@@ -65,18 +75,32 @@ def edit(
     beside: Annotated[
         list[str] | None, typer.Option(help="One more picture that the words speak of; may be given again.")
     ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="A picture, white where it is drawn anew; the words say what it shows then.")
+    ] = None,
+    below: Annotated[int, typer.Option(min=0, help="Pixels to go on for below; the words say what it shows.")] = 0,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a picture anew, changed as words say: emu3 edit cat.png "make the cat blue". Its size stays."""
+    """Draw a picture anew, changed as words say: emu3 edit cat.png "make the cat blue". Its size stays.
+
+    With --mask or --below, only a part is drawn, and the rest keeps its tokens.
+    """
     check_words("prompt", prompt)
+    completes = mask is not None or below > 0
+    if completes and beside:
+        raise ValueError("--beside is for a picture that is drawn anew as a whole; leave out it, or --mask and --below")
     (path,) = output_paths(output, 1)
     names = [picture, *(beside or [])]
     opened = [read_picture(name) for name in names]
-    pipeline = load_pipeline(model, load, "edit")
+    hole = None if mask is None else read_picture(mask)
+    pipeline = load_pipeline(model, load, "draw" if completes else "edit")
     draw = _with_seed(pipeline, draw)
-    requests = pipeline.edit_requests([opened], [prompt], **asdict(draw))
-    record = {"prompt": prompt, "pictures": names}
+    if completes:
+        requests = pipeline.complete_requests(opened[0], [prompt], mask=hole, below=below, **asdict(draw))
+    else:
+        requests = pipeline.edit_requests([opened], [prompt], **asdict(draw))
+    record = {"prompt": prompt, "pictures": names} | ({"mask": mask, "below": below} if completes else {})
     print_out(_make(pipeline, requests, [path], [record], model, load, draw, as_json))
 
 
@@ -107,15 +131,15 @@ def video(
         need_packages(f"writing {paths[0].suffix[1:]}", "video", "av")
     begin = None if start is None else read_start(start)
     pipeline = load_pipeline(model, load, "film")
-    draw = _with_seed(pipeline, draw)
+    draw = _with_seed(pipeline, draw, film=True)
     requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
     records = [{"prompt": prompt, "start": start} for prompt in prompts]
     print_out(_make(pipeline, requests, paths, records, model, load, draw, as_json))
 
 
-def _with_seed(pipeline: "Emu3Pipeline", draw: Draw) -> Draw:
+def _with_seed(pipeline: "Emu3Pipeline", draw: Draw, film: bool = False) -> Draw:
     """The options as they are used: the checkpoint's own guidance, and a seed."""
-    return pipeline.settled(replace(draw, seed=secrets.randbelow(2**31) if draw.seed is None else draw.seed))
+    return pipeline.settled(replace(draw, seed=secrets.randbelow(2**31) if draw.seed is None else draw.seed), film)
 
 
 def _make(
@@ -175,16 +199,51 @@ def _make(
 def chat(
     answer: Answer,
     load: Load,
-    picture: Annotated[str, typer.Argument(help="The picture to look at, a file.", show_default=False)],
+    picture: Annotated[str, typer.Argument(help="The picture or clip to look at, a file.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask about it.")] = "Describe the picture.",
+    beside: Annotated[
+        list[str] | None, typer.Option(help="One more picture or clip, after the first; may be given again.")
+    ] = None,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
 ) -> None:
-    """Ask about a picture."""
+    """Ask about a picture or clip, or about several: emu3 chat before.png "What changed?" --beside after.png."""
     check_words("question", question)
-    opened = read_picture(picture)
-    said = load_pipeline(model, load, "read").chat(question, [opened], **asdict(answer))
+    names = [picture, *(beside or [])]
+    opened = [read_media(name) for name in names]
+    said = load_pipeline(model, load, "read").chat(question, opened, **asdict(answer))
     print_out({"picture": picture, "question": question, "answer": said, "model": model} if as_json else said)
+
+
+@takes_options(answer=Answer, load=Load)
+def tell(
+    answer: Answer,
+    load: Load,
+    prompt: Annotated[str, typer.Argument(help="What to tell, in quotes.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A folder, for story.md and its pictures; replaces what is there.")
+    ] = Path("story"),
+    model: ModelOption = "nano",
+    as_json: JsonOption = False,
+) -> None:
+    """Tell a story with pictures in it: emu3 tell "Tell a story about a red dog." """
+    check_words("prompt", prompt)
+    check_folder(output)
+    pipeline = load_pipeline(model, load, "tell")
+    answer = replace(answer, seed=secrets.randbelow(2**31) if answer.seed is None else answer.seed)
+    told = pipeline.tell(prompt, **asdict(answer))
+    lines: list[str] = []
+    for part in told:
+        if isinstance(part, str):
+            lines.append(part)
+            continue
+        path = output / f"{1 + sum(line.startswith('![') for line in lines)}.png"
+        write_picture(part, path, {"prompt": prompt, "model": model, "version": __version__, **asdict(answer)})
+        lines.append(f"![]({path.name})")
+    text = "\n\n".join(lines) + "\n"
+    write_text(text, output / "story.md")
+    story = {"prompt": prompt, "folder": str(output), "parts": lines, "model": model, **asdict(answer)}
+    print_out(story if as_json else text)
 
 
 @takes_options(serve=Serve, load=Load)
