@@ -170,6 +170,20 @@ def test_a_loss_that_is_wrong_stops_the_run(tmp_path, kind, message):
     assert objective.layer.weight.isfinite().all()
 
 
+def later(step, part):
+    batch = make_batch(step, part)
+    return batch if step < 60 else batch._replace(rows=batch.rows * 1e3)
+
+
+def test_other_data_are_no_explosion(tmp_path):
+    """A loss that jumps where the data change goes on; the same jump anywhere else stops the run."""
+    settings = RunSettings(steps=70, report_every=50, save_every=70)
+    rates = lambda step: [1e-9]  # noqa: E731
+    run_loop(settings, tmp_path / "a", Squares(), adam, rates, later, "rows", changes={60})
+    with pytest.raises(TrainingStopped, match="in step 60, after"):
+        run_loop(settings, tmp_path / "b", Squares(), adam, rates, later, "rows", changes={59})
+
+
 class Cliff(Squares):
     """In step 4 the loss is fine and its gradient is not."""
 

@@ -293,7 +293,8 @@ def train(
     hooks = [Hook(recipe.draw_every, watch.draw)] if recipe.draw_every and recipe.task != "chat" else []
     objective = NextTokenLoss(model)
     optimizers, rates = partial(make_optimizers, recipe), partial(learning_rates, recipe)
-    run_loop(recipe, folder, objective, optimizers, rates, rows, unit="tokens", hooks=hooks)
+    changes = {edge for each in recipe.data if each.steps for edge in each.steps}
+    run_loop(recipe, folder, objective, optimizers, rates, rows, unit="tokens", hooks=hooks, changes=changes)
 
 
 def open_mixture(recipe: LanguageRecipe, tokenizer: Emu3VQVAE) -> list[list[Shard]]:

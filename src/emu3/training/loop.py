@@ -11,7 +11,7 @@ step has the same parts, and each part the same batch and random numbers, whatev
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -83,6 +83,7 @@ def run_loop(
     make_batch: Callable[[int, int], Batch],
     unit: str,
     hooks: Sequence[Hook] = (),
+    changes: Collection[int] = (),
 ) -> None:
     """Trains to the last step, from the last saved state if there is one; leaves the objective in evaluation mode.
 
@@ -95,6 +96,7 @@ def run_loop(
         learning_rates: (step) -> a rate for each optimizer, or more.
         make_batch: (step, part) -> batch; a pure function, picklable. A batch may have `keys` of its samples.
         hooks: run in every process, in evaluation mode and with the averaged weights.
+        changes: steps from which on the data are others, so that losses before them say nothing about those after.
 
     Raises:
         ValueError: the processes do not divide the parts.
@@ -142,6 +144,8 @@ def run_loop(
             if not totals.weight:
                 raise TrainingStopped(_advice(f"nothing counts in step {step}: all weights are 0", keys, folder))
             loss = totals.loss / totals.weight
+            if step in changes:
+                recent = []
             if stopped := _is_wrong(loss, recent):
                 raise TrainingStopped(_advice(f"loss is {loss:.4g} in step {step}, {stopped}", keys, folder))
             recent = [*recent[1 - RECENT_STEPS :], loss]
