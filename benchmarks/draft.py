@@ -33,10 +33,6 @@ def draw(engine: Engine, request: Request) -> tuple[tuple[int, ...], int, float,
     return ids, sum(isinstance(event, Stepped) and not event.prefill for event in events), seconds, used
 
 
-GUIDANCE = {"guidance_scale": 3.0, "guidance_floor": 0.0}
-"""For which nano's head was trained."""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="nano")
@@ -57,7 +53,7 @@ def main() -> None:
     }
     rows = []
     for decoding in arguments.decoding:
-        requests = pipeline.draw_requests(prompts, seed=arguments.seed, decoding=decoding, **GUIDANCE)
+        requests = pipeline.draw_requests(prompts, seed=arguments.seed, decoding=decoding)
         for engine in engines.values():
             draw(engine, requests[0])  # to warm up
         found: dict[str, list[tuple[tuple[int, ...], int, float, float]]] = {name: [] for name in engines}
