@@ -51,6 +51,7 @@ export class Form {
     for (const each of document.querySelectorAll(".for-clips")) each.hidden = !this.isClip;
     for (const each of document.querySelectorAll(".for-pictures")) each.hidden = this.isClip;
     byId("draw").textContent = this.isClip ? "Film" : "Draw";
+    this.field("prompt").placeholder = this.isClip ? "a clip of a red dog moving left" : "a photo of a red cat";
   }
 
   field(name) {
