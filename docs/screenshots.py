@@ -1,4 +1,7 @@
-"""The pictures of the page in README and docs, taken anew: `make screenshots`. Needs Chromium."""
+"""The pictures of the page in README and docs, taken anew: `make screenshots`. Needs Chromium.
+
+With names, such as `python docs/screenshots.py clip edit`, only those.
+"""
 
 import shutil
 import subprocess
@@ -53,6 +56,37 @@ def chat(page: Page) -> None:
     page.screenshot(path=DOCS / "page-chat.png")
 
 
+def clip(page: Page) -> None:
+    """A clip, stopped at a frame."""
+    page.get_by_test_id("kind-clip").check()
+    page.get_by_test_id("prompt").fill("a clip of a red dog and a blue car crossing")
+    page.get_by_test_id("seed").fill("3")
+    page.get_by_test_id("prompt").press("Escape")
+    page.get_by_test_id("draw").click()
+    expect(page.get_by_test_id("save-webp")).to_be_enabled(timeout=60_000)
+    page.get_by_test_id("clip-play").click()
+    page.get_by_test_id("clip-frame").fill("4")
+    page.screenshot(path=DOCS / "page-clip.png")
+
+
+def edit(page: Page) -> None:
+    """A picture before and after."""
+    draw(page)
+    page.get_by_test_id("edit-this").click()
+    page.get_by_test_id("edit-words").fill("make the dog green")
+    page.get_by_test_id("edit-start").click()
+    expect(page.get_by_test_id("edit-on")).to_be_enabled(timeout=60_000)
+    page.locator("#edit-form").screenshot(path=DOCS / "page-edit.png")
+
+
+def story(page: Page) -> None:
+    """A story with its pictures."""
+    page.get_by_test_id("tab-chat").click()
+    page.get_by_role("button", name="Tell a story").click()
+    expect(page.get_by_test_id("chat-send")).to_be_enabled(timeout=60_000)
+    page.locator("#chat-log").screenshot(path=DOCS / "page-story.png")
+
+
 def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     command = [sys.executable, "-m", "emu3", "serve", "nano", "--port", "0"]
@@ -61,6 +95,8 @@ def main() -> None:
         url = server.stdout.readline().strip()
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         views = {tokens: (1280, 980, "light"), race: (1280, 980, "light"), chat: (390, 800, "dark")}
+        views |= {clip: (1280, 900, "light"), edit: (1000, 800, "light"), story: (600, 800, "dark")}
+        views = {take: view for take, view in views.items() if take.__name__ in (sys.argv[1:] or [take.__name__])}
         for take, (width, height, scheme) in views.items():
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             page.goto(url)

@@ -289,3 +289,23 @@ def test_a_picture_that_does_not_fit_is_not_begun(pipeline):
         parts = pipeline.tell("Tell a story.", seed=seed, max_new_tokens=25, temperature=1.0)
         assert not any("4*4" in part for part in parts if isinstance(part, str))
         assert "" not in parts
+
+
+def test_a_clip_in_a_conversation(pipeline):
+    """It stands where its message has it, in the codes and at the rate at which the checkpoint reads clips."""
+    noise = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)
+    clip, picture = Clip(noise, pipeline.layout.clips.fps), Image.fromarray(noise[0])
+    parts = [
+        {"type": "image", "image": picture},
+        {"type": "video", "video": clip},
+        {"type": "text", "text": "a <image>"},
+    ]
+    (asked,) = pipeline.answer_requests([{"role": "user", "content": parts}])
+    read = [each for each in pipeline.layout.read(pipeline.encode(asked).prompt_ids) if isinstance(each, Visual)]
+    expected = [pipeline.encode_visual(picture), pipeline.encode_visual(clip)]
+    assert [each.codes_THW.tolist() for each in read] == [each.codes_THW.tolist() for each in expected]
+    assert [each.shape for each in read] == [each.shape for each in expected]
+    (pair,) = pipeline.answer_requests([("a <image>", [picture, clip])])
+    assert pair.request.prompt_ids == asked.request.prompt_ids
+    with pytest.raises(ValueError, match="'video': clip"):
+        pipeline.answer_requests([{"role": "user", "content": [{"type": "video"}]}])

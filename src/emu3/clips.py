@@ -129,13 +129,15 @@ class Clip:
         return f'<img src="data:image/webp;base64,{data}" width="{width}" style="image-rendering: pixelated">'
 
 
-def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int = MAX_PIXELS) -> Clip:
-    """The first frames of a clip, at most `max_frames`; those of a file have at most `max_pixels` together.
+def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None = None) -> Clip:
+    """The first frames of a clip, at most `max_frames`.
 
     Args:
         source: a `Clip`; a list of frames, each a PIL picture, an array, a tensor or a path; an array or tensor
             (T, H, W, C) or (T, C, H, W); a PIL animation; the path of an animation or a video; or the bytes of one. A
             picture in any of these forms is a clip of one frame.
+        max_frames: what it has beyond them is left out.
+        max_pixels: of all frames of a file together. Default: `MAX_PIXELS`.
 
     Raises:
         ValueError: it is none of these, has no frames or frames of several sizes, or is too large; a file is damaged.
@@ -178,7 +180,7 @@ def stack_frames(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def _read_file(
-    source: bytes | str | os.PathLike[str], max_frames: int, max_pixels: int = MAX_PIXELS
+    source: bytes | str | os.PathLike[str], max_frames: int, max_pixels: int | None = None
 ) -> tuple[list[NDArray[np.uint8]], float | None]:
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError(f"there is no file {os.fspath(source)!r:.200}; check the spelling")
@@ -205,7 +207,7 @@ def is_animation(start: bytes) -> bool:
 
 
 def frames_of_animation(
-    picture: Image.Image, max_frames: int, max_pixels: int = MAX_PIXELS
+    picture: Image.Image, max_frames: int, max_pixels: int | None = None
 ) -> tuple[list[NDArray[np.uint8]], float | None]:
     """The first frames of an open animation, and how many a second has; None for a picture that does not move.
 
@@ -242,11 +244,11 @@ def _turns_of(times: Sequence[float]) -> list[int]:
 
 
 def frames_of_video(
-    file: BinaryIO, max_frames: int, max_pixels: int = MAX_PIXELS
+    file: BinaryIO, max_frames: int, max_pixels: int | None = None
 ) -> tuple[list[NDArray[np.uint8]], float | None]:
     """The first frames of a video file, turned upright, and how many a second has. ValueError where it is none."""
     frames: list[NDArray[np.uint8]] = []
-    with opened_video(file) as (container, stream):
+    with opened_video(file, max_pixels) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         for frame in container.decode(stream):
             check_pixels(frame.width * frame.height, len(frames) + 1, max_pixels)
@@ -258,7 +260,7 @@ def frames_of_video(
 
 
 @contextmanager
-def opened_video(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
+def opened_video(file: BinaryIO, max_pixels: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Container and stream of a video. Any error inside becomes a ValueError."""
     av = _pyav()
     try:
@@ -266,14 +268,15 @@ def opened_video(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise ValueError("the file has no pictures, only sound")
             stream = container.streams.video[0]
-            check_pixels(stream.codec_context.height * stream.codec_context.width, 1)
+            check_pixels(stream.codec_context.height * stream.codec_context.width, 1, max_pixels)
             yield container, stream
     except Exception as error:  # PyAV's own, and what decoders raise
         raise ValueError(f"cannot read the clip: {getattr(error, 'strerror', None) or error}") from error
 
 
-def check_pixels(pixels: int, frames: int, most: int = MAX_PIXELS) -> None:
+def check_pixels(pixels: int, frames: int, most: int | None = None) -> None:
     """ValueError for a clip that would not fit: frames of so many pixels."""
+    most = MAX_PIXELS if most is None else most
     if pixels * frames > most:
         raise ValueError(
             f"{frames} frames of {pixels:,} pixels are more than {most:,} pixels together; give fewer or smaller frames"

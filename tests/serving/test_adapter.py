@@ -21,7 +21,7 @@ def folder(tmp_path):
     noise = torch.Generator().manual_seed(0)
     down, up = torch.randn(2, 256, generator=noise), torch.randn(768, 2, generator=noise)
     save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "base_model_name_or_path": "nano", "r": 2, "lora_alpha": 1}
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "nano", "r": 2, "lora_alpha": 8}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 

@@ -264,7 +264,7 @@ def test_a_worker_that_ends_answers_everybody(serve, nano):
 
 
 def test_an_error_of_the_server_is_in_its_log(server, monkeypatch, caplog):
-    monkeypatch.setattr("emu3.serving.completions.asked_to_draw", lambda *_: 1 / 0)
+    monkeypatch.setattr("emu3.serving.completions.wish_of", lambda *_: 1 / 0)
     answer = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] in caplog.text and "ZeroDivisionError" in caplog.text

@@ -61,7 +61,7 @@ def test_openai_makes_a_clip(client, nano):
     assert (thumbnail.format, thumbnail.size) == ("WEBP", (48, 48))
     sheet = Image.open(io.BytesIO(client.videos.download_content(film.id, variant="spritesheet").read()))
     assert (sheet.format, sheet.size) == ("JPEG", (240, 240))
-    assert next(each.id for each in client.videos.list()) == film.id
+    assert next(iter(client.videos.list())).id == film.id
     assert client.videos.delete(film.id).deleted
     with pytest.raises(NotFoundError, match="no such clip"):
         client.videos.retrieve(film.id)

@@ -42,7 +42,8 @@ _SECURITY = {
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
     "content-security-policy": (
-        "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+        "default-src 'self'; img-src 'self' data: blob:; media-src data:; style-src 'self' 'unsafe-inline'; "
+        "frame-ancestors 'none'"
     ),
 }
 

@@ -91,12 +91,22 @@ export async function getModel() {
   return (await request("/api/model")).json();
 }
 
-export async function* draw(body, options) {
-  for await (const { kind, data } of events(await post("/api/draw", body, options))) {
+async function* stream(path, body, options) {
+  for await (const { kind, data } of events(await post(path, body, options))) {
     const content = JSON.parse(data);
     if (kind === "error") throw new ApiError(content.error.message, 500);
     yield { kind, ...content };
   }
+}
+
+export const draw = (body, options) => stream("/api/draw", body, options);
+export const film = (body, options) => stream("/api/film", body, options);
+export const edit = (body, options) => stream("/api/edit", body, options);
+export const tell = (body, options) => stream("/api/tell", body, options);
+
+/** The file of a clip that the server keeps. */
+export async function clipFile(id, format) {
+  return (await request(`/v1/videos/${id}/content?format=${format}`)).blob();
 }
 
 export async function score(body, options) {

@@ -1,16 +1,44 @@
-import { chat } from "./api.js";
+import { chat, tell } from "./api.js";
 import { byId, button, copyText, el } from "./dom.js";
+import { animation, mayMove } from "./player.js";
 import { toUrl } from "./png.js";
 import { Talk, toMessages } from "./talk.js";
 
 const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+const CLIPS = ["video/mp4", "video/webm"];
+const STORY = "Tell a story about a red dog.";
+const TELL = /^\s*(please\s+)?tell\b.{0,40}\bstory\b/i; // as the server has it
+const PREVIEWS = 4;
 const QUESTIONS = ["What is in the picture?", "What color is the cat?", "How many cats are there?"];
+
+function shown(url, alt) {
+  if (url.startsWith("data:video/")) return el("video", { src: url, "aria-label": alt, controls: true });
+  const picture = el("img", { src: url, alt, class: "small" });
+  picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 256));
+  return picture;
+}
+
+/** An answer in texts and pictures, as `chat` gives its pieces. */
+async function* story(messages, options) {
+  for await (const { kind, text, url } of tell({ messages, previews: PREVIEWS }, options)) {
+    if (kind === "text") yield { text };
+    else if (kind === "picture") yield { images: [url] };
+    else if (kind === "preview") yield { preview: url };
+  }
+}
 
 /** Questions about pictures, and their answers. */
 export class Chat {
   constructor(app, model) {
     this.app = app;
     this.canRead = model.abilities.includes("read");
+    this.canTell = this.canRead && model.abilities.includes("tell");
+    this.canFilm = model.abilities.includes("film");
+    this.kinds = this.canFilm ? [...KINDS, ...CLIPS] : KINDS;
+    byId("chat-file").accept = this.kinds.join();
+    const commands = [...(this.canFilm ? ["“draw” or “film”"] : ["“draw”"])];
+    const story = this.canTell ? " You can also ask for a story." : "";
+    byId("chat-about").textContent = `Questions are about your newest pictures. Begin with ${commands} to get one.${story}`;
     this.input = byId("chat-input");
     this.log = byId("chat-log");
     this.fresh();
@@ -32,7 +60,8 @@ export class Chat {
       this.input.focus();
     });
     byId("chat-stop").addEventListener("click", () => this.running?.abort());
-    byId("suggestions").append(...QUESTIONS.map((text) => button(text, () => this.suggest(text), { class: "chip" })));
+    const questions = this.canTell ? [...QUESTIONS, STORY] : QUESTIONS;
+    byId("suggestions").append(...questions.map((text) => button(text, () => this.suggest(text), { class: "chip" })));
   }
 
   fresh() {
@@ -47,7 +76,7 @@ export class Chat {
   suggest(text) {
     this.input.value = text;
     const pictured = this.attached.length || this.talk.path.some((turn) => turn.images.length);
-    if (pictured) this.send();
+    if (pictured || text === STORY) this.send();
     else {
       this.app.say("Add a picture to ask about.");
       this.input.focus();
@@ -56,8 +85,8 @@ export class Chat {
 
   async attachFiles(files) {
     for (const file of files) {
-      if (!KINDS.includes(file.type)) {
-        this.app.fail(new Error(`${file.name || "This file"} is no PNG, JPEG, WebP or GIF.`));
+      if (!this.kinds.includes(file.type)) {
+        this.app.fail(new Error(`${file.name || "This file"} is no PNG, JPEG, WebP or GIF${this.canFilm ? ", nor an MP4 or WebM" : ""}.`));
         continue;
       }
       try {
@@ -74,11 +103,11 @@ export class Chat {
   }
 
   showAttached() {
-    const shown = this.attached.map((url, place) =>
+    const items = this.attached.map((url, place) =>
       el(
         "li",
         {},
-        el("img", { src: url, alt: `Picture ${place + 1} of the question` }),
+        shown(url, `Picture ${place + 1} of the question`),
         button("Remove", () => {
           this.attached.splice(place, 1);
           this.showAttached();
@@ -86,8 +115,8 @@ export class Chat {
         }, { "aria-label": `Remove picture ${place + 1}` }),
       ),
     );
-    byId("attached").replaceChildren(...shown);
-    byId("attached").hidden = !shown.length;
+    byId("attached").replaceChildren(...items);
+    byId("attached").hidden = !items.length;
   }
 
   /** Start a conversation with a picture. */
@@ -123,16 +152,17 @@ export class Chat {
   }
 
   async answer(asked) {
-    const messages = toMessages(this.talk.path);
+    const messages = toMessages(this.talk.path, this.canFilm);
     const node = this.talk.add(asked, { role: "assistant", pending: true });
     const running = new AbortController();
     this.running = running;
     this.show();
     try {
       const onbusy = (wait) => this.app.say(`Busy, trying again in ${wait} s.`);
-      for await (const { text, images } of chat(messages, { signal: running.signal, onbusy })) {
-        node.text += text;
-        node.images.push(...images);
+      const options = { signal: running.signal, onbusy };
+      const isStory = this.canTell && TELL.test(asked.text);
+      for await (const event of isStory ? story(messages, options) : chat(messages, options)) {
+        this.take(node, event);
         this.showAnswer(node);
       }
       if (!node.text && !node.images.length) node.note = "The answer is empty.";
@@ -141,9 +171,22 @@ export class Chat {
       if (error.name !== "AbortError") this.app.fail(error);
     }
     node.pending = false;
+    node.preview = null;
     if (this.running === running) this.running = null;
     this.show();
     if (node.text) this.app.say(`Answer: ${node.text}`);
+  }
+
+  /** More of an answer; `parts` has its texts and pictures in turn. */
+  take(node, { text = "", images = [], preview = null }) {
+    node.parts ??= [];
+    node.preview = preview;
+    if (text && typeof node.parts.at(-1)?.text === "string") node.parts.at(-1).text += text;
+    else if (text) node.parts.push({ text });
+    node.parts.push(...images.map((url) => ({ url })));
+    node.images.push(...images);
+    const texts = node.parts.filter((part) => part.text);
+    node.text = texts.map((part) => part.text).join("\n\n");
   }
 
   show() {
@@ -162,9 +205,10 @@ export class Chat {
   turn(node) {
     if (node === this.editing) return this.editor(node);
     const mine = node.role === "user";
-    const body = el("div", { class: "bubble" }, ...node.images.map((url) => this.image(url, mine)));
-    if (node.text) body.append(el("p", { text: node.text }));
-    if (node.pending && !node.text && !node.images.length) body.append(el("p", { class: "muted", text: "Reading" }));
+    const parts = node.parts ?? [...node.images.map((url) => ({ url })), ...(node.text ? [{ text: node.text }] : [])];
+    const body = el("div", { class: "bubble" }, ...parts.map(({ url, text }) => (url ? this.image(url, mine) : el("p", { text }))));
+    if (node.preview) body.append(el("img", { src: node.preview, alt: "A picture, unfinished", class: "small" }));
+    if (node.pending && !node.text && !node.images.length && !node.preview) body.append(el("p", { class: "muted", text: "Reading" }));
     if (node.note) body.append(el("p", { class: "muted", text: node.note }));
     const tools = el("div", { class: "tools" });
     const siblings = node.parent.children;
@@ -182,8 +226,9 @@ export class Chat {
   }
 
   image(url, mine) {
-    const picture = el("img", { src: url, alt: mine ? "Picture of the question" : "Picture of the answer", class: "small" });
-    picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 256));
+    const alt = mine ? "Picture of the question" : "Picture of the answer";
+    const clip = !mine && mayMove(url) ? animation(url, "Clip of the answer") : null;
+    const picture = clip?.element ?? shown(url, alt);
     if (mine) return picture;
     return el(
       "figure",
@@ -192,11 +237,13 @@ export class Chat {
       el(
         "div",
         { class: "tools" },
+        clip?.turn,
         button("Ask about it", () => {
           this.attach(url);
           this.input.focus();
         }),
-        button("Add to gallery", () => this.app.keepFile(url)),
+        this.app.canEdit && !clip && button("Edit it", () => this.app.edit(url)),
+        !clip && button("Add to gallery", () => this.app.keepFile(url)),
       ),
     );
   }
@@ -249,7 +296,7 @@ export class Chat {
     node.element = el(
       "li",
       { class: "turn mine editing" },
-      ...node.images.map((url) => el("img", { src: url, alt: "Picture of the question", class: "small" })),
+      ...node.images.map((url) => shown(url, "Picture of the question")),
       area,
       el("div", { class: "tools" }, button("Ask", save, { class: "primary" }), button("Leave as it was", leave)),
     );

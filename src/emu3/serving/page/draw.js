@@ -21,6 +21,7 @@ export class Draw {
     this.app = app;
     this.form = form;
     this.canRead = model.abilities.includes("read");
+    this.canEdit = model.abilities.includes("edit");
     this.canDraw = model.abilities.includes("draw");
     this.words = new Set(model.words ?? []);
     this.name = model.name;
@@ -47,10 +48,12 @@ export class Draw {
       sees: () => this.see(),
       "sees-chat": () => app.adopt(this.current.url, DESCRIBE, this.current.seen),
       "ask-about": () => app.ask(this.current.url),
+      "edit-this": () => app.edit(this.current.url),
       save: () => download(this.current.url, fileName(this.current.record)),
     };
     for (const [name, action] of Object.entries(actions)) byId(name).addEventListener("click", action);
     byId("shade").addEventListener("change", () => this.shade());
+    byId("kind").addEventListener("change", () => this.refresh());
     this.refresh();
   }
 
@@ -59,7 +62,7 @@ export class Draw {
   }
 
   start() {
-    if (this.busy || !this.canDraw) return;
+    if (this.busy || !this.canDraw || this.form.isClip) return;
     const body = this.settings();
     if (!body) return;
     this.tokens.pins.clear();
@@ -217,11 +220,14 @@ export class Draw {
     const picture = this.current;
     const done = picture?.state === "done";
     if (picture) this.frame.show(picture);
-    byId("draw").disabled = this.busy || !this.canDraw;
+    if (!this.form.isClip) {
+      byId("draw").disabled = this.busy || !this.canDraw;
+      byId("cancel").disabled = !this.busy;
+    }
     byId("race-start").disabled = this.busy || !this.canDraw;
-    byId("cancel").disabled = !this.busy;
-    for (const id of ["seed-again", "tokens-toggle", "save", "sees", "ask-about"]) byId(id).disabled = !done;
+    for (const id of ["seed-again", "tokens-toggle", "save", "sees", "ask-about", "edit-this"]) byId(id).disabled = !done;
     byId("sees").hidden = byId("ask-about").hidden = !this.canRead;
+    byId("edit-this").hidden = !this.canEdit;
     byId("seed-used").textContent = picture?.seed ?? "–";
     if (!this.busy) byId("progress").value = done ? 1 : 0;
     this.refreshTokens();

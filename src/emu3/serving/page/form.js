@@ -29,6 +29,29 @@ export class Form {
     }
     this.field("decoding").addEventListener("change", () => this.window());
     this.window();
+    this.clips(model);
+  }
+
+  /** The choice of a clip, where the checkpoint makes clips. */
+  clips({ clips }) {
+    byId("kind").hidden = !clips;
+    if (!clips) return;
+    const { frames, fps, step, most } = clips;
+    Object.assign(this.field("frames"), { min: 2 * step, max: most, step, value: Math.min(frames, most) });
+    this.field("fps").value = fps;
+    byId("kind").addEventListener("change", () => this.kind());
+    this.kind();
+  }
+
+  get isClip() {
+    return this.field("kind").value === "clip";
+  }
+
+  kind() {
+    for (const each of document.querySelectorAll(".for-clips")) each.hidden = !this.isClip;
+    for (const each of document.querySelectorAll(".for-pictures")) each.hidden = this.isClip;
+    byId("draw").textContent = this.isClip ? "Film" : "Draw";
+    this.field("prompt").placeholder = this.isClip ? "a clip of a red dog moving left" : "a photo of a red cat";
   }
 
   field(name) {
@@ -53,7 +76,7 @@ export class Form {
     const seed = text("seed");
     const isSeed = !seed || (/^\d+$/.test(seed) && Number.isSafeInteger(Number(seed)));
     this.field("seed").setCustomValidity(isSeed ? "" : "The seed must be a whole number from 0 to 9007199254740991, or empty.");
-    const wrong = [...this.element.elements].find((field) => !field.validity.valid);
+    const wrong = [...this.element.elements].find((field) => !field.validity.valid && !field.closest("[hidden]"));
     if (wrong) {
       if (wrong.closest("details")) wrong.closest("details").open = true;
       this.element.reportValidity();
@@ -83,6 +106,10 @@ export class Form {
       this.field("window").value = window ?? "";
     }
     this.field("n").value = 1;
+    const isClip = record.frames > 1 && !byId("kind").hidden;
+    if (isClip) for (const name of ["frames", "fps"]) this.field(name).value = record[name];
+    this.field("kind").value = isClip ? "clip" : "picture";
+    this.kind();
     this.window();
   }
 }

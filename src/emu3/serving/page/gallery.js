@@ -15,6 +15,7 @@ const NAMES = {
   top_k: "Top k",
   top_p: "Top p",
   decoding: "Decoding",
+  from_pictures: "Pictures that it was made from",
   kept_tokens: "Tokens kept from another picture",
   model: "Model",
   version: "Version",
@@ -111,11 +112,13 @@ export class Gallery {
     if (record.prompt !== undefined) {
       actions.append(button("Use these settings again", leave(() => this.app.use(record)), { class: "primary", "data-testid": "use-settings" }));
     }
-    actions.append(
+    const more = [
+      this.app.canEdit && button("Edit it", leave(() => this.app.edit(item.url))),
       button("Ask about it", leave(() => this.app.ask(item.url)), { "data-testid": "gallery-ask" }),
       button("Download", () => download(item.url, fileName(record)), { "data-testid": "gallery-download" }),
       button("Delete", leave(() => this.delete(item)), { class: "danger", "data-testid": "gallery-delete" }),
-    );
+    ];
+    actions.append(...more.filter(Boolean));
     const name = record.prompt ?? "A picture";
     this.view(name, false, el("div", { class: "view" }, picture(item, name), el("div", {}, details(record), actions)));
   }

@@ -2,6 +2,8 @@ import { getModel } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId } from "./dom.js";
 import { Draw } from "./draw.js";
+import { Edit } from "./edit.js";
+import { Film } from "./film.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { readSettings, toBlob } from "./png.js";
@@ -18,15 +20,25 @@ function say(text, failed = false) {
 
 const fail = (error) => say(error.message || "Something went wrong.", true);
 
-/** What settings do not hold: the tokens that were pinned. */
-const kept = ({ kept_tokens: count }) => (count ? ` It kept ${count} tokens of another picture, which the form cannot.` : "");
+/** What settings do not hold: the tokens that were pinned, and the picture that was edited. */
+const kept = ({ kept_tokens: count, from_pictures: edited }) =>
+  (count ? ` It kept ${count} tokens of another picture, which the form cannot.` : "") +
+  (edited ? " It was made from another picture, which the form cannot." : "");
 
 function start(model) {
-  const tabs = startTabs(["draw", "chat", "gallery"]);
+  const canEdit = model.abilities.includes("edit");
+  byId("tab-edit").hidden = !canEdit;
+  const tabs = startTabs(["draw", ...(canEdit ? ["edit"] : []), "chat", "gallery"]);
   const form = new Form(model);
   const app = {
     say,
     fail,
+    canEdit,
+    edit(url) {
+      tabs.show("edit");
+      edit.open(url);
+      byId("edit-words").focus();
+    },
     ask(url) {
       tabs.show("chat");
       chat.open(url);
@@ -55,6 +67,8 @@ function start(model) {
     },
   };
   const draw = new Draw(app, model, form);
+  const film = new Film(app, model, form);
+  const edit = new Edit(app);
   const chat = new Chat(app, model);
   const gallery = new Gallery(app);
   new Race(app, model, form);
@@ -68,9 +82,11 @@ function start(model) {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || tabs.shown !== "draw") return;
     event.preventDefault();
     draw.start();
+    film.start();
   });
 
   async function load(files, inChat) {
+    if (tabs.shown === "edit") return edit.take(files);
     let told = false;
     for (const file of files) {
       const settings = await readSettings(file).catch(() => null);

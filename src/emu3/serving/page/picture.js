@@ -30,6 +30,7 @@ export class Picture {
       this.state = "done";
       this.decided = this.length;
       ({ url: this.url, seed: this.seed, codes: this.codes, steps: this.steps, seconds: this.seconds } = event);
+      ({ id: this.id, sheet: this.sheet, columns: this.columns } = event);
       this.record = { ...event.record, prompt: event.record?.prompt ?? this.body.prompt, seed: event.seed };
     }
   }

@@ -60,8 +60,10 @@ export function toUrl(blob) {
   });
 }
 
-export function download(url, name) {
-  const address = URL.createObjectURL(toBlob(url));
+export const download = (url, name) => save(toBlob(url), name);
+
+export function save(blob, name) {
+  const address = URL.createObjectURL(blob);
   const link = document.createElement("a");
   link.href = address;
   link.download = name;
@@ -69,7 +71,7 @@ export function download(url, name) {
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-export function fileName(record) {
+export function fileName(record, format = "png") {
   const words = (record.prompt ?? "picture").toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 48);
-  return `${words.replace(/^-+|-+$/g, "") || "picture"}-${record.seed ?? 0}.png`;
+  return `${words.replace(/^-+|-+$/g, "") || "picture"}-${record.seed ?? 0}.${format}`;
 }

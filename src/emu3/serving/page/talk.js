@@ -1,3 +1,5 @@
+import { mayMove } from "./player.js";
+
 /** A conversation that branches where a turn is edited. */
 export class Talk {
   constructor() {
@@ -23,9 +25,12 @@ export class Talk {
   }
 }
 
+const part = (url, clips) =>
+  clips && mayMove(url) ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } };
+
 /** Turns as messages for the server, from the one with the newest pictures: models read one question's pictures best.
-    A picture that was drawn as an answer goes with the question that follows it, unless that has its own. */
-export function toMessages(turns) {
+    A picture that was drawn as an answer goes with the question that follows it, unless that has its own. With `clips`, the model reads clips, too. */
+export function toMessages(turns, clips) {
   const given = turns.map(({ role, text, images }, place) => {
     const drawn = turns[place - 1]?.role === "assistant" ? turns[place - 1].images : [];
     return { role, text, images: role === "user" && !images.length ? drawn : images };
@@ -36,6 +41,6 @@ export function toMessages(turns) {
     content:
       role === "assistant"
         ? text
-        : [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }],
+        : [...images.map((url) => part(url, clips)), { type: "text", text }],
   }));
 }
