@@ -29,7 +29,7 @@ from emu3.checkpoints.adapters import base_of, is_adapter
 from emu3.checkpoints.files import write_json
 from emu3.clips import Clip
 from emu3.evaluation.suites import Prompt, SampleFile, Suite, read_prompts, suite_named
-from emu3.generation.events import Event, Started, Tokens
+from emu3.generation.events import Event, Tokens
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Request
 from emu3.options import MOST_SEED, DrawSamples, Load, check_whole, make, takes
@@ -188,13 +188,11 @@ class _Run:
         for start in range(0, len(samples), batch):
             chunk = samples[start : start + batch]
             requests = [self.request(file, number) for file, number in chunk]
-            tokens, in_all = 0, 0
+            tokens, in_all = 0, sum(request.grammar.length or 0 for request in requests)
 
-            def look(event: Event, start: int = start, count: int = len(chunk)) -> None:
-                nonlocal tokens, in_all
-                if isinstance(event, Started):
-                    in_all += event.length
-                elif isinstance(event, Tokens):
+            def look(event: Event, start: int = start, count: int = len(chunk), in_all: int = in_all) -> None:
+                nonlocal tokens
+                if isinstance(event, Tokens):
                     tokens += len(event.ids)
                     on_progress(int(_UNITS * (start + count * tokens / in_all)), _UNITS * len(samples))
 
