@@ -340,6 +340,19 @@ class Draw(_Options):
 
 
 @dataclass(frozen=True)
+class DrawSamples(Draw):
+    """How the samples of a suite are drawn: as pictures are, but for the seed."""
+
+    seed: int = _option(
+        0,
+        "Of the whole run. A sample's own seed follows from it, the prompt's place and the sample's number.",
+        check_whole,
+        0,
+        MOST_SEED,
+    )
+
+
+@dataclass(frozen=True)
 class Answer(_Options):
     """How questions are answered."""
 

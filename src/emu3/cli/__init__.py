@@ -34,6 +34,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "convert": checkpoints.convert,
     "quantize": checkpoints.quantize,
     "eval": measure.evaluate,
+    "samples": measure.samples,
     "bench": measure.bench,
     "data": data.data,
     "tokenize": tokenize.tokenize,

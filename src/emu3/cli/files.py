@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from emu3.whole import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,31 +26,17 @@ def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> N
 
     text = PngInfo()
     text.add_text("emu3", json.dumps(record))
-    _write_whole(path, lambda unfinished: picture.save(unfinished, format="PNG", pnginfo=text))
+    write_whole(path, lambda unfinished: picture.save(unfinished, format="PNG", pnginfo=text))
 
 
 def write_clip(clip: Clip, path: Path) -> None:
     """Write a clip in the format of the path's suffix, wholly or not at all."""
-    _write_whole(path, lambda unfinished: clip.save(unfinished, path.suffix))
+    write_whole(path, lambda unfinished: clip.save(unfinished, path.suffix))
 
 
 def write_text(text: str, path: Path) -> None:
     """Write a text, wholly or not at all."""
-    _write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    unfinished = path.with_name(f".{os.getpid()}.tmp")  # short: `path` may have the longest name allowed
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"cannot write {str(path)!r}: {why}; mend that, or give -o another name") from error
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def output_paths(output: Path, count: int, suffixes: Sequence[str] = PICTURES) -> list[Path]:

@@ -1,9 +1,9 @@
-"""Commands that measure a checkpoint or a server: `emu3 eval`, `emu3 bench`."""
+"""Commands that measure a checkpoint or a server, or draw for those who do: `emu3 eval`, `samples`, `bench`."""
 
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,13 @@ from emu3.cli.common import (
     ModelArgument,
     check_checkpoint,
     load_pipeline,
+    need_packages,
     print_out,
     progress,
     takes_options,
 )
 from emu3.cli.files import check_folder
-from emu3.options import Draw, Load, parse_decoding
+from emu3.options import Draw, DrawSamples, Load, parse_decoding
 
 
 @takes_options(load=Load)
@@ -44,6 +45,71 @@ def evaluate(
     check_names(names)
     report = evaluate(model, count, seed, output, decoding, names, media, **asdict(load))
     print_out(report.to_dict() if as_json else report.to_table())
+
+
+@takes_options(draw=DrawSamples, load=Load)
+def samples(
+    draw: DrawSamples,
+    load: Load,
+    suite: Annotated[
+        str, typer.Argument(help="geneval, dpg-bench, t2i-compbench, vbench or imgedit.", show_default=False)
+    ],
+    model: ModelArgument = "nano",
+    prompts: Annotated[
+        Path, typer.Option(help="The suite's own file of prompts; of dpg-bench a folder.", show_default=False)
+    ] = Path(),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the samples.")] = Path("samples"),
+    pictures: Annotated[
+        Path | None, typer.Option(help="Of imgedit: folder of the pictures to edit. Default: that of the prompts.")
+    ] = None,
+    per_prompt: Annotated[
+        int | None, typer.Option(help="Samples for each prompt.", show_default="the suite's own number")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many prompts, from the first on.", show_default="all")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Of vbench: how many.", show_default="the checkpoint's, or 16")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Of vbench: frames a second.", show_default="the checkpoint's, or 24")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw what GenEval, DPG-Bench, T2I-CompBench, VBench or ImgEdit score, laid out as their scripts expect.
+
+    A run that was cut off goes on when the command is given again. What was drawn, and how, is in manifest.json.
+    """
+    from emu3.evaluation.suites import read_prompts, suite_named
+
+    asked = suite_named(suite)
+    if prompts == Path():
+        raise ValueError(f"{suite} needs its own file of prompts; give --prompts FILE")
+    read_prompts(asked, prompts, pictures)
+    check_folder(output)
+    if asked.ability == "film":
+        need_packages("writing mp4", "video", "av")
+    check_checkpoint(model, load, asked.ability)
+    from emu3.evaluation.samples import write_samples
+
+    numbers: dict[str, Any] = {"per_prompt": per_prompt, "limit": limit, "frames": frames, "fps": fps, "batch": batch}
+    with progress("drawing") as report:
+        written = write_samples(
+            suite,
+            prompts,
+            output,
+            model=model,
+            load=load,
+            pictures=pictures,
+            on_progress=report,
+            **numbers,
+            **asdict(draw),
+        )
+    if as_json:
+        print_out({"manifest": str(written.file), "count": written.manifest["count"], "drawn": written.drawn})
+    else:
+        print_out(f"{output}  {written.manifest['count']} samples, {written.drawn} drawn now; see {written.file}")
 
 
 @takes_options(load=Load)
