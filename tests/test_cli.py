@@ -121,7 +121,8 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["chat", "https://example.org/a//cat.png"], "'https://example.org/a//cat.png' is an address; download"),
         (["chat", "cat.png", "--model", "draws"], "this checkpoint does not answer or read pictures"),
         (["eval", "nono"], "unknown checkpoint 'nono'"),
-        (["eval", "draws"], "this checkpoint does not answer or read pictures"),
+        (["eval", "draws", "--only", "answers"], "this checkpoint does not answer or read pictures"),
+        (["eval", "nano", "--only", "films"], "'films' is not measured"),
         (["eval", "nano", "-o", "file"], "'file': "),
         (["eval", "nano", "--decoding", "spiral"], "unknown decoding 'spiral'"),
         (["bench", "nono"], "unknown checkpoint 'nono'"),
@@ -264,6 +265,7 @@ def test_several_prompts_are_numbered_and_keep_their_settings(
     settings |= {
         "guidance_scale": 3.0,
         "guidance_floor": 0.0,
+        "guidance_agreement": 0.0,
         "top_k": 2048,
         "top_p": 1.0,
         "decoding": "predictive",
@@ -356,16 +358,19 @@ def test_info_says_the_same_to_people_and_to_programs(
 def test_eval_says_the_same_to_people_and_to_programs(
     capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    arguments = ("eval", tiny_checkpoint, "--count", 1, "--seed", 3)
+    parts = "drawing,answers,reconstruction"
+    arguments = ("eval", tiny_checkpoint, "--count", 1, "--seed", 3, "--only", parts)
     code, out, _ = run(capsys, *arguments, "--json", "-o", tmp_path / "report")
     report = json.loads(out)
     assert (code, report["count"], report["seed"]) == (0, 1, 3)
-    assert any((tmp_path / "report").iterdir())
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.md"]
     code, table, _ = run(capsys, *arguments)
     assert code == 0
-    assert f"| reconstruction | {report['reconstruction_psnr']:.1f} dB |" in table
+    for name, figure in report["figures"].items():
+        assert f"| {name.removeprefix('reconstruction: ')} | {figure['value']:.1f}"[:-2] in table
     for name, score in report["scores"].items():
-        assert f"| {name} | {score['share']:.2f} |" in table
+        right = score["known_right"] + score["held_out_right"]
+        assert f"| {name} | {score['share']:.2f} ({right}/{score['known'] + score['held_out']}) |" in table
 
 
 @pytest.mark.parametrize(

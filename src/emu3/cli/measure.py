@@ -18,6 +18,7 @@ from emu3.cli.common import (
     takes_options,
 )
 from emu3.cli.files import check_folder
+from emu3.icons.parts import abilities_for
 from emu3.options import Draw, DrawSamples, Load, parse_decoding
 
 
@@ -38,11 +39,10 @@ def evaluate(
     for folder in (output, media):
         if folder is not None:
             check_folder(folder)
-    check_checkpoint(model, load)
-    from emu3.icons.report import check_names, evaluate
-
     names = [name.strip() for name in only.split(",") if name.strip()]
-    check_names(names)
+    check_checkpoint(model, load, *abilities_for(names))
+    from emu3.icons.report import evaluate
+
     report = evaluate(model, count, seed, output, decoding, names, media, **asdict(load))
     print_out(report.to_dict() if as_json else report.to_table())
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -15,31 +15,24 @@ from rich.progress import track
 from emu3.clips import Clip
 from emu3.icons import measures, tale_measures
 from emu3.icons.measures import Run
+from emu3.icons.parts import PARTS, abilities_for
 from emu3.icons.score import Example, Section
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
 
-
-class Measure(NamedTuple):
-    """A part of an evaluation, and the abilities that a checkpoint needs for it."""
-
-    run: Callable[[Run], Section]
-    needs: tuple[str, ...]
-
-
-MEASURES: dict[str, Measure] = {
-    "drawing": Measure(measures.drawing, ("draw",)),
-    "layout": Measure(measures.layout, ("draw",)),
-    "answers": Measure(measures.answers, ("read",)),
-    "captions": Measure(measures.captions, ("read",)),
-    "clips": Measure(tale_measures.clips, ("film",)),
-    "continuation": Measure(tale_measures.continuation, ("film",)),
-    "watching": Measure(tale_measures.watching, ("read", "film")),
-    "edits": Measure(tale_measures.edits, ("edit",)),
-    "stories": Measure(tale_measures.stories, ("tell",)),
-    "reconstruction": Measure(measures.reconstruction, ()),
+MEASURES: dict[str, Callable[[Run], Section]] = {
+    "drawing": measures.drawing,
+    "layout": measures.layout,
+    "answers": measures.answers,
+    "captions": measures.captions,
+    "clips": tale_measures.clips,
+    "continuation": tale_measures.continuation,
+    "watching": tale_measures.watching,
+    "edits": tale_measures.edits,
+    "stories": tale_measures.stories,
+    "reconstruction": measures.reconstruction,
 }
-"""By name, as `emu3 eval --only` takes it."""
+"""How each of `PARTS` is measured."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def evaluate(
         seed: of prompts, pictures and clips.
         output: folder for report.md and report.html.
         decoding: see `Emu3Pipeline.image`.
-        only: names of `MEASURES`; by default all that the checkpoint can do.
+        only: names of `PARTS`; by default all that the checkpoint says it can do, or what needs drawing and reading.
         media: a folder of pictures and clips of one's own, which are encoded and decoded too.
         **options: how the checkpoint is loaded, see `emu3.options.Load`.
 
@@ -103,33 +96,26 @@ def evaluate(
         ValueError: an unknown decoding or name, a checkpoint that lacks what `only` asks for, or no media there.
     """
     parse_decoding(decoding)  # refuses an unknown one before anything is loaded
-    check_names(only)
+    needed = abilities_for(only)
     pipeline = Emu3Pipeline.from_pretrained(folder, **options)
-    for name in only:
-        for ability in MEASURES[name].needs:
-            pipeline.require(ability)
+    for ability in needed:
+        pipeline.require(ability)
     run = Run(pipeline, count, seed, decoding)
-    able = getattr(pipeline.model.config, "abilities", None)
-    names = list(only) or [name for name, each in MEASURES.items() if able is None or set(each.needs) <= set(able)]
+    able = set(getattr(pipeline.model.config, "abilities", None) or ("draw", "read"))
+    names = list(only) or [name for name, needs in PARTS.items() if able.issuperset(needs)]
     sections = []
     for name in track(names, description="measuring", console=Console(stderr=True)):  # stdout is for the report
         is_own = name == "reconstruction"
-        sections.append(measures.reconstruction(run, media) if is_own else MEASURES[name].run(run))
+        sections.append(measures.reconstruction(run, media) if is_own else MEASURES[name](run))
     settings = {"model": str(folder), "count": count, "seed": seed, "decoding": decoding}
     settings |= {name: value for name, value in options.items() if name == "int8" and value}
-    left_out = () if only else tuple(name for name in MEASURES if name not in names)
+    left_out = () if only else tuple(name for name in PARTS if name not in names)
     report = Report(settings, tuple(sections), left_out)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "report.md").write_text(report.to_table() + "\n")
         (output / "report.html").write_text(report.to_html())
     return report
-
-
-def check_names(only: Sequence[str]) -> None:
-    """ValueError for a name that is none of `MEASURES`."""
-    if wrong := [name for name in only if name not in MEASURES]:
-        raise ValueError(f"{wrong[0]!r} is not measured; choose among {', '.join(MEASURES)}")
 
 
 _PAGE = """<!doctype html>
