@@ -65,7 +65,7 @@ def clip(page: Page) -> None:
     page.get_by_test_id("draw").click()
     expect(page.get_by_test_id("save-webp")).to_be_enabled(timeout=60_000)
     page.get_by_test_id("clip-play").click()
-    page.get_by_test_id("clip-frame").fill("4")
+    page.get_by_test_id("clip-frame").fill("3")
     page.screenshot(path=DOCS / "page-clip.png")
 
 
