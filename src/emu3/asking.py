@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
     from emu3.processing import Emu3Processor
 
+_LEAST_TOKENS = 3
+"""Of a frame of codes: one, the end of its row, its own end."""
+
 _GUIDANCE = dict(zip(GUIDANCE, (3.0, 0.0, 0.0), strict=True))
 """Of a checkpoint that recommends none."""
 
@@ -164,6 +167,7 @@ class Asking(ABC):
         if begin is not None and draw.height is None and draw.image_area is None and draw.ratio is None:
             shape = begin.shape
         shape = Shape(shape.height, shape.width, codes, rate)
+        self._check_length(shape)
         pinned = None
         if begin is not None:
             if begin.shape[:2] != shape[:2]:
@@ -241,7 +245,17 @@ class Asking(ABC):
         clip = read_clip(source)
         if len(clip) == 1:
             return replace(self.encode_visual(clip.pictures[0]), frames_per_second=fps)
-        return self.encode_visual(sample_frames(clip, fps, self.temporal_factor))
+        most = self.temporal_factor * (self.engine.context // _LEAST_TOKENS + 1)  # more cannot fit
+        return self.encode_visual(sample_frames(clip, fps, self.temporal_factor, most))
+
+    def _check_length(self, shape: Shape) -> None:
+        """ValueError for a clip that the context does not hold, before much is done for it."""
+        needed, context = shape.frames * (shape.height * (shape.width + 1) + 1) + 2, self.engine.context
+        if needed > context:
+            raise ValueError(
+                f"{shape.frames * self.temporal_factor} frames of {shape.width}x{shape.height} tokens are {needed} "
+                f"tokens, and do not fit the model's context of {context}; ask for fewer frames or a smaller size"
+            )
 
     @torch.inference_mode()
     def encode_visual(self, source: Any) -> Visual:
@@ -255,6 +269,9 @@ class Asking(ABC):
             (codes_HW,) = vqmodel.encode(inputs["pixel_values"].to(device), inputs["image_sizes"]).image_tokens
             return Visual(codes_HW.cpu().numpy()[None])
         clip = sample_frames(source, None, self.temporal_factor)
+        factor = pictures.spatial_factor
+        height, width = pictures(Image.fromarray(clip.frames_THWC[0]), return_tensors="pt")["image_sizes"][0].tolist()
+        self._check_length(Shape(height // factor, width // factor, len(clip) // self.temporal_factor))
         groups = np.split(clip.frames_THWC, len(clip) // self.temporal_factor)
         pieces = (pictures(list(group), return_tensors="pt")["pixel_values"][None].to(device) for group in groups)
         codes_THW = torch.cat(list(vqmodel.encode_stream(pieces)), 1)[0]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -230,8 +230,8 @@ def frames_of_animation(
         return frames, None
     turns = _turns_of(times)
     check_pixels(picture.width * picture.height, min(sum(turns), max_frames), max_pixels)
-    repeated = [frame for frame, again in zip(frames, turns, strict=True) for _ in range(again)]
-    return repeated[:max_frames], 1000 * len(repeated) / sum(times)
+    repeated = (frame for frame, again in zip(frames, turns, strict=True) for _ in range(again))
+    return list(islice(repeated, max_frames)), 1000 * sum(turns) / sum(times)
 
 
 def _turns_of(times: Sequence[float]) -> list[int]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature
 
-from emu3.clips import MAX_FRAMES, Clip, read_clip
+from emu3.clips import MAX_FRAMES, Clip, check_pixels, read_clip
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.options import check_number, check_whole
 from emu3.pictures import to_array
@@ -155,7 +155,8 @@ def sample_frames(clip: Clip, fps: float | None, factor: int, most: int = 2**31)
     source, count = clip.frames_per_second, len(clip)
     places = np.arange(count)
     if fps is not None and source is not None and fps != source:
-        wanted = max(1, int(count * fps / source + 1e-6))
+        wanted = min(most, max(1, int(count * fps / source + 1e-6)))
+        check_pixels(clip.frames_THWC.shape[1] * clip.frames_THWC.shape[2], wanted)
         places = np.minimum((np.arange(wanted) * source / fps + 1e-6).astype(int), count - 1)
     places = places[: max(factor, min(most, len(places)) // factor * factor)]
     if len(places) < factor:

@@ -403,4 +403,5 @@ def test_a_killed_conversion_leaves_nothing_that_loads(checkpoints, tmp_path: Pa
 def test_what_a_checkpoint_recommends_goes_along(tmp_path: Path) -> None:
     for layout in ("legacy", "documented"):
         convert(resolve("nano") if layout == "legacy" else tmp_path / "legacy", tmp_path / layout, to=layout)
-        assert read_config(tmp_path / layout)["drawing"] == {"guidance_scale": 1.5, "guidance_floor": 0.05}
+        assert read_config(tmp_path / layout)["drawing"] == read_config(resolve("nano"))["drawing"]
+        assert read_config(tmp_path / layout)["clips"]["frames"] == 12

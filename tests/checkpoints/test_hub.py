@@ -92,7 +92,7 @@ def test_the_headers_say_what_the_whole_says(served: list[int], capsys: pytest.C
     assert json.loads(capsys.readouterr().out) == inspect(NANO).to_dict() | {
         "path": "owner/nano",
         "tokenizer_files": ["tokenizer.json", "tokenizer_config.json"],
-        "abilities": ["draw", "read"],
+        "abilities": ["draw", "read", "edit", "film", "tell"],
         "missing": [],
     }
 

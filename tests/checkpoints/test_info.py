@@ -69,8 +69,8 @@ def test_other_abilities_are_refused(make_checkpoint, abilities) -> None:
         inspect(folder)
 
 
-def test_nano_draws_and_reads() -> None:
-    assert inspect(NANO).abilities == ("draw", "read")
+def test_nano_goes_in_every_direction() -> None:
+    assert inspect(NANO).abilities == ("draw", "read", "edit", "film", "tell")
 
 
 def test_integer_tensors_take_the_same_memory_in_every_dtype(make_checkpoint) -> None:

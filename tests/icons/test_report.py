@@ -83,7 +83,7 @@ def test_a_long_caption_stays_under_its_picture() -> None:
 
 
 def test_evaluating_the_shipped_checkpoint(tmp_path) -> None:
-    """Few prompts of each part; how good it is at many, docs/evaluate.md says."""
+    """Few prompts of each part; how good it is at many, docs/results says."""
     media = tmp_path / "media"
     media.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(media / "noise.png")

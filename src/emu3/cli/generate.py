@@ -89,7 +89,7 @@ def edit(
     check_words("prompt", prompt)
     completes = mask is not None or below > 0
     if completes and beside:
-        raise ValueError("--beside is for a picture that is drawn anew as a whole; leave out it, or --mask and --below")
+        raise ValueError("--beside is for a picture that is drawn anew as a whole; leave it out, or --mask and --below")
     (path,) = output_paths(output, 1)
     names = [picture, *(beside or [])]
     opened = [read_picture(name) for name in names]
@@ -221,7 +221,7 @@ def tell(
     load: Load,
     prompt: Annotated[str, typer.Argument(help="What to tell, in quotes.", show_default=False)],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A folder, for story.md and its pictures; replaces what is there.")
+        Path, typer.Option("-o", "--output", help="A folder, for story.md and its pictures, 1.png and so on.")
     ] = Path("story"),
     model: ModelOption = "nano",
     as_json: JsonOption = False,
@@ -233,11 +233,13 @@ def tell(
     answer = replace(answer, seed=secrets.randbelow(2**31) if answer.seed is None else answer.seed)
     told = pipeline.tell(prompt, **asdict(answer))
     lines: list[str] = []
+    count = 0
     for part in told:
         if isinstance(part, str):
             lines.append(part)
             continue
-        path = output / f"{1 + sum(line.startswith('![') for line in lines)}.png"
+        count += 1
+        path = output / f"{count}.png"
         write_picture(part, path, {"prompt": prompt, "model": model, "version": __version__, **asdict(answer)})
         lines.append(f"![]({path.name})")
     text = "\n\n".join(lines) + "\n"

@@ -36,9 +36,10 @@ def evaluate(
 ) -> None:
     """Measure all that a checkpoint can: drawing, answers, clips, edits, stories, layout, reconstruction."""
     parse_decoding(decoding)
-    for folder in (output, media):
-        if folder is not None:
-            check_folder(folder)
+    if output is not None:
+        check_folder(output)
+    if media is not None and not media.is_dir():
+        raise ValueError(f"--media {str(media)!r} is no folder; name one with pictures and clips")
     names = [name.strip() for name in only.split(",") if name.strip()]
     check_checkpoint(model, load, *abilities_for(names))
     from emu3.icons.report import evaluate

@@ -24,6 +24,7 @@ from emu3.icons.scenes import TASKS, Scene, Task, render, sample_scene
 from emu3.icons.score import Example, Figure, Line, Score, Section
 from emu3.icons.sprites import ICON
 from emu3.icons.variety import entropy
+from emu3.pictures import open_picture
 from emu3.pipeline import Emu3Pipeline
 from emu3.training.codes import to_pixels
 from emu3.training.reconstruction import ssim
@@ -140,27 +141,27 @@ def captions(run: Run) -> Section:
     return Section("captions", "Descriptions, right to the letter.", (Line("captions", _ask(run, asked)),))
 
 
-def reconstruction(run: Run, media: Path | None = None) -> Section:
-    """Pictures and clips of the icon world, and people's own, encoded and decoded."""
+def reconstruction(run: Run, media: dict[str, list[Any]] | None = None) -> Section:
+    """Pictures and clips of the icon world, and people's own (see `own_media`), encoded and decoded."""
     rng = np.random.default_rng([run.seed, 11])
     scenes = [sample_scene(TASKS[index % len(TASKS)], rng, "test") for index in range(run.count)]
     figures = _compare("icons", [Image.fromarray(render(scene)) for scene in scenes], run)
     clips = [sample_clip(CLIP_TASKS[index % len(CLIP_TASKS)], rng, "test", 3) for index in range(run.count)]
     figures += _compare("clips of icons", [Clip(render_clip(clip), 8) for clip in clips], run)
     examples: list[Example] = []
-    for name, own in _own_media(media).items():
+    for name, own in (media or {}).items():
         figures += _compare(name, own, run, examples)
     about = "Peak signal-to-noise ratio and similarity of structure of what is encoded and decoded."
     return Section("reconstruction", about, figures=tuple(figures), examples=tuple(examples))
 
 
-def _own_media(folder: Path | None) -> dict[str, list[Any]]:
+def own_media(folder: Path | None) -> dict[str, list[Any]]:
     """Pictures and clips of a folder. ValueError where there are none."""
     if folder is None:
         return {}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    pictures: list[Any] = [Image.open(path).convert("RGB") for path in files if path.suffix.lower() in PICTURES]
-    clips: list[Any] = [read_clip(path) for path in files if path.suffix.lower() in CLIPS]
+    pictures: list[Any] = [open_picture(str(path)).convert("RGB") for path in files if path.suffix.lower() in PICTURES]
+    clips: list[Any] = [read_clip(path, LONGEST_CLIP) for path in files if path.suffix.lower() in CLIPS]
     if not pictures and not clips:
         raise ValueError(f"{folder} holds neither pictures nor clips; name a folder that does")
     return {name: own for name, own in (("photographs", pictures), ("films", clips)) if own}
@@ -170,8 +171,6 @@ def _compare(name: str, originals: Sequence[Any], run: Run, examples: list[Examp
     """PSNR in dB and SSIM, means over pictures or clips; each is compared at the size at which it is read."""
     figures = []
     for original in originals:
-        if isinstance(original, Clip):
-            original = Clip(original.frames_THWC[:LONGEST_CLIP], original.frames_per_second)
         made = run.pipeline.decode(run.pipeline.encode_visual(original))
         size = made.pictures[0].size if isinstance(made, Clip) else made.size
         before = [each.resize(size, Image.Resampling.BICUBIC) for each in _frames(original)]
@@ -189,13 +188,10 @@ def _frames(media: Any) -> list[Image.Image]:
     return media.pictures if isinstance(media, Clip) else [media]
 
 
-@torch.inference_mode()
-def reconstruct(pipeline: Emu3Pipeline, pictures: list[Image.Image]) -> list[Image.Image]:
-    """Pictures of one size, encoded and decoded."""
-    inputs = pipeline.processor.image_processor(pictures, return_tensors="pt")
-    vqmodel = pipeline.model.model.vqmodel
-    codes = torch.stack(vqmodel.encode(inputs["pixel_values"], inputs["image_sizes"]).image_tokens)
-    return list(pipeline.processor.postprocess(vqmodel.decode(codes))["pixel_values"])
+def reconstruct(pipeline: Emu3Pipeline, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Pictures, encoded and decoded."""
+    made = [pipeline.decode(pipeline.encode_visual(picture)) for picture in pictures]
+    return [each for each in made if isinstance(each, Image.Image)]
 
 
 def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
@@ -220,7 +216,7 @@ def total(name: str, lines: Sequence[Line]) -> Line:
 
 
 def examples_of(words: Sequence[str], media: Sequence[tuple[Any, ...]], right: Sequence[bool]) -> list[Example]:
-    """The first, and all that are wrong, up to `EXAMPLES`."""
+    """Up to `EXAMPLES`: the first that are right, then the first that are wrong, half of them at most."""
     made = [Example(*each) for each in zip(words, media, right, strict=True)]
     wrong = [each for each in made if not each.right][: EXAMPLES // 2]
     return [*[each for each in made if each.right][: EXAMPLES - len(wrong)], *wrong]

@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from emu3.icons.parts import PARTS, abilities_for
 from emu3.icons.score import Example, Section
 from emu3.options import parse_decoding
 from emu3.pipeline import Emu3Pipeline
+from emu3.whole import write_whole
 
 MEASURES: dict[str, Callable[[Run], Section]] = {
     "drawing": measures.drawing,
@@ -97,6 +99,9 @@ def evaluate(
     """
     parse_decoding(decoding)  # refuses an unknown one before anything is loaded
     needed = abilities_for(only)
+    if media is not None and only and "reconstruction" not in only:
+        raise ValueError("media are for the part reconstruction, which is not asked for; name it, or leave media out")
+    own = measures.own_media(media)
     pipeline = Emu3Pipeline.from_pretrained(folder, **options)
     for ability in needed:
         pipeline.require(ability)
@@ -106,15 +111,15 @@ def evaluate(
     sections = []
     for name in track(names, description="measuring", console=Console(stderr=True)):  # stdout is for the report
         is_own = name == "reconstruction"
-        sections.append(measures.reconstruction(run, media) if is_own else MEASURES[name](run))
+        sections.append(measures.reconstruction(run, own) if is_own else MEASURES[name](run))
     settings = {"model": str(folder), "count": count, "seed": seed, "decoding": decoding}
     settings |= {name: value for name, value in options.items() if name == "int8" and value}
     left_out = () if only else tuple(name for name in PARTS if name not in names)
     report = Report(settings, tuple(sections), left_out)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "report.md").write_text(report.to_table() + "\n")
-        (output / "report.html").write_text(report.to_html())
+        for name, text in (("report.md", report.to_table() + "\n"), ("report.html", report.to_html())):
+            write_whole(output / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return report
 
 

@@ -115,26 +115,26 @@ def stories(run: Run) -> Section:
 def watching(run: Run) -> Section:
     """Descriptions of clips, and what changed between two pictures."""
     moves = [
-        (task, each)
+        (task, each, _split(index) == "test")
         for task in CLIP_TASKS
-        for each in _sample_clips(task, run, number=2)[: -(-run.count // len(CLIP_TASKS))]
+        for index, each in enumerate(_sample_clips(task, run, number=2)[: -(-run.count // len(CLIP_TASKS))])
     ][: run.count]
-    asked = [(WATCH, [Clip(render_clip(each), RATE)]) for _, each in moves]
+    asked = [(WATCH, [Clip(render_clip(each), RATE)]) for _, each, _ in moves]
     said = run.pipeline.chat(asked, max_new_tokens=ANSWER_TOKENS)
-    wanted = [clip_caption(each, task) for task, each in moves]
-    lines = [Line("clips described", _equal(said, wanted))]
+    wanted = [clip_caption(each, task) for task, each, _ in moves]
+    lines = [Line("clips described", _equal(said, wanted, [held_out for *_, held_out in moves]))]
     rng = np.random.default_rng([run.seed, 41])
     changes = [sample_edit(EDIT_KINDS[index % 4], rng, "train") for index in range(run.count)]
     pairs: Any = [
         (COMPARE, [Image.fromarray(render(each.before)), Image.fromarray(render(each.after))]) for each in changes
     ]
     said = run.pipeline.chat(pairs, max_new_tokens=ANSWER_TOKENS)
-    lines.append(Line("changes named", _equal(said, [sentence_of(each) for each in changes])))
+    lines.append(Line("changes named", _equal(said, [sentence_of(each) for each in changes], [False] * len(changes))))
     return Section("watching", "Clips described, and two pictures compared, right to the letter.", tuple(lines))
 
 
-def _equal(said: Sequence[str], wanted: Sequence[str]) -> Score:
-    return Score.of((False, own == right) for own, right in zip(said, wanted, strict=True))
+def _equal(said: Sequence[str], wanted: Sequence[str], held_out: Sequence[bool]) -> Score:
+    return Score.of((each, own == right) for own, right, each in zip(said, wanted, held_out, strict=True))
 
 
 def _split(index: int) -> Split:

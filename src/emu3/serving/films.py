@@ -110,6 +110,7 @@ class Films:
         Raises:
             QueueFull, Draining: not now.
         """
+        self._forget()
         if sum(not film.finished for film in self._films.values()) >= _MOST_UNFINISHED:
             raise QueueFull(1)
         job = self._worker.open([asked], live=True)
@@ -141,6 +142,8 @@ class Films:
                         film.end(None, heard.error)
         finally:
             self._worker.close(job)
+            film.job = None
+            self._forget()
 
     def _forget(self) -> None:
         """The expired, and the oldest ones where there are too many."""

@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from emu3 import __version__
 from emu3.asked import Asked, shape_of
 from emu3.checkpoints.opened import holder
-from emu3.clips import MAX_RATE, Clip
+from emu3.clips import Clip
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Request as EngineRequest
@@ -46,6 +46,8 @@ logger = logging.getLogger("emu3")
 Value = TypeVar("Value")
 
 # Longer pictures are asked for as this long ones.
+MOST_FPS = 500.0
+"""Of clips: more, an animation cannot have."""
 _MOST_RATIO = 100
 # Requests that may wait for tokenizer and pictures.
 _MOST_PREPARED = 64
@@ -153,10 +155,8 @@ class Service:
         if not self.can("film"):
             instead = "; /v1/images/generations draws pictures" if self.can("draw") else ""
             raise Refused(400, f"this checkpoint makes no clips{instead}", code="unsupported")
-        if fps is not None:
-            check_number("fps", fps, 1e-3, MAX_RATE)
         rate = fps or (start.frames_per_second if start is not None and len(start) > 1 else None)
-        rate = rate or self.pipeline.layout.clips.fps
+        rate = check_number("fps", rate or self.pipeline.layout.clips.fps, 1e-3, MOST_FPS)
         ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, start=start)
         film = await self.draw(request, prompt, 1, size, options, ask=ask, film=True)
         return replace(film, more={"frames": film.grid.frames * self.pipeline.temporal_factor, "fps": rate})

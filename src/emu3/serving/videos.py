@@ -56,7 +56,9 @@ async def _read(request: Request, service: Service) -> tuple[Any, Clip | None]:
                 return fields, await service.prepare(request, open_film, content, where)
             address = file or form.get(f"{where}[image_url]")
     if isinstance(address, dict):
-        address = address.get("image_url")
+        if not address.get("image_url"):
+            raise Refused(400, "give image_url, a data URL of a picture or clip", where)
+        address = address["image_url"]
     if address in (None, ""):
         return fields, None
     return fields, await service.prepare(request, read_film, address, service.fetcher, where)

@@ -31,6 +31,7 @@ PADDED = 1.15
 
 
 LENGTHS_ALIKE = 512
+"""The longest sample of a row counts as a multiple of so many tokens."""
 
 CAUSAL: dict[str, Any] = {}
 """How FlashAttention over rows of samples is told to be causal; empty where PyTorch has none."""
@@ -39,8 +40,10 @@ try:
 except ImportError:  # before PyTorch 2.10
     pass
 else:
-    is_causal = "is_causal" in inspect.signature(varlen_attn).parameters  # of PyTorch 2.10
-    CAUSAL |= {"is_causal": True} if is_causal else {"window_size": (-1, 0)}
+    # PyTorch 2.10 has `is_causal`, later ones a window.
+    CAUSAL |= (
+        {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    )
 
 
 class Row(NamedTuple):
