@@ -1,6 +1,8 @@
 """Clips: every way to give one, every file that one is written to, and what is no clip."""
 
 import io
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from emu3 import clips
-from emu3.clips import Clip, read_clip
+from emu3.clips import MAX_FRAMES, Clip, read_clip
 
 
 def frames(count: int = 6, height: int = 16, width: int = 24) -> np.ndarray:
@@ -164,3 +166,17 @@ def test_the_same_frames_are_the_same_bytes() -> None:
         clip.save(file, "mp4")
         files.add(file.getvalue())
     assert len(files) == 1
+
+
+def test_a_frame_that_is_shown_for_long_takes_no_memory(tmp_path: Path) -> None:
+    """One frame of 10 ms and others of many minutes: as many times as frames are kept, and no more."""
+    path = tmp_path / "slow.webp"
+    frames = [Image.new("RGB", (1, 1), (number, 0, 0)) for number in range(50)]
+    times = [10, *[16_000_000] * 49]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, lossless=True)
+    tracemalloc.start()
+    clip = read_clip(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(clip) == MAX_FRAMES and most < 20e6
+    assert clip.frames_THWC[:, 0, 0, 0].tolist() == [0, *[1] * (MAX_FRAMES - 1)]

@@ -115,3 +115,11 @@ def test_it_is_saved_and_loaded(tmp_path):
 def test_what_is_refused(videos, options, reason):
     with pytest.raises(ValueError, match=reason):
         Emu3VideoProcessor(**SMALL)(videos, **options)
+
+
+def test_a_slow_clip_at_a_high_rate_is_refused_before_it_is_made():
+    """Two frames of ten seconds each would become 20,000 frames of 1,000 pixels square."""
+    clip = Clip(np.zeros((2, 1000, 1000, 3), np.uint8), 0.1)
+    with pytest.raises(ValueError, match=r"20000 frames of 1,000,000 pixels are more than"):
+        sample_frames(clip, 1000, 4)
+    assert len(sample_frames(clip, 1000, 4, most=8)) == 8
