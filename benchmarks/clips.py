@@ -30,8 +30,8 @@ from emu3.pipeline import Emu3Pipeline
 
 PROMPTS = ("a clip of a red dog moving left", "a clip of a blue cat growing", "a clip of a moon and a tree crossing")
 DECODERS = ("raster", "jacobi", "predictive", "zipar")
-EXACT = ("raster", "jacobi", "predictive")
-"""These write the same tokens."""
+EXACT = ("raster", "predictive")
+"""These write the same tokens; jacobi has the same distribution."""
 
 
 def decoders(frames: int, rounds: int) -> dict[str, Any]:
