@@ -1,6 +1,6 @@
 """Makes what the README shows of every direction: docs/directions/*.png and *.gif, four times as large.
 
-    python docs/directions.py
+python docs/directions.py
 """
 
 from pathlib import Path

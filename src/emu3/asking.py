@@ -217,7 +217,7 @@ class Asking(ABC):
         rows = tokens_of("below", below, factor) if below else 0
         codes_HW = np.pad(codes_HW, ((0, rows), (0, 0)), constant_values=-1)
         if (codes_HW >= 0).all():
-            raise ValueError("nothing is to be drawn; give a mask, or below")
+            raise ValueError("nothing is to be drawn; give a mask with white where something is, or below")
         return self.draw_requests(prompts, pinned=codes_HW, **options)
 
     def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:

@@ -101,7 +101,7 @@ def read_picture(name: str) -> Image.Image:
             opened.load()
             return opened
     except FileNotFoundError:
-        raise ValueError(f"no picture at {name!r}; name the picture first, then the question") from None
+        raise ValueError(f"no picture at {name!r}; check the spelling (pictures come first, then words)") from None
     except IsADirectoryError:
         raise ValueError(f"{name!r} is a folder; name a picture") from None
     # What Pillow raises depends on the format and on where the file breaks.

@@ -82,7 +82,9 @@ def edit(
     model: ModelOption = "nano",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a picture anew, changed as words say: emu3 edit cat.png "make the cat blue". Its size stays.
+    """Draw a picture anew, changed as words say: emu3 edit cat.png "make the cat blue".
+
+    The result has the size at which the checkpoint reads the picture: nano about 48x48 pixels.
 
     With --mask or --below, only a part is drawn, and the rest keeps its tokens.
     """
@@ -115,7 +117,10 @@ def video(
         Path,
         typer.Option("-o", "--output", help="A .gif, .webp, .mp4, .webm, .mov or .mkv file, or a folder of GIFs."),
     ] = Path("out.gif"),
-    frames: Annotated[int | None, typer.Option(help="How many.", show_default="the checkpoint's, or 16")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="In all, those of --start too; a multiple of 4.", show_default="the checkpoint's, or 16"),
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the checkpoint's, or 24")] = None,
     start: Annotated[
         str | None, typer.Option(help="A picture or clip that it begins with, a file.", show_default=False)
@@ -200,7 +205,9 @@ def chat(
     answer: Answer,
     load: Load,
     picture: Annotated[str, typer.Argument(help="The picture or clip to look at, a file.", show_default=False)],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")] = "Describe the picture.",
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask about it.", show_default="Describe the picture, or the clip.")
+    ] = None,
     beside: Annotated[
         list[str] | None, typer.Option(help="One more picture or clip, after the first; may be given again.")
     ] = None,
@@ -208,9 +215,12 @@ def chat(
     as_json: JsonOption = False,
 ) -> None:
     """Ask about a picture or clip, or about several: emu3 chat before.png "What changed?" --beside after.png."""
-    check_words("question", question)
+    if question is not None:
+        check_words("question", question)
     names = [picture, *(beside or [])]
     opened = [read_media(name) for name in names]
+    if question is None:
+        question = f"Describe the {'clip' if hasattr(opened[0], 'frames_THWC') else 'picture'}."
     said = load_pipeline(model, load, "read").chat(question, opened, **asdict(answer))
     print_out({"picture": picture, "question": question, "answer": said, "model": model} if as_json else said)
 
