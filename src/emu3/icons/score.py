@@ -58,7 +58,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Line:
-    """A score, and its ceiling: that of the truth, encoded and decoded. A part of another line is not counted twice."""
+    """A score, and its ceiling: that of the truth, encoded and decoded."""
 
     name: str
     score: Score

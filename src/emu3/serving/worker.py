@@ -1,10 +1,12 @@
 """One thread that owns the engine, and what the HTTP side asks of it.
 
-    HTTP (asyncio, one thread)              worker (one thread, all of torch)
+    HTTP (asyncio, one thread)              worker (one thread, the engine)
 
     open     counts tokens, or refuses ──►  encode pictures, `Engine.submit`
     listen   ◄── one call for each step ──  `Engine.step`, decode what is finished, previews
     close    ────────────────────────────►  `Engine.cancel`, before the next step
+
+Clips, and pictures to edit, are encoded where tokens are counted, as their codes are part of the prompt.
 
 So requests of all callers run together. One waits for another only where the lanes or tokens of the engine are taken;
 some lanes are for answers, which do not wait for pictures.
