@@ -156,8 +156,9 @@ def convert(
     configs = _target_configs(found, layout)
     if known := abilities or found.raw_config.get("abilities"):
         next(iter(configs.values()))["abilities"] = list(known)
-    if drawing := found.raw_config.get("drawing"):
-        next(iter(configs.values()))["drawing"] = drawing
+    for name in ("drawing", "clips"):
+        if recommended := found.raw_config.get(name):
+            next(iter(configs.values()))[name] = recommended
     total = sum(move.bytes for move in moves)
     done, merged = 0, 0
 

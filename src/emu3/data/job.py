@@ -173,6 +173,7 @@ def tokenize(
     *,
     model: str | Path = "nano",
     area: int | None = None,
+    independent_groups: bool | None = None,
     processes: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -185,6 +186,7 @@ def tokenize(
         out: the folder, or an address that fsspec can open. Where it has shards of this job, the others are made.
         model: a checkpoint, or the folder of a vision tokenizer.
         area: pixels of a picture that is drawn; by default the checkpoint's own.
+        independent_groups: see `Tokenizer.of`.
         processes: how many; by default one for each core, or for each GPU.
         device: "auto", "cpu", "cuda" for all GPUs, or one such as "cuda:1".
         overwrite: whether to make all shards anew.
@@ -194,7 +196,7 @@ def tokenize(
         ValueError: see `Job.run` and `Tokenizer.of`.
     """
     place = Place.of(out)
-    job = Job(Tokenizer.of(model, area), source, place)
+    job = Job(Tokenizer.of(model, area, independent_groups), source, place)
 
     def dispatch(pieces: list[int], on_progress: OnProgress) -> int:
         devices = pick_devices(device, processes)[: len(pieces)]

@@ -88,11 +88,13 @@ class DrawingSettings(Checked):
 class ClipSettings(DrawingSettings):
     """What clips are like, unless a request says otherwise: their frames, how many of them a second, their guidance.
 
-    What is not given of the guidance is that of pictures.
+    What is not given of the guidance is that of pictures. `independent_groups` is true where the data were tokenized
+    so, see `emu3.data.tokenize.Tokenizer`.
     """
 
     frames: int | None = None
     fps: float | None = None
+    independent_groups: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
