@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from emu3.checkpoints.load import pick_device
 from emu3.data.places import Place
@@ -24,6 +23,7 @@ from emu3.data.report import Report, count_shards
 from emu3.data.shards import Shard, shard_name, shard_names
 from emu3.data.sources import Source
 from emu3.data.tokenize import Tokenizer
+from emu3.locks import locked
 
 REPORT = "report.json"
 _WHY = {"source": ": the data were changed, or are others"}
@@ -143,28 +143,14 @@ class Job:
                 f"{file} is no shard of tokenized samples, and stays; remove it, or name another folder"
             ) from error
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Keeps other processes of this machine out of the folder. At an address there is no lock.
 
         Two runs there do the same work twice, and write the same shards.
         """
         if self.place.path is None:
-            yield
-            return
-        lock = FileLock(self.place.path / _LOCK)
-        try:
-            lock.acquire(blocking=False)  # the system releases it however its process ends
-        except Timeout:
-            raise ValueError(
-                f"another process is writing into {self.place}; wait for it, or name another folder"
-            ) from None
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps an open file; releasing the lock removes it there
-                os.unlink(lock.lock_file)
-            lock.release()
+            return nullcontext()
+        return locked(self.place.path / _LOCK, f"into {self.place}")
 
 
 def tokenize(
