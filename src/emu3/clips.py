@@ -24,6 +24,7 @@ from PIL import Image
 
 from emu3.options import check_number
 from emu3.pictures import read_pixels, to_channels_last
+from emu3.suffixes import ANIMATIONS, CLIPS
 
 MAX_FRAMES = 1024
 """Of a clip that is read, unless another number is asked for. What a file has beyond them is left out."""
@@ -36,7 +37,6 @@ MAX_PIXELS = 2**29
 
 _Frame = TypeVar("_Frame")
 _PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "MPO", "BMP", "TIFF")
-_ANIMATIONS, _VIDEOS = (".gif", ".webp"), (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
 _DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
 # What browsers take for a frame that is shown for no time.
@@ -81,11 +81,11 @@ class Clip:
         """
         suffix = format or (Path(os.fspath(file)).suffix if isinstance(file, str | os.PathLike) else "")
         suffix = f".{suffix.lstrip('.').lower()}"
-        if suffix not in _ANIMATIONS + _VIDEOS:
-            known = ", ".join((*_ANIMATIONS, *_VIDEOS))
+        if suffix not in CLIPS:
+            known = ", ".join(CLIPS)
             raise ValueError(f"a clip is not written as {suffix[1:] or 'a file without suffix'!r}; give one of {known}")
         made = io.BytesIO()
-        (self._write_animation if suffix in _ANIMATIONS else self._write_video)(made, suffix[1:])
+        (self._write_animation if suffix in ANIMATIONS else self._write_video)(made, suffix[1:])
         if isinstance(file, str | os.PathLike):
             Path(file).write_bytes(made.getvalue())
         else:
