@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self, cast
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from emu3.matrices import CHUNK, Scheme, dequantize_matrix, quantize_matrix, qua
 
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
+
+Product = TypeVar("Product", bound=Callable[..., Tensor])
 
 # Whether oneDNN multiplies in 8 bits without overflow.
 _VNNI = torch.cpu._is_vnni_supported()
@@ -40,6 +42,27 @@ _NOT_SAVED = (
 )
 # Weights of a head that are in float32 at a time, where there are no kernels.
 _HEAD_CHUNK = 2**22
+
+
+def _opaque(name: str, others: str, outputs: Callable[..., int]) -> Callable[[Product], Product]:
+    """Let the compiler take a product of rows with `others` as one operator, and see nothing but its sizes.
+
+    `outputs` tells how many columns the product has. It must not use `len`: to the compiler that is one number, while a
+    size may be another at the next call.
+    """
+
+    def decorate(product: Product) -> Product:
+        schema = f"(Tensor rows, {others}) -> Tensor"
+        operator = torch.library.custom_op(name, product, mutates_args=(), schema=schema)
+        operator.register_fake(lambda rows, *others: rows.new_empty(rows.shape[0], outputs(*others)))
+
+        @wraps(product)
+        def run(*arguments: Any) -> Tensor:
+            return cast(Tensor, (operator if torch.compiler.is_compiling() else product)(*arguments))
+
+        return cast(Product, run)
+
+    return decorate
 
 
 class Int8Linear(nn.Module):
@@ -87,11 +110,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).float()
         row_scales = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         rows = rows / row_scales + (_ACTIVATION_OFFSET + 0.5)  # positive, so cutting off rounds to nearest
-        if self.packed:
-            multiply = _opaque_multiply_packed if torch.compiler.is_compiling() else _multiply_packed
-            y = multiply(rows, weight, scales)
-        else:
-            y = _multiply(rows, weight) * scales
+        y = _multiply_packed(rows, weight, scales) if self.packed else _multiply(rows, weight) * scales
         y = y * row_scales
         if bias is not None:
             y = y + bias
@@ -113,6 +132,8 @@ def _multiply(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([rows @ part.float().T for part in parts], 1)
 
 
+# The compiler accepts a packed matrix only as a constant of its graph.
+@_opaque("emu3::multiply_packed", "Tensor weight, Tensor scales", lambda weight, scales: scales.shape[0])
 def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """The same with a packed matrix."""
     rows = rows.to(torch.uint8)
@@ -120,17 +141,6 @@ def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, _ACTIVATION_OFFSET, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
-
-
-# The compiler accepts a packed matrix only as a constant of its graph, so it sees the whole product as one operator.
-_opaque_multiply_packed = torch.library.custom_op(
-    "emu3::multiply_packed",
-    _multiply_packed,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
-)
-# `len` is a number to the compiler, and what it compiles is for that one only; a size may be another at the next call.
-_opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(rows.shape[0], scales.shape[0]))
 
 
 class QuantizedLinear(nn.Module):
@@ -205,8 +215,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        multiply = _opaque_multiply_blocks if torch.compiler.is_compiling() else _multiply_blocks
-        y = multiply(rows, self.weight, self.scales, self.scheme.bits)
+        y = _multiply_blocks(rows, self.weight, self.scales, self.scheme.bits)
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -273,8 +282,7 @@ class QuantizedHead(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
 
     def forward(self, x: Tensor) -> Tensor:
-        multiply = _opaque_multiply_head if torch.compiler.is_compiling() else multiply_head
-        y = multiply(x.reshape(-1, x.shape[-1]).float(), self.weight, self.scales)
+        y = multiply_head(x.reshape(-1, x.shape[-1]).float(), self.weight, self.scales)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -288,6 +296,7 @@ def dequantize_head(head: nn.Linear | QuantizedHead, ids: slice) -> Tensor:
     return head.weight[ids]
 
 
+@_opaque("emu3::multiply_head", "Tensor weight, Tensor scales", lambda weight, scales: weight.shape[0])
 def multiply_head(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Rows (rows, inputs) in float32 times the weights of some ids of a `QuantizedHead`: (rows, ids) in float32."""
     if kernels.head_fits(weight) and not rows.requires_grad:  # kernels have no gradients
@@ -296,31 +305,16 @@ def multiply_head(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([rows @ part.T.float() for part in weight.split(step)], 1) * scales
 
 
-_opaque_multiply_head = torch.library.custom_op(
-    "emu3::multiply_head",
-    multiply_head,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
+@_opaque(
+    "emu3::multiply_blocks",
+    "Tensor weight, Tensor scales, int bits",
+    lambda weight, scales, bits: kernels.OUTPUTS * weight.shape[0],
 )
-_opaque_multiply_head.register_fake(lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]))
-
-
 def _multiply_blocks(rows: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     # Kernels have no gradients.
     if rows.device.type == "cpu" and kernels.library() is not None and not rows.requires_grad:
         return kernels.linear(rows, weight, scales, bits)
     return rows @ dequantize_matrix(weight, scales, bits).T
-
-
-_opaque_multiply_blocks = torch.library.custom_op(
-    "emu3::multiply_blocks",
-    _multiply_blocks,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor scales, int bits) -> Tensor",
-)
-_opaque_multiply_blocks.register_fake(
-    lambda rows, weight, scales, bits: rows.new_empty(rows.shape[0], kernels.OUTPUTS * weight.shape[0])
-)
 
 
 def _keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
