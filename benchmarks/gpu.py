@@ -38,9 +38,10 @@ from emu3.generation.events import Failed, Finished, Stepped
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Guidance, Request
 from emu3.generation.sampling import Sampling
+from emu3.matrices import Scheme
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
-from emu3.quantization import QuantizedLinear, Scheme
+from emu3.quantization import QuantizedLinear
 
 PRECISIONS = ("bfloat16", "int8", "int4")
 DECODERS = ("raster", "zipar:16", "zipar:7", "jacobi", "predictive")

@@ -43,7 +43,7 @@ from emu3.generation.grammar import TextGrammar
 from emu3.generation.request import GREEDY, Request
 from emu3.generation.runtime.runner import ModelRunner
 from emu3.generation.sequence import Inputs, Plan, Sequence, Target
-from emu3.quantization import Scheme
+from emu3.matrices import Scheme
 
 PACKAGES = ("llama-cpp-python==0.3.36",)
 CMAKE_ARGS = "-DLLAVA_BUILD=OFF"  # its models that read pictures are a third of what is compiled

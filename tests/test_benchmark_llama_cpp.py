@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from emu3.checkpoints.files import read_headers
 from emu3.checkpoints.load import load_model
 from emu3.checkpoints.quantize import quantize
-from emu3.quantization import QuantizedLinear, Scheme, dequantize_head
+from emu3.matrices import Scheme
+from emu3.quantization import QuantizedLinear, dequantize_head
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

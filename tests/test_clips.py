@@ -48,6 +48,27 @@ def test_still_stretches_keep_their_length(suffix, rate, tmp_path):
     assert len(again) / again.frames_per_second == pytest.approx(16 / rate, abs=0.011)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "webp", None])
+def test_frames_are_spread_over_the_clip(suffix, tmp_path):
+    source = Clip(frames(60), 30.0)
+    if suffix:
+        source.save(tmp_path / f"x.{suffix}")
+    found = read_clip(tmp_path / f"x.{suffix}" if suffix else source, 4, evenly=True)
+    shades = found.frames_THWC[:, 0, 0, 0].astype(int)
+    assert np.diff(shades).min() > 50 and shades[0] < 24 and shades[-1] > 190  # of 20 to 230
+    assert found.frames_per_second == pytest.approx(2, rel=0.1)
+    assert len(read_clip(source, 90, evenly=True)) == 60
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 4), (4, 4), (9, 4), (100, 1), (1000, 7)])
+def test_spread_frames(total, count):
+    kept, rate = clips.spread(iter(range(total)), 10.0, count)
+    assert len(kept) == min(total, count) and kept[0] == 0 and rate == 10 * len(kept) / total
+    if 1 < count < total:
+        steps = np.diff(kept)
+        assert steps.max() <= 2 * steps.min() and kept[-1] >= total - total / count - 1
+
+
 def test_rates_that_cannot_be(tmp_path):
     for rate in (0, -5, float("inf"), float("nan"), 1e9):
         with pytest.raises(ValueError, match="frames_per_second must be"):

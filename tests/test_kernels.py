@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from emu3 import kernels, quantization
-from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear, Scheme, multiply_head
+from emu3 import kernels, matrices, quantization
+from emu3.matrices import Scheme
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear, multiply_head
 
 SCHEMES = [Scheme(8), Scheme(4, 32), Scheme(4, 128)]
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
@@ -99,7 +100,7 @@ def head_of(dtype, outputs, inputs):
     """Weights of a head, and its scales or None."""
     weight = torch.randn(outputs, inputs)
     if dtype == torch.int8:
-        return quantization.quantize_rows(weight)
+        return matrices.quantize_rows(weight)
     return weight.to(dtype), None
 
 
@@ -141,7 +142,7 @@ def test_heads_take_the_largest_and_the_smallest_numbers():
 
 def test_without_kernels_a_head_says_nearly_the_same(monkeypatch):
     torch.manual_seed(0)
-    weight, scales = quantization.quantize_rows(torch.randn(37, 48))
+    weight, scales = matrices.quantize_rows(torch.randn(37, 48))
     x = torch.randn(5, 48)
     with_kernels = multiply_head(x, weight, scales)
     monkeypatch.setattr(kernels, "library", lambda: None)
@@ -193,7 +194,8 @@ def test_without_avx512_the_same_numbers(tmp_path):
     program = """
 import sys, torch
 from emu3 import kernels
-from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme
+from emu3.matrices import Scheme
+from emu3.quantization import QuantizedHead, QuantizedLinear
 if sys.argv[2] == "avx2":
     kernels._FLAGS = tuple("-mavx2 -mfma -mf16c".split()) + tuple(f for f in kernels._FLAGS if f != "-march=native")
 torch.manual_seed(0)
@@ -273,7 +275,7 @@ def test_huge_weights_are_cut_off():
     layer = QuantizedLinear.quantize(nn.Linear(32, 16), Scheme(4, 32))
     weight = torch.zeros(16, 32)
     weight[0, 0], weight[1, 1] = 1e6, -3e5
-    layer.weight, layer.scales = quantization.quantize_matrix(weight, Scheme(4, 32))
+    layer.weight, layer.scales = matrices.quantize_matrix(weight, Scheme(4, 32))
     found = layer.dequantized()
     assert 4e5 < found[0, 0] <= 65504 * 8 and abs(found[1, 1] / -3e5 - 1) < 0.01
     assert float(found.abs().sum()) == float(found[0, 0] - found[1, 1])
@@ -284,7 +286,8 @@ def test_memory_that_runs_out_is_an_error_like_any_other():
     program = """
 import resource, torch
 from emu3 import kernels
-from emu3.quantization import QuantizedLinear, Scheme
+from emu3.matrices import Scheme
+from emu3.quantization import QuantizedLinear
 layer, x = QuantizedLinear(2**16, 16, Scheme(8)), torch.zeros(2**13, 2**16)
 kernels.library()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -146,10 +146,38 @@ def test_clips_of_a_checkpoint(tmp_path):
     (request,) = pipeline.video_requests("a cat")
     ids, v = list(request.prompt_ids), pipeline.layout.vocabulary
     assert pipeline.layout.words.decode(ids[ids.index(v.boi) + 1 : -1]) == "2*4*4"
-    for wrong in ({"fps": 0}, {"frames": "many"}, {"text": 3}):
+    for wrong in ({"fps": 0}, {"frames": "many"}, {"text": 3}, {"independent_groups": 1}):
         (folder / "config.json").write_text(json.dumps(config | {"clips": wrong}))
         with pytest.raises(ValueError, match="clips"):
             Emu3Pipeline.from_pretrained(folder)
+
+
+def test_groups_of_frames_are_clips_of_their_own_where_the_checkpoint_says_so(pipeline):
+    own = Emu3Pipeline(copy.deepcopy(pipeline.model), pipeline.processor)
+    own.model.config.clips = {"independent_groups": True}
+    clip = Clip(noise(12, 16, 16), own.layout.clips.fps)
+    groups = [Clip(frames) for frames in np.split(clip.frames_THWC, 3)]
+    read = own.encode_visual(clip)
+    alone = [pipeline.encode_visual(group).codes_THW for group in groups]
+    assert np.array_equal(read.codes_THW, np.concatenate(alone))
+    assert not np.array_equal(read.codes_THW, pipeline.encode_visual(clip).codes_THW)
+    assert (own.encode_start(clip).codes_THW == read.codes_THW).all()
+
+    (asked,) = own.answer_requests([("What is it?", [clip])])
+    (heard,) = (each for each in own.layout.read(asked.request.prompt_ids) if isinstance(each, Visual))
+    assert np.array_equal(heard.codes_THW, read.codes_THW)
+
+    vqmodel, videos = own.model.model.vqmodel, Emu3VideoProcessor.of(own.processor.image_processor)
+    (result,) = own.results(own.video_requests("a cat", frames=16, start=clip, seed=0))
+    assert np.array_equal(result.codes_THW[:3], read.codes_THW)
+    with torch.inference_mode():
+        frames = [
+            videos.postprocess(vqmodel.decode(torch.tensor(codes)[None, None]))[0].frames_THWC
+            for codes in result.codes_THW
+        ]
+    assert np.array_equal(result.output.frames_THWC, np.concatenate(frames))
+    joint = pipeline.decode(Visual(result.codes_THW))
+    assert not np.array_equal(result.output.frames_THWC, joint.frames_THWC)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_processors_without_vnni_give_the_same(monkeypatch):
     monkeypatch.setattr(quantization, "_LARGEST_UNPACKED", 0)
     expected = Int8Linear(linear)(x)
     monkeypatch.setattr(quantization, "_VNNI", False)
-    monkeypatch.setattr(quantization, "_CHUNK", 512 * 10)
+    monkeypatch.setattr(quantization, "CHUNK", 512 * 10)
     found = Int8Linear(linear)
     assert not found.packed and torch.equal(found(x), expected)
     torch.testing.assert_close(found(x)[0, :2], linear.bias[:2] + 512, rtol=1e-6, atol=1e-3)

@@ -77,6 +77,11 @@ class Asking(ABC):
         """Frames of a clip that share a code."""
         return int(self.model.model.vqmodel.config.temporal_downsample_factor)
 
+    @property
+    def independent_groups(self) -> bool:
+        """Whether each group of frames that share a code is encoded and decoded as a clip of its own."""
+        return bool((getattr(self.model.config, "clips", None) or {}).get("independent_groups"))
+
     def require(self, ability: str) -> None:
         """ValueError where the checkpoint's config.json says that it lacks one of `emu3.options.ABILITIES`."""
         check_ability(ability, getattr(self.model.config, "abilities", None))
@@ -274,7 +279,7 @@ class Asking(ABC):
         self._check_length(Shape(height // factor, width // factor, len(clip) // self.temporal_factor))
         groups = np.split(clip.frames_THWC, len(clip) // self.temporal_factor)
         pieces = (pictures(list(group), return_tensors="pt")["pixel_values"][None].to(device) for group in groups)
-        codes_THW = torch.cat(list(vqmodel.encode_stream(pieces)), 1)[0]
+        codes_THW = torch.cat(list(vqmodel.encode_stream(pieces, self.independent_groups)), 1)[0]
         return Visual(codes_THW.cpu().numpy(), clip.frames_per_second)
 
     @takes(Answer)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from PIL import Image
 
 from emu3.options import check_number
 from emu3.pictures import read_pixels, to_channels_last
+from emu3.suffixes import ANIMATIONS, CLIPS
 
 MAX_FRAMES = 1024
 """Of a clip that is read, unless another number is asked for. What a file has beyond them is left out."""
@@ -34,8 +35,8 @@ MAX_RATE = 1e4
 MAX_PIXELS = 2**29
 """Of all frames of a clip that is read together: 1.6 GB as bytes, 64 frames of 3840x2160."""
 
+_Frame = TypeVar("_Frame")
 _PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "MPO", "BMP", "TIFF")
-_ANIMATIONS, _VIDEOS = (".gif", ".webp"), (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
 _DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
 # What browsers take for a frame that is shown for no time.
@@ -80,11 +81,11 @@ class Clip:
         """
         suffix = format or (Path(os.fspath(file)).suffix if isinstance(file, str | os.PathLike) else "")
         suffix = f".{suffix.lstrip('.').lower()}"
-        if suffix not in _ANIMATIONS + _VIDEOS:
-            known = ", ".join((*_ANIMATIONS, *_VIDEOS))
+        if suffix not in CLIPS:
+            known = ", ".join(CLIPS)
             raise ValueError(f"a clip is not written as {suffix[1:] or 'a file without suffix'!r}; give one of {known}")
         made = io.BytesIO()
-        (self._write_animation if suffix in _ANIMATIONS else self._write_video)(made, suffix[1:])
+        (self._write_animation if suffix in ANIMATIONS else self._write_video)(made, suffix[1:])
         if isinstance(file, str | os.PathLike):
             Path(file).write_bytes(made.getvalue())
         else:
@@ -133,7 +134,7 @@ class Clip:
         return f'<img src="data:image/webp;base64,{data}" width="{width}" style="image-rendering: pixelated">'
 
 
-def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None = None) -> Clip:
+def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None = None, evenly: bool = False) -> Clip:
     """The first frames of a clip, at most `max_frames`.
 
     Args:
@@ -142,16 +143,19 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None 
             picture in any of these forms is a clip of one frame.
         max_frames: what it has beyond them is left out.
         max_pixels: of all frames of a file together. Default: `MAX_PIXELS`.
+        evenly: whether the frames are spread over the whole clip instead, however long a video is. The clip then has as
+            many a second as that comes to.
 
     Raises:
         ValueError: it is none of these, has no frames or frames of several sizes, or is too large; a file is damaged.
     """
+    most = max(max_frames, MAX_FRAMES) if evenly else max_frames
     if isinstance(source, Clip):
-        return Clip(stack_frames(list(source.frames_THWC[:max_frames])), source.frames_per_second)
-    if isinstance(source, Image.Image):
-        frames, rate = frames_of_animation(source, max_frames, max_pixels)
+        frames, rate = list(source.frames_THWC[:most]), source.frames_per_second
+    elif isinstance(source, Image.Image):
+        frames, rate = frames_of_animation(source, most, max_pixels)
     elif isinstance(source, bytes | str | os.PathLike):
-        frames, rate = _read_file(source, max_frames, max_pixels)
+        frames, rate = _read_file(source, most, max_pixels, max_frames if evenly else None)
     else:
         if getattr(source, "ndim", None) in (2, 3):
             source = [source]
@@ -160,8 +164,24 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None 
                 f"{source!r:.80}, a {type(source).__name__}, is no clip; give a list of frames, an array (T, H, W, C), "
                 "or a file's path"
             )
-        frames, rate = [_as_bytes(frame) for frame in source[:max_frames]], None
+        frames, rate = [_as_bytes(frame) for frame in source[:most]], None
+    if evenly:
+        frames, rate = spread(frames, rate, max_frames)
     return Clip(stack_frames(frames), rate)
+
+
+def spread(frames: Iterable[_Frame], rate: float | None, count: int) -> tuple[list[_Frame], float | None]:
+    """At most `count` of many frames, evenly spaced, and their rate. Never are more than four times as many kept."""
+    kept: list[_Frame] = []
+    total, step = 0, 1
+    for frame in frames:
+        if total % step == 0:
+            if len(kept) == 4 * count:
+                kept, step = kept[::2], 2 * step
+            kept.append(frame)
+        total += 1
+    places = np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int)
+    return [kept[place] for place in places], rate and rate * len(places) / max(1, total)
 
 
 def _as_bytes(frame: Any) -> NDArray[np.uint8]:
@@ -184,7 +204,10 @@ def stack_frames(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def _read_file(
-    source: bytes | str | os.PathLike[str], max_frames: int, max_pixels: int | None = None
+    source: bytes | str | os.PathLike[str],
+    max_frames: int,
+    max_pixels: int | None = None,
+    count: int | None = None,
 ) -> tuple[list[NDArray[np.uint8]], float | None]:
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError(f"there is no file {os.fspath(source)!r:.200}; check the spelling")
@@ -194,7 +217,7 @@ def _read_file(
         if not start:
             raise ValueError("the file is empty")
         if not is_animation(start):
-            return frames_of_video(file, max_frames, max_pixels)
+            return frames_of_video(file, max_frames, max_pixels, count)
         try:
             with Image.open(file, formats=_PICTURES) as picture:
                 return frames_of_animation(picture, max_frames, max_pixels)
@@ -248,19 +271,26 @@ def _turns_of(times: Sequence[float]) -> list[int]:
 
 
 def frames_of_video(
-    file: BinaryIO, max_frames: int, max_pixels: int | None = None
+    file: BinaryIO, max_frames: int, max_pixels: int | None = None, count: int | None = None
 ) -> tuple[list[NDArray[np.uint8]], float | None]:
-    """The first frames of a video file, turned upright, and how many a second has. ValueError where it is none."""
-    frames: list[NDArray[np.uint8]] = []
+    """The first frames of a video file, turned upright, and how many a second has. ValueError where it is none.
+
+    With a `count`, so many of all its frames, evenly spaced.
+    """
     with opened_video(file, max_pixels) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate
-        for frame in container.decode(stream):
+        found = stream.average_rate or stream.guessed_rate
+        rate = float(found) if found else None
+        decoded = container.decode(stream)
+        if count is None:
+            decoded = islice(decoded, max_frames)
+        else:
+            decoded, rate = spread(decoded, rate, count)
+        frames: list[NDArray[np.uint8]] = []
+        for frame in decoded:
             check_pixels(frame.width * frame.height, len(frames) + 1, max_pixels)
             turns = round(getattr(frame, "rotation", 0) / 90) % 4
             frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
-            if len(frames) >= max_frames:
-                break
-    return frames, float(rate) if rate else None
+    return frames, rate
 
 
 @contextmanager

@@ -409,6 +409,6 @@ class Emu3Pipeline(Asking):
             picture: Image.Image = self.processor.postprocess(pixels_BCHW.float())["pixel_values"][0]
             return picture
         pictures = []  # bytes, group by group: pixels of a long clip as numbers would take much memory
-        for pixels_BTCHW in self.model.model.vqmodel.decode_stream([codes_THW[None]]):
+        for pixels_BTCHW in self.model.model.vqmodel.decode_stream([codes_THW[None]], self.independent_groups):
             pictures += self.processor.postprocess(pixels_BTCHW[0].float())["pixel_values"]
         return Clip(np.stack([np.asarray(each) for each in pictures]), visual.frames_per_second)

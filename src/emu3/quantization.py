@@ -13,20 +13,21 @@ its activations in float32: each logit is as exact as its weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self, cast
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from emu3 import kernels
+from emu3.matrices import CHUNK, Scheme, dequantize_matrix, quantize_matrix, quantize_rows
 
 if TYPE_CHECKING:
     from emu3.modeling.text import Emu3TextModel
+
+Product = TypeVar("Product", bound=Callable[..., Tensor])
 
 # Whether oneDNN multiplies in 8 bits without overflow.
 _VNNI = torch.cpu._is_vnni_supported()
@@ -35,17 +36,33 @@ _ACTIVATION_OFFSET = 128
 # Elements of a matrix. Up to here `_int_mm` is faster than oneDNN on a matrix packed in the order its kernels read, and
 # fused layers are stored a second time.
 _LARGEST_UNPACKED = 2**20
-_METHOD = "emu3"
 _NOT_SAVED = (
     "layers in 8 bits cannot be saved; save the model before it is quantized, and load with int8, or write a quantized "
     "checkpoint with emu3 quantize"
 )
-# Sums of so many products of 8 bits have 32: 128 * 127 each.
-_MOST_INPUTS = 2**17
-# Weights that are quantized at a time, a megabyte in float32: so few stay in the processor's cache.
-_CHUNK = 2**18
 # Weights of a head that are in float32 at a time, where there are no kernels.
 _HEAD_CHUNK = 2**22
+
+
+def _opaque(name: str, others: str, outputs: Callable[..., int]) -> Callable[[Product], Product]:
+    """Let the compiler take a product of rows with `others` as one operator, and see nothing but its sizes.
+
+    `outputs` tells how many columns the product has. It must not use `len`: to the compiler that is one number, while a
+    size may be another at the next call.
+    """
+
+    def decorate(product: Product) -> Product:
+        schema = f"(Tensor rows, {others}) -> Tensor"
+        operator = torch.library.custom_op(name, product, mutates_args=(), schema=schema)
+        operator.register_fake(lambda rows, *others: rows.new_empty(rows.shape[0], outputs(*others)))
+
+        @wraps(product)
+        def run(*arguments: Any) -> Tensor:
+            return cast(Tensor, (operator if torch.compiler.is_compiling() else product)(*arguments))
+
+        return cast(Product, run)
+
+    return decorate
 
 
 class Int8Linear(nn.Module):
@@ -93,11 +110,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).float()
         row_scales = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         rows = rows / row_scales + (_ACTIVATION_OFFSET + 0.5)  # positive, so cutting off rounds to nearest
-        if self.packed:
-            multiply = _opaque_multiply_packed if torch.compiler.is_compiling() else _multiply_packed
-            y = multiply(rows, weight, scales)
-        else:
-            y = _multiply(rows, weight) * scales
+        y = _multiply_packed(rows, weight, scales) if self.packed else _multiply(rows, weight) * scales
         y = y * row_scales
         if bias is not None:
             y = y + bias
@@ -115,10 +128,12 @@ def _multiply(rows: Tensor, weight: Tensor) -> Tensor:
     rows = rows.floor() - _ACTIVATION_OFFSET
     if _VNNI:
         return torch._int_mm(rows.to(torch.int8), weight.t())
-    parts = weight.split(max(1, _CHUNK // weight.shape[1]))
+    parts = weight.split(max(1, CHUNK // weight.shape[1]))
     return torch.cat([rows @ part.float().T for part in parts], 1)
 
 
+# The compiler accepts a packed matrix only as a constant of its graph.
+@_opaque("emu3::multiply_packed", "Tensor weight, Tensor scales", lambda weight, scales: scales.shape[0])
 def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """The same with a packed matrix."""
     rows = rows.to(torch.uint8)
@@ -126,55 +141,6 @@ def _multiply_packed(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, _ACTIVATION_OFFSET, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
-
-
-# The compiler accepts a packed matrix only as a constant of its graph, so it sees the whole product as one operator.
-_opaque_multiply_packed = torch.library.custom_op(
-    "emu3::multiply_packed",
-    _multiply_packed,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
-)
-# `len` is a number to the compiler, and what it compiles is for that one only; a size may be another at the next call.
-_opaque_multiply_packed.register_fake(lambda rows, weight, scales: rows.new_empty(rows.shape[0], scales.shape[0]))
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How the matrices of the decoder layers, and the head, are stored in a quantized checkpoint.
-
-    Args:
-        bits: of a weight, 8 or 4.
-        group: inputs that share a scale; None: all inputs of an output do. 32 or 128 in 4 bits, None in 8.
-        head_bits: 8; None: the head is not quantized.
-    """
-
-    bits: int
-    group: int | None = None
-    head_bits: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.bits, self.group) not in ((8, None), (4, 32), (4, 128)):
-            raise ValueError(f"bits={self.bits!r} with group={self.group!r} is no scheme; 8 bits, or 4 with 32 or 128")
-        if self.head_bits not in (None, 8):
-            raise ValueError(f"head_bits={self.head_bits!r} is no scheme; a head has 8 bits, or is not quantized")
-
-    def fits(self, inputs: int, outputs: int) -> bool:
-        """Whether a matrix of this size can be stored so. Others stay as they are."""
-        whole_blocks = inputs % (self.group or kernels.GROUP) == 0 and outputs % kernels.OUTPUTS == 0
-        return whole_blocks and inputs <= _MOST_INPUTS
-
-    def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it, under "quantization_config"."""
-        head = {} if self.head_bits is None else {"head_bits": self.head_bits}
-        return {"quant_method": _METHOD, "bits": self.bits, "group_size": self.group, **head}
-
-    @classmethod
-    def of(cls, config: Any) -> Scheme | None:
-        """What a config says under "quantization_config"; None where it is nothing, or a scheme of transformers."""
-        if not isinstance(config, dict) or config.get("quant_method") != _METHOD:
-            return None
-        return cls(config.get("bits", 0), config.get("group_size"), config.get("head_bits"))
 
 
 class QuantizedLinear(nn.Module):
@@ -249,8 +215,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        multiply = _opaque_multiply_blocks if torch.compiler.is_compiling() else _multiply_blocks
-        y = multiply(rows, self.weight, self.scales, self.scheme.bits)
+        y = _multiply_blocks(rows, self.weight, self.scales, self.scheme.bits)
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -317,24 +282,11 @@ class QuantizedHead(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
 
     def forward(self, x: Tensor) -> Tensor:
-        multiply = _opaque_multiply_head if torch.compiler.is_compiling() else multiply_head
-        y = multiply(x.reshape(-1, x.shape[-1]).float(), self.weight, self.scales)
+        y = multiply_head(x.reshape(-1, x.shape[-1]).float(), self.weight, self.scales)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(partial(_keep_dtype, fn), recurse)
-
-
-def quantize_rows(source: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (outputs, inputs) in int8 and scales (outputs,) in float32 of a matrix."""
-    scales, weight = torch.empty(len(source)), torch.empty(source.shape, dtype=torch.int8)
-    step = max(1, _CHUNK // source.shape[1])
-    for start in range(0, len(source), step):
-        rows = source[start : start + step].float()
-        found = rows.abs().amax(1).clamp_min(1e-12) / 127
-        scales[start : start + step] = found
-        weight[start : start + step] = (rows / found[:, None]).round_()
-    return weight, scales
 
 
 def dequantize_head(head: nn.Linear | QuantizedHead, ids: slice) -> Tensor:
@@ -344,6 +296,7 @@ def dequantize_head(head: nn.Linear | QuantizedHead, ids: slice) -> Tensor:
     return head.weight[ids]
 
 
+@_opaque("emu3::multiply_head", "Tensor weight, Tensor scales", lambda weight, scales: weight.shape[0])
 def multiply_head(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Rows (rows, inputs) in float32 times the weights of some ids of a `QuantizedHead`: (rows, ids) in float32."""
     if kernels.head_fits(weight) and not rows.requires_grad:  # kernels have no gradients
@@ -352,93 +305,16 @@ def multiply_head(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([rows @ part.T.float() for part in weight.split(step)], 1) * scales
 
 
-_opaque_multiply_head = torch.library.custom_op(
-    "emu3::multiply_head",
-    multiply_head,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor scales) -> Tensor",
+@_opaque(
+    "emu3::multiply_blocks",
+    "Tensor weight, Tensor scales, int bits",
+    lambda weight, scales, bits: kernels.OUTPUTS * weight.shape[0],
 )
-_opaque_multiply_head.register_fake(lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]))
-
-
-def quantize_matrix(source: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Blocks and scales of a matrix (outputs, inputs); see `QuantizedLinear`."""
-    outputs, inputs = source.shape
-    blocks = outputs // kernels.OUTPUTS
-    weight = torch.empty(blocks, inputs * scheme.bits // 32, 64, dtype=torch.uint8)
-    scales = torch.empty(outputs)
-    if scheme.group is not None:
-        scales = torch.empty(blocks, inputs // scheme.group, kernels.OUTPUTS, dtype=torch.float16)
-    step = max(1, _CHUNK // (kernels.OUTPUTS * inputs))
-    for start in range(0, blocks, step):
-        rows = source[start * kernels.OUTPUTS : (start + step) * kernels.OUTPUTS].float()
-        count = len(rows) // kernels.OUTPUTS
-        if scheme.group is None:
-            found = rows.abs().amax(1).clamp_min(1e-12) / 127
-            scales[start * kernels.OUTPUTS : (start + step) * kernels.OUTPUTS] = found
-            # As `Int8Linear` rounds; plus 128, so that the kernel may take weights as unsigned.
-            whole = (rows / found[:, None]).round_().add_(128).to(torch.uint8)
-            weight[start : start + step] = (
-                whole.view(count, kernels.OUTPUTS, inputs // 4, 4).transpose(1, 2).reshape(count, inputs // 4, 64)
-            )
-        else:
-            grouped = rows.view(len(rows), inputs // scheme.group, scheme.group)
-            scale = _scales_of_groups(grouped)
-            whole = (grouped / scale[..., None].float()).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
-            # From (block, output, 32 inputs, half, four, one of them) to (block, 32 inputs, half, four, output, one).
-            parts = whole.view(count, kernels.OUTPUTS, inputs // 32, 2, 4, 4).permute(0, 2, 3, 4, 1, 5)
-            weight[start : start + step] = (parts[:, :, 0] | (parts[:, :, 1] << 4)).reshape(count, inputs // 8, 64)
-            scales[start : start + step] = scale.view(count, kernels.OUTPUTS, -1).transpose(1, 2)
-    return weight, scales
-
-
-def _scales_of_groups(groups: Tensor) -> Tensor:
-    """A scale in float16 for each group of weights (outputs, groups, size): of a few, the one that rounds them best.
-
-    The largest weight is -8 or 8 scales, on the side where there is one value more; smaller scales cut it off and
-    round the others better.
-    """
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    best = torch.full_like(largest, math.inf)
-    found = torch.ones_like(largest)
-    for values in (-8.0, -7.6, -7.2, -6.8):
-        scale = (largest / values).clamp_(-65504, 65504).half().float()  # the largest of float16
-        scale = torch.where(scale == 0, 1.0, scale)
-        error = ((groups / scale).round_().clamp_(-8, 7) * scale - groups).square_().sum(2, keepdim=True)
-        better = error < best
-        best, found = torch.where(better, error, best), torch.where(better, scale, found)
-    return found.squeeze(2).half()
-
-
-def dequantize_matrix(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The matrix (outputs, inputs) of blocks and scales, in float32."""
-    blocks = len(weight)
-    if bits == 8:
-        inputs = 4 * weight.shape[1]
-        whole = weight.view(blocks, inputs // 4, kernels.OUTPUTS, 4).transpose(1, 2).reshape(-1, inputs)
-        return (whole.float() - 128) * scales[:, None]
-    inputs = 8 * weight.shape[1]
-    halves = torch.stack([weight & 15, weight >> 4], 1).view(blocks, 2, inputs // 32, 4, kernels.OUTPUTS, 4)
-    whole = halves.permute(0, 4, 2, 1, 3, 5).reshape(blocks, kernels.OUTPUTS, scales.shape[1], -1)
-    return ((whole.float() - 8) * scales.transpose(1, 2)[..., None].float()).view(-1, inputs)
-
-
 def _multiply_blocks(rows: Tensor, weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     # Kernels have no gradients.
     if rows.device.type == "cpu" and kernels.library() is not None and not rows.requires_grad:
         return kernels.linear(rows, weight, scales, bits)
     return rows @ dequantize_matrix(weight, scales, bits).T
-
-
-_opaque_multiply_blocks = torch.library.custom_op(
-    "emu3::multiply_blocks",
-    _multiply_blocks,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor scales, int bits) -> Tensor",
-)
-_opaque_multiply_blocks.register_fake(
-    lambda rows, weight, scales, bits: rows.new_empty(rows.shape[0], kernels.OUTPUTS * weight.shape[0])
-)
 
 
 def _keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         why = error.strerror or error
-        raise ValueError(f"cannot write {str(path)!r}: {why}; mend that, or give -o another name") from error
+        raise ValueError(f"cannot write {str(path)!r}: {why}; mend that, or name another place") from error
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -146,6 +146,13 @@ def test_remote_code_is_neither_run_nor_passed_on(original, converted: Path, tmp
 
 
 def test_the_way_back_gives_the_original_settings(original, converted: Path, tmp_path: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    own = {"drawing": {"guidance_scale": 2.0}, "clips": {"independent_groups": True}}
+    shutil.copytree(converted, tmp_path / "own")
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | own))
+    convert(tmp_path / "own", tmp_path / "recommends", to="baai")
+    assert json.loads((tmp_path / "recommends" / "language" / "config.json").read_text()).items() >= own.items()
+
     convert(converted, tmp_path / "back", to="baai")
     for part in ("language", "vision"):
         before = json.loads((original.folder / part / "config.json").read_text())

@@ -1,5 +1,6 @@
 """Samples to codes: the same as the model's own, whatever is beside them; what is broken; clips and conversations."""
 
+import json
 import pickle
 import shutil
 from dataclasses import dataclass, replace
@@ -165,6 +166,23 @@ def test_clips_keep_their_time(encoder):
     expected = encoder.network.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)[None], [[48, 48]]).image_tokens[0]
     assert visual.frames_per_second == 8 and np.array_equal(visual.codes_THW, expected.numpy())
     assert broken == [Broken("b", "a clip of 3 frames is too short; it needs 4, which share a code")]
+
+
+@torch.inference_mode()
+def test_groups_on_their_own(encoder, tokenizer, tmp_path):
+    """Where they are asked for, or where the checkpoint says so; the codes are those of each group alone."""
+    folder = shutil.copytree(NANO, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config["clips"]["independent_groups"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    assert not tokenizer.independent_groups
+    own = Tokenizer.of(folder)
+    assert own.settings == Tokenizer.of("nano", independent_groups=True).settings != tokenizer.settings
+    assert Tokenizer.of(folder, independent_groups=False).settings == tokenizer.settings
+    clip = np.stack([np.asarray(noise(seed, 48, 48)) for seed in range(8)])
+    alone = np.concatenate([encoder.encode([group]) for group in np.split(clip, 2)], 1)
+    assert np.array_equal(replace(encoder, tokenizer=own).encode([clip]), alone)
+    assert not np.array_equal(encoder.encode([clip]), alone)
 
 
 def test_only_the_vision_tokenizer_is_loaded(tokenizer, tmp_path):

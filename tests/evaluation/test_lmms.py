@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emu3.clips import Clip
 from emu3.evaluation.lmms import LmmsModel, Model
-from emu3.icons.captions import DESCRIBE, full_caption, questions
+from emu3.icons.captions import DESCRIBE, WATCH, full_caption, questions
+from emu3.icons.motion import clip_caption, render_clip, sample_clip
 from emu3.icons.scenes import TASKS, Scene, SceneObject, render, sample_scene
 
 TASK = """\
@@ -44,7 +46,7 @@ metadata:
 """
 UTILS = """\
 def pictures(doc):
-    return [doc["image"].convert("RGB")]
+    return [doc["film"] or doc["image"].convert("RGB")]
 
 
 def judge(doc, results):
@@ -53,19 +55,24 @@ def judge(doc, results):
 
 
 def write_task(folder: Path, count: int) -> None:
-    """A task named "icons": its YAML file, functions, and data of `count` questions."""
+    """A task named "icons": its YAML file, functions, and data of `count` questions, every third about a film."""
     from datasets import Dataset
     from datasets import Image as Picture
 
     dice = np.random.default_rng(0)
-    rows: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[Any]] = {"image": [], "question": [], "answer": [], "film": []}
     for number in range(count):
         scene = sample_scene(TASKS[number % len(TASKS)], dice, "train")
         asked = [(each.text, each.answer) for each in questions(scene)] + [(DESCRIBE, full_caption(scene))]
         question, answer = asked[number % len(asked)]
-        for name, value in zip(rows, (Image.fromarray(render(scene)), question, answer), strict=True):
+        film = None
+        if number % 3 == 2:
+            moves, film = sample_clip("single_motion", dice, "train", 3), str(folder / f"{number}.mp4")
+            Clip(render_clip(moves), 8).save(film)
+            question, answer = WATCH, clip_caption(moves, "single_motion")
+        for name, value in zip(rows, (Image.fromarray(render(scene)), question, answer, film), strict=True):
             rows[name].append(value)
-    folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(rows).cast_column("image", Picture()).to_parquet(folder / "icons.parquet")
     (folder / "icons.yaml").write_text(TASK.format(data=folder / "icons.parquet"))
     (folder / "utils.py").write_text(UTILS)
@@ -117,6 +124,30 @@ def request_of(number: int, options: dict[str, Any]) -> Any:
     return SimpleNamespace(args=("words", messages, options, number, "icons", "test"))
 
 
+def request_with(part: dict[str, Any], question: str = WATCH) -> Any:
+    content = [part, {"type": "text", "text": question}]
+    options = {"max_new_tokens": 32, "temperature": 0}
+    return SimpleNamespace(
+        args=("words", lambda _: [{"role": "user", "content": content}], options, 0, "icons", "test")
+    )
+
+
+def test_videos_are_watched(tmp_path: Path) -> None:
+    """From files and as arrays; of long ones, as many frames as fit, over all of it."""
+    model = model_without_runner(batch_size=2)
+    moves = sample_clip("single_motion", np.random.default_rng(3), "train", 3)
+    film, words = render_clip(moves), clip_caption(moves, "single_motion")
+    Clip(film, 8).save(tmp_path / "film.webp")
+    Clip(film.repeat(4, 0), 32).save(tmp_path / "many.mp4")
+    sources = [str(tmp_path / "film.webp"), film, str(tmp_path / "many.mp4")]
+    requests = [request_with({"type": "video", "url": each}) for each in sources]
+    assert model.generate_until(requests) == [words] * 3
+    part = model._part({"type": "video", "url": str(tmp_path / "many.mp4")})
+    assert len(part["video"]) == 16 and part["video"].frames_per_second == pytest.approx(32 / 3, rel=0.05)
+    few = model_without_runner(max_frames=4)._part({"type": "video", "url": str(tmp_path / "film.webp")})["video"]
+    assert len(few) == 4 and few.frames_per_second is None
+
+
 @pytest.mark.parametrize("batch", [1, "3"])
 def test_requests_are_answered_in_order_each_with_its_options(batch: Any) -> None:
     model = model_without_runner(batch_size=batch)
@@ -140,11 +171,15 @@ def test_what_it_cannot_do_is_said() -> None:
     for ask in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(NotImplementedError, match="choose tasks whose output_type is generate_until"):
             ask([])
-    film = SimpleNamespace(
-        args=("", lambda d: [{"role": "user", "content": [{"type": "video"}]}], {}, 0, "icons", "test")
-    )
-    with pytest.raises(NotImplementedError, match="emu3 reads pictures, and this task has video"):
-        model.generate_until([film])
+    for part, reason in (
+        ({"type": "audio", "url": "a.wav"}, "emu3 reads pictures and videos, and this task has audio"),
+        ({"type": "video", "url": {"path": "a.mp4", "video_start": 2}}, "this task names parts of them"),
+        ({"type": "video", "url": "a.mp4", "end_time": 2.0}, "this task names parts of them"),
+    ):
+        with pytest.raises(NotImplementedError, match=reason):
+            model.generate_until([request_with(part)])
+    with pytest.raises(ValueError, match="there is no file 'a"):
+        model.generate_until([request_with({"type": "video", "url": "a.mp4"})])
     with pytest.raises(ValueError, match="unknown option 'length_penalty'"):
         model.generate_until([request_of(0, {"length_penalty": 2})])
     with pytest.raises(ValueError, match="batch_size must be a whole number, got 'auto'; give one, as 16"):

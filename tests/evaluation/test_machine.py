@@ -10,7 +10,8 @@ from torch import nn
 
 from emu3 import kernels, quantization
 from emu3.evaluation.machine import Products, kernel_of, products_of, reading
-from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear, Scheme
+from emu3.matrices import Scheme
+from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
 

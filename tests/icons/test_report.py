@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from emu3.clips import Clip
-from emu3.icons.measures import judge_pictures, psnr
+from emu3.icons.measures import judge_pictures
 from emu3.icons.prompts import evaluation_prompts
 from emu3.icons.report import Report, evaluate
 from emu3.icons.scenes import render
@@ -16,11 +16,6 @@ def test_score_counts_known_and_held_out_apart() -> None:
     assert score == Score(known_right=1, known=2, held_out_right=2, held_out=3)
     assert score.share == pytest.approx(3 / 5)
     assert score + Score(1, 1, 0, 0) == Score(2, 3, 2, 3)
-
-
-def test_psnr_of_a_known_error() -> None:
-    target = np.full((4, 4, 3), 100, np.uint8)
-    assert psnr(target + np.uint8(5), target) == pytest.approx(20 * np.log10(255 / 5))
 
 
 def test_true_scenes_satisfy_their_prompts_and_exchanged_ones_do_not() -> None:

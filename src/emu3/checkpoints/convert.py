@@ -12,16 +12,14 @@ is merged into its base on the way, also where the layout stays.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -45,6 +43,7 @@ from emu3.checkpoints.merge import Merge
 from emu3.checkpoints.opened import Opened, companions, open_checkpoint
 from emu3.checkpoints.settings import read_original_config
 from emu3.configuration import Emu3Config
+from emu3.locks import locked
 from emu3.modeling.legacy import legacy_name
 from emu3.options import ABILITIES
 from emu3.processing import Emu3Processor
@@ -156,8 +155,9 @@ def convert(
     configs = _target_configs(found, layout)
     if known := abilities or found.raw_config.get("abilities"):
         next(iter(configs.values()))["abilities"] = list(known)
-    if drawing := found.raw_config.get("drawing"):
-        next(iter(configs.values()))["drawing"] = drawing
+    for name in ("drawing", "clips"):
+        if recommended := found.raw_config.get(name):
+            next(iter(configs.values()))[name] = recommended
     total = sum(move.bytes for move in moves)
     done, merged = 0, 0
 
@@ -197,27 +197,19 @@ def staged_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     With `resume` it is left behind as it is by failures too, and the next process goes on in it.
     Raises ValueError if `target` exists or another process is writing it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder, lock = target.with_name(f".{target.name}.unfinished"), FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        # The system releases the lock however its process ends, so a folder without a lock is stale.
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"another process is writing {target}; wait for it, or name another folder") from None
-    try:
-        if target.exists():
-            raise ValueError(f"{target} is there already; remove it, or name another folder")
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=resume)
-        yield folder
-        folder.rename(target)
-    finally:
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # Windows keeps an open file; releasing the lock removes it there
-            os.unlink(lock.lock_file)
-        lock.release()
+    folder = target.with_name(f".{target.name}.unfinished")
+    with locked(target.with_name(f".{target.name}.lock"), str(target)):  # so a folder without a lock is stale
+        try:
+            if target.exists():
+                raise ValueError(f"{target} is there already; remove it, or name another folder")
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(exist_ok=resume)
+            yield folder
+            folder.rename(target)
+        finally:
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_shards(

@@ -35,12 +35,13 @@ from emu3.checkpoints.settings import (
     read_picture_settings,
 )
 from emu3.configuration import Emu3Config
+from emu3.matrices import Scheme
 from emu3.modeling.legacy import documented_name
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.text import Emu3DecoderLayer
 from emu3.options import only_for_cpus
 from emu3.processing import Emu3Processor
-from emu3.quantization import Scheme, check_int8, quantize_layer
+from emu3.quantization import check_int8, quantize_layer
 from emu3.tokenization import CONTROL_TOKENS, encode_plain
 from emu3.vocabulary import SURFACES
 

@@ -20,8 +20,9 @@ from emu3.checkpoints.convert import copy_companions, staged_folder
 from emu3.checkpoints.files import INDEX, TensorHeader, read_json, write_json
 from emu3.checkpoints.merge import Merge
 from emu3.checkpoints.opened import open_checkpoint
+from emu3.matrices import Scheme, quantize_matrix, quantize_rows
 from emu3.modeling.legacy import documented_name
-from emu3.quantization import QuantizedHead, QuantizedLinear, Scheme, quantize_matrix, quantize_rows, use_scheme
+from emu3.quantization import QuantizedHead, QuantizedLinear, use_scheme
 
 # Of a file of weights, unless one tensor is larger; so much is in memory at a time, beside the files that are mapped.
 _SHARD_BYTES = 5 * 10**8

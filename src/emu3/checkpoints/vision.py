@@ -79,6 +79,7 @@ class PictureSettings:
     Attributes:
         spatial_factor: pixels of a code's side.
         temporal_factor: frames that share a code.
+        independent_groups: whether each group of these is a clip of its own for the vision tokenizer.
         resample: PIL's number of the filter that resizes.
         levels_VC: normalised value of each byte in each channel, float32 (256, 3).
         min_pixels, max_pixels: limits of the area of a picture that is read; None where the folder does not say.
@@ -87,6 +88,7 @@ class PictureSettings:
 
     spatial_factor: int
     temporal_factor: int
+    independent_groups: bool
     resample: int
     levels_VC: NDArray[np.float32]
     min_pixels: int | None
@@ -119,10 +121,12 @@ def read_picture_settings_of(folder: Path) -> PictureSettings:
     levels = processor.preprocess(
         bytes_, do_resize=False, data_format="channels_last", input_data_format="channels_last"
     )
+    clips = {} if is_vision_tokenizer(folder) else read_config(folder).get("clips") or {}
     area = read_json(folder / _PICTURE_FILES[0]).get("image_area")
     return PictureSettings(
         spatial_factor=factor,
         temporal_factor=config.temporal_downsample_factor,
+        independent_groups=bool(clips.get("independent_groups")),
         resample=int(processor.resample),
         levels_VC=np.asarray(levels["pixel_values"][0], np.float32)[:, 0],
         min_pixels=processor.size["min_pixels"] if has_settings else None,

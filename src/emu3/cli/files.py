@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emu3.suffixes import CLIPS
 from emu3.whole import write_whole
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 
 PICTURES = (".png",)
-CLIPS = (".gif", ".webp", ".mp4", ".webm", ".mov", ".mkv", ".m4v", ".avi")
 
 
 def write_picture(picture: Image.Image, path: Path, record: dict[str, Any]) -> None:

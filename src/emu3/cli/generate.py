@@ -19,7 +19,6 @@ from emu3.cli.common import (
     takes_options,
 )
 from emu3.cli.files import (
-    CLIPS,
     check_folder,
     output_paths,
     read_media,
@@ -30,6 +29,7 @@ from emu3.cli.files import (
     write_text,
 )
 from emu3.options import Answer, Draw, Load, Serve, check_words
+from emu3.suffixes import ANIMATIONS, CLIPS
 
 if TYPE_CHECKING:
     from emu3.generation.request import Request
@@ -115,7 +115,7 @@ def video(
     ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="A .gif, .webp, .mp4, .webm, .mov or .mkv file, or a folder of GIFs."),
+        typer.Option("-o", "--output", help=f"A file that ends in {', '.join(CLIPS)}; or a folder for GIFs."),
     ] = Path("out.gif"),
     frames: Annotated[
         int | None,
@@ -132,7 +132,7 @@ def video(
     for prompt in prompts:
         check_words("prompt", prompt)
     paths = output_paths(output, len(prompts), CLIPS)
-    if paths[0].suffix.lower() not in (".gif", ".webp"):
+    if paths[0].suffix.lower() not in ANIMATIONS:
         need_packages(f"writing {paths[0].suffix[1:]}", "video", "av")
     begin = None if start is None else read_start(start)
     pipeline = load_pipeline(model, load, "film")

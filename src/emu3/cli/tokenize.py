@@ -33,6 +33,14 @@ def tokenize(
     area: Annotated[
         int | None, typer.Option(help="Pixels of a picture that is to be drawn.", show_default="the checkpoint's")
     ] = None,
+    independent_groups: Annotated[
+        bool | None,
+        typer.Option(
+            "--independent-groups/--joint-groups",
+            help="Whether frames of a clip that share a code see no earlier ones.",
+            show_default="as the checkpoint's",
+        ),
+    ] = None,
     kind: Annotated[
         str | None, typer.Option(help="What SOURCE is, where its name does not say; `emu3 data` names the kinds.")
     ] = None,
@@ -56,6 +64,7 @@ def tokenize(
     from emu3.data.job import tokenize as tokenize_here
 
     options: dict[str, Any] = {"model": model, "area": area, "processes": processes, "device": device}
+    options["independent_groups"] = independent_groups
     try:
         with _bar() as on_progress:
             if ray is None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from emu3.checkpoints.load import pick_device
 from emu3.data.places import Place
@@ -24,6 +23,7 @@ from emu3.data.report import Report, count_shards
 from emu3.data.shards import Shard, shard_name, shard_names
 from emu3.data.sources import Source
 from emu3.data.tokenize import Tokenizer
+from emu3.locks import locked
 
 REPORT = "report.json"
 _WHY = {"source": ": the data were changed, or are others"}
@@ -143,28 +143,14 @@ class Job:
                 f"{file} is no shard of tokenized samples, and stays; remove it, or name another folder"
             ) from error
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Keeps other processes of this machine out of the folder. At an address there is no lock.
 
         Two runs there do the same work twice, and write the same shards.
         """
         if self.place.path is None:
-            yield
-            return
-        lock = FileLock(self.place.path / _LOCK)
-        try:
-            lock.acquire(blocking=False)  # the system releases it however its process ends
-        except Timeout:
-            raise ValueError(
-                f"another process is writing into {self.place}; wait for it, or name another folder"
-            ) from None
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps an open file; releasing the lock removes it there
-                os.unlink(lock.lock_file)
-            lock.release()
+            return nullcontext()
+        return locked(self.place.path / _LOCK, f"into {self.place}")
 
 
 def tokenize(
@@ -173,6 +159,7 @@ def tokenize(
     *,
     model: str | Path = "nano",
     area: int | None = None,
+    independent_groups: bool | None = None,
     processes: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -185,6 +172,7 @@ def tokenize(
         out: the folder, or an address that fsspec can open. Where it has shards of this job, the others are made.
         model: a checkpoint, or the folder of a vision tokenizer.
         area: pixels of a picture that is drawn; by default the checkpoint's own.
+        independent_groups: see `Tokenizer.of`.
         processes: how many; by default one for each core, or for each GPU.
         device: "auto", "cpu", "cuda" for all GPUs, or one such as "cuda:1".
         overwrite: whether to make all shards anew.
@@ -194,7 +182,7 @@ def tokenize(
         ValueError: see `Job.run` and `Tokenizer.of`.
     """
     place = Place.of(out)
-    job = Job(Tokenizer.of(model, area), source, place)
+    job = Job(Tokenizer.of(model, area, independent_groups), source, place)
 
     def dispatch(pieces: list[int], on_progress: OnProgress) -> int:
         devices = pick_devices(device, processes)[: len(pieces)]

@@ -21,14 +21,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from emu3.clips import Clip, frames_of_animation, frames_of_video, opened_video, stack_frames
 from emu3.data.samples import Media
+from emu3.suffixes import ANIMATIONS, VIDEOS
 
 PICTURES = frozenset(
     [".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 )
 """Suffixes of pictures, among them some that not every Pillow reads: these are told as broken, not passed over."""
-CLIPS = frozenset([".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".mpeg"])
-MAY_MOVE = frozenset((".gif", ".webp"))
-"""Suffixes of files that hold either a picture or a clip."""
+CLIPS = frozenset([*VIDEOS, ".mpg", ".mpeg"])
+"""Suffixes of clips, and of nothing else."""
 
 _EXIF, _ORIENTATION, _TURNED = "exif", 0x0112, (5, 6, 7, 8)
 _PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
@@ -71,7 +71,7 @@ def media_of(file: bytes | str, name: str = "") -> Media:
     suffix = PurePosixPath(name or (file if isinstance(file, str) else "")).suffix.lower()
     if suffix in CLIPS:
         return Media("clip", file)
-    if suffix in PICTURES and suffix not in MAY_MOVE:
+    if suffix in PICTURES and suffix not in ANIMATIONS:
         return Media("picture", file)
     try:
         with open_file(file) as opened:

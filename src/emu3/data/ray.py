@@ -53,6 +53,7 @@ def tokenize(
     address: str = LOCAL,
     model: str | Path = "nano",
     area: int | None = None,
+    independent_groups: bool | None = None,
     processes: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -75,7 +76,7 @@ def tokenize(
         )
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {device!r:.40} is for one machine; with Ray it is auto, cpu or cuda")
-    job = Job(Tokenizer.of(model, area), source, place)
+    job = Job(Tokenizer.of(model, area, independent_groups), source, place)
 
     def dispatch(pieces: list[int], on_progress: OnProgress) -> int:
         tally = Tally(len(pieces), job.tokenizer.codebook_size)

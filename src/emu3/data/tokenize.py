@@ -69,6 +69,8 @@ class Tokenizer:
         pictures: how pictures become pixels.
         sizes: the sizes that pictures get.
         max_frames: of a clip.
+        independent_groups: whether each group of frames that share a code is a clip of its own, which sees no earlier
+            frame.
     """
 
     model: str
@@ -77,14 +79,16 @@ class Tokenizer:
     pictures: PictureSettings
     sizes: Sizes
     max_frames: int = MAX_FRAMES
+    independent_groups: bool = False
 
     @classmethod
-    def of(cls, model: str | Path, area: int | None = None) -> Tokenizer:
+    def of(cls, model: str | Path, area: int | None = None, independent_groups: bool | None = None) -> Tokenizer:
         """That of a checkpoint.
 
         Args:
             model: "nano", a folder, or a hub id in the local cache. The folder may hold only a vision tokenizer.
             area: pixels of a picture that is drawn; by default the checkpoint's own.
+            independent_groups: by default what the checkpoint's config.json says under "clips".
 
         Raises:
             ValueError: the checkpoint cannot be used, has no area of its own, or the area is too small.
@@ -102,7 +106,16 @@ class Tokenizer:
             resample=pictures.resample,
         )
         network = load_vision_tokenizer(folder)
-        return cls(str(model), tokenizer_hash(network), network.config.codebook_size, pictures, sizes)
+        if independent_groups is None:
+            independent_groups = pictures.independent_groups
+        return cls(
+            str(model),
+            tokenizer_hash(network),
+            network.config.codebook_size,
+            pictures,
+            sizes,
+            independent_groups=independent_groups,
+        )
 
     @property
     def settings(self) -> str:
@@ -113,9 +126,13 @@ class Tokenizer:
             "temporal_factor": self.pictures.temporal_factor,
             "max_frames": self.max_frames,
         }
+        groups = ""
+        if self.independent_groups:  # said only then, so that shards of others keep their settings
+            whole["independent_groups"] = True
+            groups = "independent groups, "
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
         height, width = self.sizes.draw[0]
-        return f"draw {height}x{width}, read {self.sizes.min_pixels}..{self.sizes.max_pixels} pixels, {digest}"
+        return f"draw {height}x{width}, read {self.sizes.min_pixels}..{self.sizes.max_pixels} pixels, {groups}{digest}"
 
     def info(self, source: Source, piece: int) -> ShardInfo:
         """What a piece's shard says that it was made by: so one of a source that was changed is not taken for done.
@@ -257,8 +274,11 @@ class Encoder:
         # Products of GPUs must have all bits of float32, and come out the same every time.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             pictures_BCHW = pixels_BTCHW[:, 0].contiguous(memory_format=torch.channels_last)
-            latents = self.network.latents(pixels_BTCHW if len(shape) == 4 else pictures_BCHW)[1]
-            codes_BTHW = self.network.quantize(latents)
+            if len(shape) == 4 and self.tokenizer.independent_groups:
+                codes_BTHW = torch.cat(list(self.network.encode_stream([pixels_BTCHW], independent=True)), 1)
+            else:
+                latents = self.network.latents(pixels_BTCHW if len(shape) == 4 else pictures_BCHW)[1]
+                codes_BTHW = self.network.quantize(latents)
         return codes_BTHW[: len(pictures)].cpu().numpy()
 
     def _encode_into(self, waiting: list[tuple[_Slot, Pixels]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from emu3.clips import Clip, read_clip
 from emu3.options import Answer, Load, check_whole, make
 
 try:
@@ -37,6 +38,7 @@ class LmmsModel(Model):
     Args:
         pretrained: "nano", a folder, or a hub id.
         batch_size: conversations that are answered at once.
+        max_frames: of a video. A longer one gives so many, evenly spaced.
         max_batch_size: left out of account.
         **options: those of `emu3.options.Load`; lmms-eval's own `--device` is one of them.
     """
@@ -44,7 +46,12 @@ class LmmsModel(Model):
     is_simple = False
 
     def __init__(
-        self, pretrained: str = "nano", batch_size: Any = 1, max_batch_size: Any = None, **options: Any
+        self,
+        pretrained: str = "nano",
+        batch_size: Any = 1,
+        max_batch_size: Any = None,
+        max_frames: int = 16,
+        **options: Any,
     ) -> None:
         super().__init__()
         from emu3.pipeline import Emu3Pipeline
@@ -53,6 +60,7 @@ class LmmsModel(Model):
         if not count.isdecimal():
             raise ValueError(f"batch_size must be a whole number, got {batch_size!r:.80}; give one, as 16")
         self.batch_size = check_whole("batch_size", int(count))
+        self.max_frames = check_whole("max_frames", max_frames)
         make(Load, options)  # names what is wrong before anything is loaded
         self.pipeline = Emu3Pipeline.from_pretrained(pretrained, **options)
         self.pipeline.require("read")
@@ -88,20 +96,31 @@ class LmmsModel(Model):
 
     def _conversation(self, request: Any) -> list[Message]:
         _, messages_of, _, document, task, split = request.args
-        return [_message(each) for each in messages_of(self.task_dict[task][split][document])]
+        return [self._message(each) for each in messages_of(self.task_dict[task][split][document])]
 
+    def _message(self, message: Mapping[str, Any]) -> Message:
+        """A message of lmms-eval as one of ours."""
+        content = message["content"]
+        if isinstance(content, str):
+            return message
+        return {"role": message["role"], "content": [self._part(each) for each in content]}
 
-def _message(message: Mapping[str, Any]) -> Message:
-    """A message of lmms-eval, whose pictures are under "url", as one of ours."""
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if part["type"] not in ("text", "image"):
-            raise NotImplementedError(f"emu3 reads pictures, and this task has {part['type']}; choose another task")
-        parts.append(dict(part) if part["type"] == "text" else {"type": "image", "image": part["url"]})
-    return {"role": message["role"], "content": parts}
+    def _part(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """A part of a message of lmms-eval, whose pictures and videos are under "url"."""
+        kind = part["type"]
+        if kind == "text":
+            return dict(part)
+        if kind == "image":
+            return {"type": "image", "image": part["url"]}
+        if kind != "video":
+            raise NotImplementedError(f"emu3 reads pictures and videos, and this task has {kind}; choose another task")
+        video = part["url"]
+        if isinstance(video, Mapping) or part.get("start_time") is not None or part.get("end_time") is not None:
+            raise NotImplementedError("emu3 reads whole videos, and this task names parts of them; choose another task")
+        clip = read_clip(video, self.max_frames, evenly=True)
+        if (clip.frames_per_second or 0) < self.pipeline.layout.clips.fps:  # frames are not shown twice to fill it up
+            clip = Clip(clip.frames_THWC)
+        return {"type": "video", "video": clip}
 
 
 def _options(wanted: Mapping[str, Any]) -> dict[str, Any]:

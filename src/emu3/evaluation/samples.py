@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from emu3 import __version__
@@ -32,6 +29,7 @@ from emu3.evaluation.suites import Prompt, SampleFile, Suite, read_prompts, suit
 from emu3.generation.events import Event, Tokens
 from emu3.generation.grammar import GridGrammar
 from emu3.generation.request import Request
+from emu3.locks import locked
 from emu3.options import MOST_SEED, DrawSamples, Load, check_whole, make, takes
 from emu3.pipeline import Emu3Pipeline
 from emu3.whole import remove_unfinished, write_whole
@@ -123,7 +121,7 @@ def write_samples(
         **_plan(files, draw.seed),
     }
     target = folder / "manifest.json" if asked.manifest_inside else folder.with_name(f"{folder.name}.manifest.json")
-    with _locked(target):
+    with locked(target.with_name(f".{target.name}.lock"), f"the samples of {target}"):
         manifest = _go_on(target, manifest, folder)
         remove_unfinished(folder)
         missing = [file for file in files if not (folder / file.path).is_file()]
@@ -315,23 +313,3 @@ def _difference(was: Any, now: Any) -> tuple[str, str]:
         name = next(name for name in {**now, **was} if was.get(name) != now.get(name))
         return f"{name}={was.get(name)!r:.80}", f"{name}={now.get(name)!r:.80}"
     return f"{was!r:.80}", f"{now!r:.80}"
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keeps other processes of this machine from writing the same samples."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.with_name(f".{target.name}.lock"))
-        lock.acquire(blocking=False)  # the system releases it however its process ends
-    except Timeout:
-        raise ValueError(f"another process is writing the samples of {target}; wait for it") from None
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"cannot write {str(target)!r}: {why}; name another folder with -o") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows keeps an open file; releasing the lock removes it there
-            os.unlink(lock.lock_file)
-        lock.release()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from emu3.clips import Clip, read_clip
@@ -27,7 +26,7 @@ from emu3.icons.variety import entropy
 from emu3.pictures import open_picture
 from emu3.pipeline import Emu3Pipeline
 from emu3.training.codes import to_pixels
-from emu3.training.reconstruction import ssim
+from emu3.training.reconstruction import psnr, ssim
 
 QUESTION_KINDS = ("what", "color", "count", "where")
 ANSWER_TOKENS = 48
@@ -175,9 +174,9 @@ def _compare(name: str, originals: Sequence[Any], run: Run, examples: list[Examp
         size = made.pictures[0].size if isinstance(made, Clip) else made.size
         before = [each.resize(size, Image.Resampling.BICUBIC) for each in _frames(original)]
         after = _frames(made)[: len(before)]
-        pairs = [[torch.from_numpy(np.stack([np.asarray(p) for p in each]))] for each in (after, before[: len(after)])]
-        error = float(np.mean([psnr(np.asarray(a), np.asarray(b)) for a, b in zip(after, before, strict=False)]))
-        figures.append((error, float(ssim(*(to_pixels(each[0]) for each in pairs)).mean())))
+        both = (torch.from_numpy(np.stack([np.asarray(p) for p in each])) for each in (after, before[: len(after)]))
+        pixels, target = map(to_pixels, both)
+        figures.append([float(measure(pixels, target).mean()) for measure in (psnr, ssim)])
         if examples is not None and len(examples) < EXAMPLES:
             examples.append(Example(name, (before[0], after[0])))
     errors, likeness = np.mean(figures, 0)
@@ -192,12 +191,6 @@ def reconstruct(pipeline: Emu3Pipeline, pictures: Sequence[Image.Image]) -> list
     """Pictures, encoded and decoded."""
     made = [pipeline.decode(pipeline.encode_visual(picture)) for picture in pictures]
     return [each for each in made if isinstance(each, Image.Image)]
-
-
-def psnr(picture: NDArray[np.uint8], target: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures with values 0 to 255."""
-    error = np.square(picture.astype(np.float64) - target).mean()
-    return float(10 * np.log10(255.0**2 / max(error, 1e-6)))
 
 
 def judge_pictures(prompts: list[EvaluationPrompt], pictures: list[Image.Image]) -> list[bool]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -11,12 +12,14 @@ from emu3.clips import Clip
 from emu3.icons.captions import COMPARE, WATCH
 from emu3.icons.clip_judge import ClipVerdict, judge_clip, wanted_of
 from emu3.icons.edits import EDIT_KINDS, Edit, judge_edit, sample_edit
-from emu3.icons.measures import ANSWER_TOKENS, Run, examples_of, psnr, reconstruct, total
+from emu3.icons.measures import ANSWER_TOKENS, Run, examples_of, reconstruct, total
 from emu3.icons.motion import CLIP_TASKS, FRAMES, ClipTask, clip_caption, render_clip, sample_clip
 from emu3.icons.motion import Clip as Moves
 from emu3.icons.scenes import Split, render
 from emu3.icons.score import Example, Figure, Line, Score, Section
 from emu3.icons.stories import LEAST, judge_story, sample_story, sentence_of
+from emu3.training.codes import to_pixels
+from emu3.training.reconstruction import psnr
 
 SCENES, RATE = 3, 8.0
 """Of the clips: frames of codes, and frames a second."""
@@ -60,7 +63,7 @@ def continuation(run: Run) -> Section:
             made = run.pipeline.extend(given, words, frames=FRAMES, seed=run.seed + index, decoding=run.decoding)
             next_frames, last = truth[-FRAMES:], np.repeat(truth[-FRAMES - 1 : -FRAMES], FRAMES, 0)
             found = (made.frames_THWC[-FRAMES:], last, _through(run, Clip(truth, RATE)).frames_THWC[-FRAMES:])
-            own = [psnr(frames, next_frames) for frames in found]
+            own = [float(psnr(_as_one(frames), _as_one(next_frames))) for frames in found]
             for name, error in zip(errors, own, strict=True):
                 errors[name].append(error)
             better += Score.of([(index % 2 == 0, own[0] > own[1])])
@@ -151,6 +154,11 @@ def _through(run: Run, clip: Clip) -> Clip:
     made = run.pipeline.decode(run.pipeline.encode_visual(clip))
     assert isinstance(made, Clip)
     return made
+
+
+def _as_one(frames_THWC: NDArray[np.uint8]) -> torch.Tensor:
+    """Pixels (1, T, C, H, W), so that all frames count as one picture."""
+    return to_pixels(torch.from_numpy(frames_THWC))[None]
 
 
 def _judge(made: Sequence[Clip], moves: Sequence[Moves], task: ClipTask) -> list[ClipVerdict]:

@@ -15,11 +15,12 @@ from transformers.utils import can_return_tuple, logging
 
 from emu3.configuration import Emu3Config
 from emu3.generation.grammar import GridGrammar, close_rows
+from emu3.matrices import Scheme
 from emu3.modeling.legacy import LEGACY_PREFIXES
 from emu3.modeling.pretrained import Kwargs
 from emu3.modeling.text import Emu3PreTrainedModel, Emu3TextModel, apply_head
 from emu3.modeling.vision import Emu3VQVAE, Emu3VQVAEModelOutput
-from emu3.quantization import Scheme, use_scheme
+from emu3.quantization import use_scheme
 from emu3.vocabulary import EMU3, SURFACES, VISUAL_PREFIX, Vocabulary, visual_codes
 
 logger = logging.get_logger(__name__)

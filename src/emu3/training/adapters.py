@@ -11,6 +11,9 @@ from typing import Any, cast
 
 from torch import nn
 
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""All of a layer."""
+
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, modules: Sequence[str], dropout: float = 0.0) -> Any:
     """Puts adapters beside matrices of the text model's layers, in place; only they get gradients.

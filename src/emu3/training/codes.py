@@ -14,6 +14,7 @@ from torch import Tensor
 from emu3.data.tokenize import tokenizer_hash
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.training.loop import prefetch
+from emu3.whole import write_whole
 
 
 @torch.no_grad()
@@ -33,7 +34,6 @@ def encode(
     """
     path = folder / f"codes-{name}-{tokenizer_hash(tokenizer)[:8]}.safetensors"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = smallest_dtype(tokenizer.config.codebook_size)
         device = tokenizer.quantize.embedding.weight.device
         parts = []
@@ -41,9 +41,7 @@ def encode(
         for pictures_BHWC in track(batches, total=len(starts), description=f"encoding {name}"):
             codes_BHW = tokenizer.quantize(tokenizer.latents(to_pixels(pictures_BHWC.to(device)))[1])[:, 0]
             parts.append(codes_BHW.cpu().numpy().astype(dtype))
-        fresh = path.with_suffix(".new")  # a kill leaves no half file under the name that is looked for
-        save_file({"codes": np.concatenate(parts)}, fresh)
-        fresh.replace(path)
+        write_whole(path, lambda fresh: save_file({"codes": np.concatenate(parts)}, fresh))
     return load_file(path)["codes"]
 
 

@@ -33,7 +33,7 @@ from emu3.options import ABILITIES, GUIDANCE, Draw
 from emu3.processing import Emu3Processor
 from emu3.segments import Text
 from emu3.tokenization import train_tokenizer, vocabulary_map
-from emu3.training.adapters import add_adapters
+from emu3.training.adapters import MATRICES, add_adapters
 from emu3.training.drawings import Drawings
 from emu3.training.loop import Hook, rate_factor, run_loop
 from emu3.training.machine import computes_in
@@ -88,11 +88,13 @@ class DrawingSettings(Checked):
 class ClipSettings(DrawingSettings):
     """What clips are like, unless a request says otherwise: their frames, how many of them a second, their guidance.
 
-    What is not given of the guidance is that of pictures.
+    What is not given of the guidance is that of pictures. `independent_groups` is true where the data were tokenized
+    so, see `emu3.data.tokenize.Tokenizer`.
     """
 
     frames: int | None = None
     fps: float | None = None
+    independent_groups: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +207,7 @@ class LoraRecipe(FinetuneRecipe):
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules: tuple[str, ...] = MATRICES
     learning_rate: float = 2e-4
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from emu3.data.shards import open_shards
 from emu3.data.tokenize import tokenizer_hash
 from emu3.modeling.draft import load_draft
 from emu3.pipeline import Emu3Pipeline
-from emu3.training.adapters import add_adapters
+from emu3.training.adapters import MATRICES, add_adapters
 from emu3.training.dpo import DPO, DPOSettings, PairBatches
 from emu3.training.grpo import GRPO, GRPOSettings, PromptBatch, load_function
 from emu3.training.loop import rate_factor, run_loop
@@ -62,7 +62,7 @@ class PreferenceRecipe(RunSettings):
     batch_size: int = 4
     rank: int = 0
     alpha: float = 32.0
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules: tuple[str, ...] = MATRICES
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
     warmup: int = 10

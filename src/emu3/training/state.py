@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from emu3.whole import write_whole
+
 # Frozen weights are those of a checkpoint, which the recipe names.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
 
@@ -163,9 +165,7 @@ def trim_log(folder: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [json.dumps(report) + "\n" for report in read_log(folder) if report["step"] <= step]
-    fresh = path.with_name(".log.jsonl")
-    fresh.write_text("".join(kept))
-    fresh.replace(path)
+    write_whole(path, lambda fresh: fresh.write_text("".join(kept)))
 
 
 def note_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -173,10 +173,7 @@ def note_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     path = folder / "settings.json"
     now = json.loads(json.dumps(settings, default=str))
     before = json.loads(path.read_text()) if path.is_file() and saved_states(folder) else now
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(".settings.json")
-    fresh.write_text(json.dumps(now, indent=2) + "\n")
-    fresh.replace(path)
+    write_whole(path, lambda fresh: fresh.write_text(json.dumps(now, indent=2) + "\n"))
     names = [name for name in now if name in before and now[name] != before[name]]
     return [f"{name}: {before[name]} before, {now[name]} from here on" for name in names]
 

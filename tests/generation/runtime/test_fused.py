@@ -11,9 +11,10 @@ from emu3 import kernels
 from emu3.generation.runtime.cache import SlotCache
 from emu3.generation.runtime.forward import Forward
 from emu3.generation.runtime.fused import FusedLayers
+from emu3.matrices import Scheme
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.text import RMSNorm
-from emu3.quantization import QuantizedLinear, Scheme, quantize_int8
+from emu3.quantization import QuantizedLinear, quantize_int8
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no kernels for this machine")
 

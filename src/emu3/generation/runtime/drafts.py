@@ -21,9 +21,10 @@ from emu3.generation.runtime.forward import SMALL_MATRIX, Linear, fuse_linears, 
 from emu3.generation.runtime.head import Head
 from emu3.generation.sampling import Sampling, probabilities
 from emu3.generation.sequence import Hidden, Plan, Sequence
+from emu3.matrices import Scheme
 from emu3.modeling.draft import DraftHead, around
 from emu3.modeling.parallel import whole
-from emu3.quantization import QuantizedLinear, Scheme
+from emu3.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from emu3.modeling.multimodal import Emu3ForConditionalGeneration
