@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu3.asked import are_several, tokens_of
+from emu3.asked import are_several
 from emu3.asking import Asking
 from emu3.checkpoints import resolve
 from emu3.checkpoints.memory import check_fits, free_memory
@@ -32,6 +32,7 @@ from emu3.options import Answer, Draw, Load, check_text, check_whole, make, take
 from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
 from emu3.results import Clips, Pictures, Result, Stream
 from emu3.segments import Text, Visual
+from emu3.sizes import tokens_of
 
 if TYPE_CHECKING:
     from emu3.modeling.draft import DraftHead

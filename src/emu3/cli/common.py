@@ -16,6 +16,7 @@ import typer
 from emu3.options import Load, check_ability, only_for_cpus
 
 if TYPE_CHECKING:
+    from emu3.cli.ahead import Settings
     from emu3.pipeline import Emu3Pipeline
 
 _CHECKPOINT = "Checkpoint: nano (shipped), a folder (also of an adapter), or a hub id owner/name."
@@ -79,6 +80,13 @@ def check_checkpoint(model: str, load: Load, *abilities: str) -> None:
 def _may_have_gpu() -> bool:
     """Whether this may be a machine with a GPU: on Linux, one with the device file of NVIDIA, AMD or WSL."""
     return sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+
+
+def settings_of(model: str, load: Load) -> "Settings":
+    """What a checkpoint's settings tell before it is loaded."""
+    from emu3.cli.ahead import Settings
+
+    return Settings.of(model, load)
 
 
 def load_pipeline(model: str, load: Load, *abilities: str) -> "Emu3Pipeline":

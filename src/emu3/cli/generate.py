@@ -16,6 +16,7 @@ from emu3.cli.common import (
     need_packages,
     print_out,
     progress,
+    settings_of,
     takes_options,
 )
 from emu3.cli.files import (
@@ -58,6 +59,7 @@ def image(
     if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
         typer.echo(f"{len(prompts)} prompts of one word each; quote the words of one picture", err=True)
     paths = output_paths(output, len(prompts))
+    settings_of(model, load).check_size(draw)
     pipeline = load_pipeline(model, load, "draw")
     draw = _with_seed(pipeline, draw)
     requests = pipeline.draw_requests(prompts, **asdict(draw))
@@ -96,6 +98,10 @@ def edit(
     names = [picture, *(beside or [])]
     opened = [read_picture(name) for name in names]
     hole = None if mask is None else read_picture(mask)
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    if completes:
+        settings.check_part(opened[0], hole, below)
     pipeline = load_pipeline(model, load, "draw" if completes else "edit")
     draw = _with_seed(pipeline, draw)
     if completes:
@@ -135,6 +141,9 @@ def video(
     if paths[0].suffix.lower() not in (".gif", ".webp"):
         need_packages(f"writing {paths[0].suffix[1:]}", "video", "av")
     begin = None if start is None else read_start(start)
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    settings.check_frames(frames)
     pipeline = load_pipeline(model, load, "film")
     draw = _with_seed(pipeline, draw, film=True)
     requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
