@@ -77,7 +77,7 @@ def test_several_clips_and_a_start(tiny, picture, tmp_path, capsys):
 def test_an_edit(tiny, picture, tmp_path, capsys):
     out = tmp_path / "blue.png"
     more = ["--beside", picture, "--seed", 3, "--model", tiny, "--json"]
-    code, said, _ = run(capsys, "edit", picture, "make the cat blue", "-o", out, *more)
+    code, said, told = run(capsys, "edit", picture, "make the cat blue", "-o", out, *more)
     assert code == 0
     (record,) = json.loads(said)
     assert record["pictures"] == [str(picture)] * 2 and record["seed"] == 3
@@ -86,6 +86,18 @@ def test_an_edit(tiny, picture, tmp_path, capsys):
     written = Image.open(out)
     assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert json.loads(written.text["emu3"])["prompt"] == "make the cat blue"
+    assert (record["resized"], told) == ([], "")
+
+
+def test_an_edit_tells_when_it_resizes(tiny, picture, tmp_path, capsys):
+    large = tmp_path / "large.png"
+    Image.new("RGB", (60, 30)).save(large)
+    more = ["--beside", large, "-o", tmp_path / "out.png", "--model", tiny, "--json"]
+    code, said, told = run(capsys, "edit", picture, "make the cat blue", *more)
+    assert (code, told) == (0, f"note: {large} is resized from 60x30 to 20x8 pixels, as it is read\n")
+    (record,) = json.loads(said)
+    assert record["resized"] == [{"picture": str(large), "from": [60, 30], "to": [20, 8]}]
+    assert (record["width"], record["height"]) == (20, 8)
 
 
 @pytest.mark.parametrize(

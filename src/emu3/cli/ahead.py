@@ -61,6 +61,13 @@ class Settings:
         limits = {name: self.pictures[name] for name in ("min_pixels", "max_pixels") if name in self.pictures}
         return smart_resize(height, width, self.factor, **limits)
 
+    def resized(self, name: str, picture: Image.Image) -> dict[str, Any] | None:
+        """From which size to which a picture is resized, both (width, height) in pixels; None where it is not."""
+        (height, width), (new_height, new_width) = upright_size(picture), self.size_read(picture)
+        if (height, width) == (new_height, new_width):
+            return None
+        return {"picture": name, "from": (width, height), "to": (new_width, new_height)}
+
     def check_part(self, picture: Image.Image, mask: Image.Image | None, below: int) -> None:
         """ValueError for a mask of another size than the picture, or where nothing of the picture is to be drawn."""
         height, width = self.size_read(picture)

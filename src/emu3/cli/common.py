@@ -126,6 +126,11 @@ def progress(description: str, in_bytes: bool = False) -> Iterator[Callable[[int
         yield lambda done, in_all: bar.update(task, completed=done, total=in_all)
 
 
+def note(text: str) -> None:
+    """Tell something beside the result, on stderr."""
+    typer.echo(f"note: {text}", err=True)
+
+
 def print_out(value: Any) -> None:
     """Text as it is, anything else as JSON."""
     typer.echo(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))

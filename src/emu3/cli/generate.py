@@ -14,6 +14,7 @@ from emu3.cli.common import (
     ModelOption,
     load_pipeline,
     need_packages,
+    note,
     print_out,
     progress,
     settings_of,
@@ -102,13 +103,18 @@ def edit(
     settings.check_size(draw)
     if completes:
         settings.check_part(opened[0], hole, below)
+    resized = [change for each in zip(names, opened, strict=True) if (change := settings.resized(*each))]
+    for change in resized:
+        (width, height), (new_width, new_height) = change["from"], change["to"]
+        note(f"{change['picture']} is resized from {width}x{height} to {new_width}x{new_height} pixels, as it is read")
     pipeline = load_pipeline(model, load, "draw" if completes else "edit")
     draw = _with_seed(pipeline, draw)
     if completes:
         requests = pipeline.complete_requests(opened[0], [prompt], mask=hole, below=below, **asdict(draw))
     else:
         requests = pipeline.edit_requests([opened], [prompt], **asdict(draw))
-    record = {"prompt": prompt, "pictures": names} | ({"mask": mask, "below": below} if completes else {})
+    record: dict[str, Any] = {"prompt": prompt, "pictures": names, "resized": resized}
+    record |= {"mask": mask, "below": below} if completes else {}
     print_out(_make(pipeline, requests, [path], [record], model, load, draw, as_json))
 
 
