@@ -130,6 +130,9 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["edit", "cat.png", "a cat", "--mask", "mask.png"], "the mask has 20x10 pixels, and the picture 48x48"),
         (["edit", "cat.png", "a cat", "--mask", "black.png"], "nothing is to be drawn"),
         (["edit", "cat.png", "a cat", "--below", "6"], "below must be a positive multiple of 4 pixels, got 6"),
+        (["edit", "moves.gif", "make it blue"], "'moves.gif' is a clip, and only pictures are edited; `emu3 video"),
+        (["edit", "cat.png", "blue.png"], "the prompt 'blue.png' is the name of a file; give more files by --beside"),
+        (["chat", "cat.png", "mask.png"], "the question 'mask.png' is the name of a file; give more files by --beside"),
         (["eval", "nono"], "unknown checkpoint 'nono'"),
         (["eval", "draws", "--only", "answers"], "this checkpoint does not answer or read pictures"),
         (["eval", "nano", "--only", "films"], "'films' is not measured"),
@@ -167,6 +170,7 @@ def test_what_arguments_and_files_tell_is_told_before_torch_is_imported(
     (tmp_path / "empty").mkdir()
     Image.new("L", (20, 10)).save(tmp_path / "mask.png")
     Image.new("L", (48, 48)).save(tmp_path / "black.png")
+    Image.new("L", (48, 48)).save(tmp_path / "moves.gif", save_all=True, append_images=[Image.new("L", (48, 48), 9)])
     for name, ability in (("draws", "draw"), ("reads", "read")):
         config = json.loads((shutil.copytree(tiny_checkpoint, tmp_path / name) / "config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(config | {"abilities": [ability]}))

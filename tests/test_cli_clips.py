@@ -74,6 +74,13 @@ def test_several_clips_and_a_start(tiny, picture, tmp_path, capsys):
     assert code == 0 and len(read_clip(tmp_path / "more.webp")) == 12
 
 
+def test_prompts_of_one_word_each_get_a_hint(tiny, tmp_path, capsys):
+    more = ["--frames", 8, "-o", tmp_path / "out", "--model", tiny]
+    code, said, told = run(capsys, "video", "a", "dog", *more)
+    assert (code, said.count("8 frames")) == (0, 2)
+    assert told == "note: 2 prompts of one word each; if they are one prompt, put it in quotes\n"
+
+
 def test_an_edit(tiny, picture, tmp_path, capsys):
     out = tmp_path / "blue.png"
     more = ["--beside", picture, "--seed", 3, "--model", tiny, "--json"]

@@ -23,10 +23,11 @@ from emu3.cli.common import (
 from emu3.cli.files import (
     CLIPS,
     check_folder,
+    check_is_no_file,
     output_paths,
     read_media,
-    read_picture,
     read_start,
+    read_still,
     write_clip,
     write_picture,
     write_text,
@@ -55,10 +56,7 @@ def image(
     as_json: JsonOption = False,
 ) -> None:
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
-    for prompt in prompts:
-        check_words("prompt", prompt)
-    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
-        typer.echo(f"{len(prompts)} prompts of one word each; quote the words of one picture", err=True)
+    _check_prompts(prompts)
     paths = output_paths(output, len(prompts))
     settings_of(model, load).check_size(draw)
     pipeline = load_pipeline(model, load, "draw")
@@ -92,13 +90,14 @@ def edit(
     With --mask or --below, only a part is drawn, and the rest keeps its tokens.
     """
     check_words("prompt", prompt)
+    check_is_no_file("prompt", prompt)
     completes = mask is not None or below > 0
     if completes and beside:
         raise ValueError("--beside is for a picture that is drawn anew as a whole; leave it out, or --mask and --below")
     (path,) = output_paths(output, 1)
     names = [picture, *(beside or [])]
-    opened = [read_picture(name) for name in names]
-    hole = None if mask is None else read_picture(mask)
+    opened = [read_still(name) for name in names]
+    hole = None if mask is None else read_still(mask)
     settings = settings_of(model, load)
     settings.check_size(draw)
     if completes:
@@ -141,8 +140,7 @@ def video(
     as_json: JsonOption = False,
 ) -> None:
     """Film clips from words; with --start, go on with a clip or animate a picture."""
-    for prompt in prompts:
-        check_words("prompt", prompt)
+    _check_prompts(prompts)
     paths = output_paths(output, len(prompts), CLIPS)
     if paths[0].suffix.lower() not in (".gif", ".webp"):
         need_packages(f"writing {paths[0].suffix[1:]}", "video", "av")
@@ -155,6 +153,13 @@ def video(
     requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
     records = [{"prompt": prompt, "start": start} for prompt in prompts]
     print_out(_make(pipeline, requests, paths, records, model, load, draw, as_json))
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    for prompt in prompts:
+        check_words("prompt", prompt)
+    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
+        note(f"{len(prompts)} prompts of one word each; if they are one prompt, put it in quotes")
 
 
 def _with_seed(pipeline: "Emu3Pipeline", draw: Draw, film: bool = False) -> Draw:
@@ -232,6 +237,7 @@ def chat(
     """Ask about a picture or clip, or about several: emu3 chat before.png "What changed?" --beside after.png."""
     if question is not None:
         check_words("question", question)
+        check_is_no_file("question", question)
     names = [picture, *(beside or [])]
     opened = [read_media(name) for name in names]
     if question is None:
