@@ -42,6 +42,7 @@ def content(server, film, **query):
     return answer.content, answer.headers["content-type"]
 
 
+@pytest.mark.filterwarnings("ignore::emu3.learned.NotLearned")
 def test_openai_makes_a_clip(client, nano):
     extra = {"seed": 3, "decoding": "raster"}
     made = client.videos.create(model="sora-2", prompt=DOG, seconds="12", size="1280x1280", extra_body=extra)

@@ -149,7 +149,11 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
     # How pictures are drawn unless a request says otherwise.
     "drawing": _object(_GUIDANCE),
     # How clips are opened, see `emu3.layout.ClipText`, and what they are like unless a request says otherwise.
-    "clips": _object(_GUIDANCE | {"text": _NAME | _NULL, "fps": _real(1e-3, 1e4) | _NULL, "frames": _SIZE | _NULL}),
+    "clips": _object(
+        _GUIDANCE
+        | {"text": _NAME | _NULL, "fps": _real(1e-3, 1e4) | _NULL, "frames": _SIZE | _NULL}
+        | {"lengths": _list_of(_SIZE, 0, 1000) | _NULL}  # in frames, that it has learned
+    ),
 }
 """config.json."""
 

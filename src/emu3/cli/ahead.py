@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emu3.checkpoints import resolve
-from emu3.checkpoints.opened import processor_folder, read_settings
+from emu3.checkpoints.opened import processor_folder, read_learned, read_settings
 from emu3.checkpoints.settings import read_picture_settings
+from emu3.learned import Learned
 from emu3.options import Draw, Load, check_whole
 from emu3.segments import Shape
 from emu3.sizes import check_drawn, frames_of_codes, smart_resize, tokens_of, tokens_to_draw, upright_size
@@ -24,16 +25,19 @@ class Settings:
     Attributes:
         config: config.json.
         pictures: the image processor's.
+        learned: what it says that it has learned.
     """
 
     config: Mapping[str, Any]
     pictures: Mapping[str, Any]
+    learned: Learned
 
     @classmethod
     def of(cls, model: str, load: Load) -> Settings:
         """Those of a checkpoint by its name. ValueError where there is none, or they cannot be used."""
         folder = resolve(model, download=load.download)
-        return cls(read_settings(folder), read_picture_settings(processor_folder(folder))[0])
+        pictures, _ = read_picture_settings(processor_folder(folder))
+        return cls(read_settings(folder), pictures, read_learned(folder))
 
     @property
     def factor(self) -> int:

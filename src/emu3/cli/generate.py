@@ -1,6 +1,7 @@
 """Commands that run a checkpoint: `emu3 image`, `edit`, `video`, `chat`, `serve`."""
 
 import secrets
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -32,6 +33,7 @@ from emu3.cli.files import (
     write_picture,
     write_text,
 )
+from emu3.learned import NotLearned
 from emu3.options import Answer, Draw, Load, Serve, check_words
 
 if TYPE_CHECKING:
@@ -58,7 +60,10 @@ def image(
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
     _check_prompts(prompts)
     paths = output_paths(output, len(prompts))
-    settings_of(model, load).check_size(draw)
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    for each in settings.learned.notes(prompts):
+        note(each)
     pipeline = load_pipeline(model, load, "draw")
     draw = _with_seed(pipeline, draw)
     requests = pipeline.draw_requests(prompts, **asdict(draw))
@@ -102,6 +107,8 @@ def edit(
     settings.check_size(draw)
     if completes:
         settings.check_part(opened[0], hole, below)
+    for each in settings.learned.notes(prompt):
+        note(each)
     resized = [change for each in zip(names, opened, strict=True) if (change := settings.resized(*each))]
     for change in resized:
         (width, height), (new_width, new_height) = change["from"], change["to"]
@@ -148,6 +155,8 @@ def video(
     settings = settings_of(model, load)
     settings.check_size(draw)
     settings.check_frames(frames)
+    for each in settings.learned.notes(prompts, frames):
+        note(each)
     pipeline = load_pipeline(model, load, "film")
     draw = _with_seed(pipeline, draw, film=True)
     requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
@@ -260,9 +269,12 @@ def tell(
     """Tell a story with pictures in it: emu3 tell "Tell a story about a red dog." """
     check_words("prompt", prompt)
     check_folder(output)
+    for each in settings_of(model, load).learned.notes(prompt):
+        note(each)
     pipeline = load_pipeline(model, load, "tell")
     answer = replace(answer, seed=secrets.randbelow(2**31) if answer.seed is None else answer.seed)
-    told = pipeline.tell(prompt, **asdict(answer))
+    with warnings.catch_warnings(action="ignore", category=NotLearned):  # noted already
+        told = pipeline.tell(prompt, **asdict(answer))
     lines: list[str] = []
     count = 0
     for part in told:
