@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from emu3.options import check_number
-from emu3.pictures import read_pixels, to_channels_last
+from emu3.pictures import picture_formats, read_pixels, to_channels_last
 
 MAX_FRAMES = 1024
 """Of a clip that is read, unless another number is asked for. What a file has beyond them is left out."""
@@ -34,7 +34,6 @@ MAX_RATE = 1e4
 MAX_PIXELS = 2**29
 """Of all frames of a clip that is read together: 1.6 GB as bytes, 64 frames of 3840x2160."""
 
-_PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "MPO", "BMP", "TIFF")
 _ANIMATIONS, _VIDEOS = (".gif", ".webp"), (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
 _DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
@@ -196,12 +195,14 @@ def _read_file(
         if not is_animation(start):
             return frames_of_video(file, max_frames, max_pixels)
         try:
-            with Image.open(file, formats=_PICTURES) as picture:
+            with Image.open(file, formats=picture_formats()) as picture:
                 return frames_of_animation(picture, max_frames, max_pixels)
         except ValueError:
             raise
+        except UnidentifiedImageError as error:  # its own words are those of Python
+            raise ValueError("cannot read the clip, the file is damaged at its beginning") from error
         except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
-            raise ValueError(f"cannot read the clip, the file looks damaged: {error}") from error
+            raise ValueError(f"cannot read the clip, the file is damaged: {error}") from error
 
 
 def is_animation(start: bytes) -> bool:
