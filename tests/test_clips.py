@@ -137,7 +137,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"frames are bytes \(T, H, W, 3\)"):
             Clip(wrong)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'emu3\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[video\]'"):
         Clip(FRAMES).save(tmp_path / "x.mp4")
     assert list(tmp_path.iterdir()) == []
 

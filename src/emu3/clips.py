@@ -1,6 +1,6 @@
 """Clips as arrays of frames: read from a list, an array, an animation or a video file, and written as one.
 
-GIF and WebP are read and written by Pillow, everything else by PyAV (`pip install 'emu3[video]'`).
+GIF and WebP are read and written by Pillow, everything else by PyAV (`pip install -e '.[video]'` in a clone).
 
 Letters: C, H, T, W, see CONTRIBUTING.md.
 """
@@ -292,5 +292,7 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ValueError("videos are read and written by PyAV; install it by: pip install 'emu3[video]'") from error
+        raise ValueError(
+            "videos are read and written by PyAV; install it by: pip install -e '.[video]' in the clone"
+        ) from error
     return av

@@ -105,9 +105,7 @@ def load_pipeline(model: str, load: Load, *abilities: str) -> "Emu3Pipeline":
 def need_packages(doing: str, extra: str, *packages: str) -> None:
     """ValueError, with what to install, where a package of an extra is missing."""
     if any(find_spec(package) is None for package in packages):
-        raise ValueError(
-            f"{doing} needs more packages: pip install 'emu3[{extra}]', or in a clone pip install -e '.[{extra}]'"
-        )
+        raise ValueError(f"{doing} needs more packages: pip install -e '.[{extra}]' in the clone")
 
 
 @contextmanager

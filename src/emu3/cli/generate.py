@@ -298,7 +298,7 @@ def serve(serve: Serve, load: Load, model: ModelArgument = "nano") -> None:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"serving needs more packages: pip install 'emu3[serve]' ({error})") from error
+        raise ValueError(f"serving needs more packages: pip install -e '.[serve]' in the clone ({error})") from error
     pipeline = load_pipeline(model, load)
     from emu3.serving.server import run
 

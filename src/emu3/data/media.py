@@ -120,8 +120,8 @@ def picture_size(media: Media) -> tuple[int, int]:
 def open_clip(media: Media, max_frames: int) -> Clip:
     """The first frames of a clip, at most `max_frames`; a picture is a clip of one frame.
 
-    Animations are read by Pillow, everything else by PyAV (`pip install 'emu3[video]'`). Raises ValueError with the
-    reason for a file that is no clip, is damaged, or has frames of several sizes.
+    Animations are read by Pillow, everything else by PyAV (`pip install -e '.[video]'` in a clone). Raises ValueError
+    with the reason for a file that is no clip, is damaged, or has frames of several sizes.
     """
     if _is_for_pillow(media):
         with _opened(media) as picture:
