@@ -120,6 +120,19 @@ def test_a_wrong_option_is_told_before_torch_is_imported(tmp_path: Path, argumen
         (["chat", "cat.png", ""], "question must not be empty, got ''"),
         (["chat", "https://example.org/a//cat.png"], "'https://example.org/a//cat.png' is an address; download"),
         (["chat", "cat.png", "--model", "draws"], "this checkpoint does not answer or read pictures"),
+        (
+            ["image", "a cat", "--height", "18", "--width", "16"],
+            "height must be a positive multiple of 4 pixels, got 18",
+        ),
+        (["image", "a cat", "--height", "4", "--width", "900"], "900x4 pixels is more than 200 times longer than wide"),
+        (["video", "a dog", "--frames", "10"], "frames must be a positive multiple of 4 frames, got 10; nearest: 8"),
+        (["video", "a dog", "--frames", "4"], "frames is 4, which share one code"),
+        (["edit", "cat.png", "a cat", "--mask", "mask.png"], "the mask has 20x10 pixels, and the picture 48x48"),
+        (["edit", "cat.png", "a cat", "--mask", "black.png"], "nothing is to be drawn"),
+        (["edit", "cat.png", "a cat", "--below", "6"], "below must be a positive multiple of 4 pixels, got 6"),
+        (["edit", "moves.gif", "make it blue"], "'moves.gif' is a clip, and only pictures are edited; `emu3 video"),
+        (["edit", "cat.png", "blue.png"], "the prompt 'blue.png' is the name of a file; give more files by --beside"),
+        (["chat", "cat.png", "mask.png"], "the question 'mask.png' is the name of a file; give more files by --beside"),
         (["eval", "nono"], "unknown checkpoint 'nono'"),
         (["eval", "draws", "--only", "answers"], "this checkpoint does not answer or read pictures"),
         (["eval", "nano", "--only", "films"], "'films' is not measured"),
@@ -155,6 +168,9 @@ def test_what_arguments_and_files_tell_is_told_before_torch_is_imported(
 ) -> None:
     (tmp_path / "file").write_text("no TOML")
     (tmp_path / "empty").mkdir()
+    Image.new("L", (20, 10)).save(tmp_path / "mask.png")
+    Image.new("L", (48, 48)).save(tmp_path / "black.png")
+    Image.new("L", (48, 48)).save(tmp_path / "moves.gif", save_all=True, append_images=[Image.new("L", (48, 48), 9)])
     for name, ability in (("draws", "draw"), ("reads", "read")):
         config = json.loads((shutil.copytree(tiny_checkpoint, tmp_path / name) / "config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(config | {"abilities": [ability]}))
@@ -305,7 +321,6 @@ def test_the_recorded_settings_draw_the_picture_again(
     ("arguments", "complaint"),
     [
         (("--height", 16), "give both height and width"),
-        (("--height", 18, "--width", 16), "height must be a positive multiple of 4 pixels, got 18"),
         (("--height", 480, "--width", 480), "do not fit the model's context of 512"),
         (("--ratio", "wide"), "such as \"16:9\", got 'wide'"),
     ],

@@ -74,10 +74,17 @@ def test_several_clips_and_a_start(tiny, picture, tmp_path, capsys):
     assert code == 0 and len(read_clip(tmp_path / "more.webp")) == 12
 
 
+def test_prompts_of_one_word_each_get_a_hint(tiny, tmp_path, capsys):
+    more = ["--frames", 8, "-o", tmp_path / "out", "--model", tiny]
+    code, said, told = run(capsys, "video", "a", "dog", *more)
+    assert (code, said.count("8 frames")) == (0, 2)
+    assert told == "note: 2 prompts of one word each; if they are one prompt, put it in quotes\n"
+
+
 def test_an_edit(tiny, picture, tmp_path, capsys):
     out = tmp_path / "blue.png"
     more = ["--beside", picture, "--seed", 3, "--model", tiny, "--json"]
-    code, said, _ = run(capsys, "edit", picture, "make the cat blue", "-o", out, *more)
+    code, said, told = run(capsys, "edit", picture, "make the cat blue", "-o", out, *more)
     assert code == 0
     (record,) = json.loads(said)
     assert record["pictures"] == [str(picture)] * 2 and record["seed"] == 3
@@ -86,13 +93,24 @@ def test_an_edit(tiny, picture, tmp_path, capsys):
     written = Image.open(out)
     assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert json.loads(written.text["emu3"])["prompt"] == "make the cat blue"
+    assert (record["resized"], told) == ([], "")
+
+
+def test_an_edit_tells_when_it_resizes(tiny, picture, tmp_path, capsys):
+    large = tmp_path / "large.png"
+    Image.new("RGB", (60, 30)).save(large)
+    more = ["--beside", large, "-o", tmp_path / "out.png", "--model", tiny, "--json"]
+    code, said, told = run(capsys, "edit", picture, "make the cat blue", *more)
+    assert (code, told) == (0, f"note: {large} is resized from 60x30 to 20x8 pixels, as it is read\n")
+    (record,) = json.loads(said)
+    assert record["resized"] == [{"picture": str(large), "from": [60, 30], "to": [20, 8]}]
+    assert (record["width"], record["height"]) == (20, 8)
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["video", "a dog", "-o", "dog.png"], "clips end in .gif, .webp, .mp4"),
-        (["video", "a dog", "--frames", "6"], "frames must be a positive multiple of 4 frames, got 6"),
         (["video", "a dog", "--start", "nowhere.mp4"], "there is no file 'nowhere.mp4'"),
         (["video", "a dog", "--start", "cat.txt"], "'cat.txt': cannot read the clip"),
         (["video", " "], "prompt must not be empty"),

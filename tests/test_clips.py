@@ -22,6 +22,10 @@ def frames(count: int = 6, height: int = 16, width: int = 24) -> np.ndarray:
 
 
 FRAMES = frames()
+NOISE = Clip(np.random.default_rng(0).integers(256, size=(2, 16, 24, 3), dtype=np.uint8))
+_file = io.BytesIO()
+NOISE.save(_file, "gif")
+GIF = _file.getvalue()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "mp4", "m4v", "mov", "mkv", "webm", "avi"])
@@ -106,7 +110,10 @@ def test_every_way_to_give_one(source):
 
 def test_a_picture_is_a_clip_of_one_frame(tmp_path):
     Image.fromarray(FRAMES[3]).save(tmp_path / "x.png")
-    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), str(tmp_path / "x.png")):
+    for suffix in ("bmp", "tif"):
+        Image.fromarray(FRAMES[3]).save(tmp_path / f"x.{suffix}")
+    names = [tmp_path / f"x.{suffix}" for suffix in ("png", "bmp", "tif")]
+    for source in (*names, Image.open(tmp_path / "x.png"), str(tmp_path / "x.png")):
         clip = read_clip(source)
         assert np.array_equal(clip.frames_THWC, FRAMES[3:4]) and clip.frames_per_second is None
 
@@ -121,6 +128,8 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path):
         (7, "is no clip; give a list of frames"),
         ("nowhere.mp4", "no file 'nowhere.mp4'"),
         (b"", "the file is empty"),
+        (GIF[: len(GIF) // 2], r"^cannot read the picture of 24x16 pixels, the file is damaged: image file is trun"),
+        (GIF[:12], "^cannot read the clip, the file is damaged at its beginning$"),
         (b"nothing of the kind", "cannot read the clip: Invalid data"),
         (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "cannot read the clip: Invalid data"),
         (b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot read the clip: Invalid argument"),
@@ -149,7 +158,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"frames are bytes \(T, H, W, 3\)"):
             Clip(wrong)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'emu3\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[video\]'"):
         Clip(FRAMES).save(tmp_path / "x.mp4")
     assert list(tmp_path.iterdir()) == []
 

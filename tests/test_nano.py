@@ -41,6 +41,7 @@ def test_same_seed_same_picture_alone_in_a_batch_and_in_another_process(nano: Em
 UNUSUAL = [".", "🐱🐶 ???", "<image> is a tag", "zzz qqq 12345", "\n\na", "Ünïcödé ﷽ 漢字", "dog " * 30, "photo a of"]
 
 
+@pytest.mark.filterwarnings("ignore::emu3.learned.NotLearned")
 @pytest.mark.parametrize("decoding", ["predictive", "zipar"])
 def test_unusual_prompts_are_the_same_alone_and_in_a_batch(nano: Emu3Pipeline, decoding: str) -> None:
     """In float32, where rounding decides no token."""

@@ -41,6 +41,13 @@ def test_every_public_name_loads(name: str) -> None:
     assert getattr(emu3, name).__name__ == name
 
 
+def test_imports_say_nothing_and_leave_the_loggers_as_they_are() -> None:
+    code = "import logging\nfrom emu3 import Emu3Pipeline\nprint(logging.getLogger('torchao').level)"
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": "src"}, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def test_public_names_are_one_list() -> None:
     assert set(emu3._MODULES) | {"__version__"} == set(emu3.__all__)
     assert dir(emu3) == sorted(emu3.__all__)

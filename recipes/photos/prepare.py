@@ -5,7 +5,7 @@
 Nothing of it is part of this repository. About 90 MB come from Debian's archive (`apt-get download`, so a Debian or
 Ubuntu machine) and PyPI (`pip download`). ATTRIBUTION.md in the folder says what came from where, under which licence.
 
-Needs Pillow, numpy and PyAV: `pip install 'emu3[video]'`.
+Needs Pillow, numpy and PyAV: `pip install -e '.[video]'` in a clone.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from emu3.quiet import quiet_imports
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its module on first use; AttributeError for any other name."""
     if name not in _MODULES:
         raise AttributeError(f"module 'emu3' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    return getattr(import_module(_MODULES[name]), name)
+    with quiet_imports():
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

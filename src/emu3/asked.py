@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from emu3.chat import Message
 from emu3.clips import Clip
 from emu3.generation.request import Request
-from emu3.image_processing import MAX_ASPECT_RATIO
 from emu3.options import MOST_SEED, Draw, check_whole, check_words
 from emu3.segments import Shape
+from emu3.sizes import check_drawn, tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,15 +83,6 @@ def clip_of(part: Any) -> Any:
     return image if isinstance(image, Clip) else None
 
 
-def tokens_of(name: str, pixels: int, factor: int, unit: str = "pixels") -> int:
-    """Visual tokens of a side of so many pixels, or of so many frames."""
-    if pixels % factor:
-        lower = pixels // factor * factor
-        nearest = f"{lower} or {lower + factor}" if lower > 0 else f"{factor}"
-        raise ValueError(f"{name} must be a positive multiple of {factor} {unit}, got {pixels}; nearest: {nearest}")
-    return pixels // factor
-
-
 def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:
     """Height and width of a picture that is asked for, in visual tokens."""
     factor: int = processor.image_processor.spatial_factor
@@ -104,11 +91,7 @@ def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:
         shape = Shape(*processor.calculate_generate_size(draw.ratio or "1:1", area, factor))
     else:
         shape = Shape(tokens_of("height", draw.height, factor), tokens_of("width", draw.width, factor))
-    if max(shape.height, shape.width) > MAX_ASPECT_RATIO * min(shape.height, shape.width):
-        raise ValueError(
-            f"a picture of {shape.width * factor}x{shape.height * factor} pixels is more than {MAX_ASPECT_RATIO} "
-            "times longer than wide; ask for a squarer one"
-        )
+    check_drawn(shape.height * factor, shape.width * factor)
     return shape
 
 
@@ -118,34 +101,6 @@ def check_prompts(prompts: Any) -> list[str]:
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r:.80}")
     return list(texts)
-
-
-def tokens_in(mask: Any, shape: Shape, sizes: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    """The visual tokens (H, W) of which a mask marks a pixel.
-
-    Args:
-        mask: a picture, or an array (height, width) of truth values or numbers. Marked is what is above half of its
-            range; of a picture with transparency what is more transparent than not.
-        shape: of the picture in tokens, whose mask it is.
-        sizes: (height, width) that the mask may have: the picture's, in pixels as it is given and as it is read.
-    """
-    if isinstance(mask, Image.Image):
-        opaque = np.asarray(mask.getchannel("A")) if "A" in mask.getbands() else np.full((1, 1), 255, np.uint8)
-        marked = 255 - opaque if opaque.min() < 255 else np.asarray(mask.convert("L"))
-    else:
-        marked = np.asarray(mask)
-    if marked.ndim != 2 or marked.dtype.kind not in "buif":
-        raise ValueError(f"a mask is a picture or an array (height, width), got {marked.dtype} {marked.shape}")
-    height, width = marked.shape
-    if (height, width) not in (*sizes, shape[:2]):
-        raise ValueError(
-            f"the mask has {width}x{height} pixels, and the picture {sizes[0][1]}x{sizes[0][0]}; give one of its size"
-        )
-    half = 0.5 if marked.dtype.kind == "b" or marked.max(initial=0) <= 1 else 127.5
-    rows, columns = (marked > half).nonzero()
-    tokens = np.zeros(shape[:2], bool)
-    tokens[rows * shape.height // height, columns * shape.width // width] = True
-    return tokens
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emu3.asked import Asked, check_prompts, clip_of, conversations_of, seeds_of, shape_of, tokens_in, tokens_of
+from emu3.asked import Asked, check_prompts, clip_of, conversations_of, seeds_of, shape_of
 from emu3.chat import Message
 from emu3.clips import MAX_RATE, Clip, read_clip
 from emu3.generation.decoders.named import decoder_named
@@ -39,6 +39,7 @@ from emu3.options import (
     takes,
 )
 from emu3.segments import Shape, Visual
+from emu3.sizes import frames_of_codes, tokens_to_draw, upright_size
 from emu3.tokenization import PlainText
 from emu3.video_processing import sample_frames
 
@@ -160,11 +161,7 @@ class Asking(ABC):
         own = getattr(self.model.config, "clips", None) or {}
         count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
         rate = None if fps is None else check_number("fps", fps, 1e-3, MAX_RATE)
-        codes = tokens_of("frames", count, self.temporal_factor, "frames")
-        if codes < 2:
-            raise ValueError(
-                f"frames is {count}, which share one code, as a picture; ask for {2 * self.temporal_factor}"
-            )
+        codes = frames_of_codes(count, self.temporal_factor)
         draw = make(Draw, options)
         begin = None if start is None else self.encode_start(start, rate)
         rate = rate or (begin and begin.frames_per_second) or self.layout.clips.fps
@@ -213,16 +210,10 @@ class Asking(ABC):
         check_prompts(prompts)
         codes_HW = self.encode_visual(picture).codes_THW[0].astype(np.int64)
         factor = int(self.processor.image_processor.spatial_factor)
-        if mask is not None:
-            height, width = codes_HW.shape
-            sizes = [(height * factor, width * factor)]
-            if isinstance(picture, Image.Image):
-                sizes.insert(0, (picture.height, picture.width))
-            codes_HW[tokens_in(mask, Shape(height, width), sizes)] = -1
-        rows = tokens_of("below", below, factor) if below else 0
-        codes_HW = np.pad(codes_HW, ((0, rows), (0, 0)), constant_values=-1)
-        if (codes_HW >= 0).all():
-            raise ValueError("nothing is to be drawn; give a mask with white where something is, or below")
+        size = upright_size(picture) if isinstance(picture, Image.Image) else None
+        drawn_HW = tokens_to_draw(Shape(*codes_HW.shape), factor, size, mask, below)
+        codes_HW = np.pad(codes_HW, ((0, len(drawn_HW) - len(codes_HW)), (0, 0)))
+        codes_HW[drawn_HW] = -1
         return self.draw_requests(prompts, pinned=codes_HW, **options)
 
     def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:

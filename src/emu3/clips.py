@@ -1,6 +1,6 @@
 """Clips as arrays of frames: read from a list, an array, an animation or a video file, and written as one.
 
-GIF and WebP are read and written by Pillow, everything else by PyAV (`pip install 'emu3[video]'`).
+GIF and WebP are read and written by Pillow, everything else by PyAV (`pip install -e '.[video]'` in a clone).
 
 Letters: C, H, T, W, see CONTRIBUTING.md.
 """
@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from emu3.options import check_number
-from emu3.pictures import read_pixels, to_channels_last
+from emu3.pictures import picture_formats, read_pixels, to_channels_last
 from emu3.suffixes import ANIMATIONS, CLIPS
 
 MAX_FRAMES = 1024
@@ -36,7 +36,6 @@ MAX_PIXELS = 2**29
 """Of all frames of a clip that is read together: 1.6 GB as bytes, 64 frames of 3840x2160."""
 
 _Frame = TypeVar("_Frame")
-_PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "MPO", "BMP", "TIFF")
 # Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
 _DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
 # What browsers take for a frame that is shown for no time.
@@ -219,12 +218,14 @@ def _read_file(
         if not is_animation(start):
             return frames_of_video(file, max_frames, max_pixels, count)
         try:
-            with Image.open(file, formats=_PICTURES) as picture:
+            with Image.open(file, formats=picture_formats()) as picture:
                 return frames_of_animation(picture, max_frames, max_pixels)
         except ValueError:
             raise
+        except UnidentifiedImageError as error:  # its own words are those of Python
+            raise ValueError("cannot read the clip, the file is damaged at its beginning") from error
         except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
-            raise ValueError(f"cannot read the clip, the file looks damaged: {error}") from error
+            raise ValueError(f"cannot read the clip, the file is damaged: {error}") from error
 
 
 def is_animation(start: bytes) -> bool:
@@ -321,5 +322,7 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ValueError("videos are read and written by PyAV; install it by: pip install 'emu3[video]'") from error
+        raise ValueError(
+            "videos are read and written by PyAV; install it by: pip install -e '.[video]' in the clone"
+        ) from error
     return av

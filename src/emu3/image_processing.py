@@ -3,8 +3,6 @@
 Letters: B, C, H, W, see CONTRIBUTING.md.
 """
 
-import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -20,60 +18,9 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from emu3.pictures import Array, open_picture, to_array, to_channels_last
+from emu3.sizes import generation_size, smart_resize
 
 logger = logging.get_logger(__name__)
-
-MAX_ASPECT_RATIO = 200
-
-
-def smart_resize(
-    height: int, width: int, factor: int = 8, min_pixels: int = 512 * 512, max_pixels: int = 1024 * 1024
-) -> tuple[int, int]:
-    """Compute the size (height, width) to which a picture is resized: multiples of `factor`, the nearest in shape.
-
-    An area above `max_pixels` is brought down to it, one below `min_pixels` up to it. No side falls below `factor`, so
-    the area of a very long picture may stay above `max_pixels`. Raises ValueError for an empty picture, and for an
-    aspect ratio above 200.
-    """
-    if min(height, width) < 1:
-        raise ValueError(f"a picture of {height}x{width} pixels is empty; both sides must be at least 1")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"a picture of {height}x{width} pixels is more than {MAX_ASPECT_RATIO} times longer than wide; crop it"
-        )
-    resized_height, resized_width = round(height / factor) * factor, round(width / factor) * factor
-    if resized_height * resized_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        resized_height = max(factor, math.floor(height / shrink / factor) * factor)
-        resized_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif resized_height * resized_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        resized_height = math.ceil(height * grow / factor) * factor
-        resized_width = math.ceil(width * grow / factor) * factor
-    return resized_height, resized_width
-
-
-def generation_size(ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
-    """(height, width) in tokens of a picture of `ratio` ("width:height") and about `image_area` pixels.
-
-    `spatial_factor` is the pixels per token side. `f"{width}:{height}"` and `width * height` give exactly that size
-    where the factor divides it. Raises ValueError for a ratio that is not two positive integers, and for an area too
-    small for one token a side.
-    """
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(ratio))
-    width, height = map(int, match.groups()) if match else (0, 0)
-    if width < 1 or height < 1:
-        raise ValueError(f'ratio={ratio!r} is not "width:height" in positive integers, such as "16:9"')
-    if image_area < 1:
-        raise ValueError(f"image_area={image_area} holds no pixel; give a positive number of pixels")
-    scale = (image_area / (width * height)) ** 0.5
-    token_height, token_width = round(height * scale / spatial_factor), round(width * scale / spatial_factor)
-    if min(token_height, token_width) < 1:
-        raise ValueError(
-            f"image_area={image_area} at ratio={ratio} is {token_height}x{token_width} tokens "
-            f"of {spatial_factor} pixels a side; give a larger area or a ratio closer to 1:1"
-        )
-    return token_height, token_width
 
 
 def generation_sizes(ratio: Any, image_area: Any, spatial_factor: int, count: int) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,14 @@ Array = npt.NDArray[Any]
 _RGB = 3
 _BYTE = 255
 _LONGEST_PATH = 4096
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read. Some of its others start programs, such as EPS."""
+    Image.init()
+    wanted = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF")
+    return tuple(name for name in wanted if name in Image.OPEN)
 
 
 def open_picture(source: str) -> Image.Image:
@@ -79,7 +88,8 @@ def read_pixels(picture: Image.Image, convert_rgb: bool) -> Array:
         picture.load()
         picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ...
-        raise ValueError(f"cannot read the picture {picture!r}, the file looks damaged: {error}") from error
+        width, height = picture.size
+        raise ValueError(f"cannot read the picture of {width}x{height} pixels, the file is damaged: {error}") from error
     if picture.mode in ("I", "F"):
         return _read_wide_pixels(picture, convert_rgb)
     if convert_rgb:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu3.asked import are_several, tokens_of
+from emu3.asked import are_several
 from emu3.asking import Asking
 from emu3.checkpoints import resolve
 from emu3.checkpoints.memory import check_fits, free_memory
@@ -27,11 +27,13 @@ from emu3.generation.events import Event, Failed, Finished
 from emu3.generation.grammar import GridGrammar, MixedGrammar
 from emu3.generation.request import Request
 from emu3.generation.runtime.likelihood import probabilities_of
+from emu3.learned import Learned
 from emu3.modeling.parallel import least
 from emu3.options import Answer, Draw, Load, check_text, check_whole, make, takes
 from emu3.quantization import Int8Linear, QuantizedHead, QuantizedLinear
 from emu3.results import Clips, Pictures, Result, Stream
 from emu3.segments import Text, Visual
+from emu3.sizes import tokens_of
 
 if TYPE_CHECKING:
     from emu3.modeling.draft import DraftHead
@@ -49,13 +51,15 @@ class Emu3Pipeline(Asking):
     """A model in evaluation mode and its processor, ready to draw and to answer.
 
     Its engine is made at the first call and kept. Call `engine.refresh()` after you change the model's weights.
-    `compiled` compiles the layers, and `draft` is a draft head, as `Engine` says.
+    `compiled` compiles the layers, and `draft` is a draft head, as `Engine` says. What is asked for and not `learned`
+    gets a warning, `emu3.learned.NotLearned`.
     """
 
     model: Emu3ForConditionalGeneration
     processor: Emu3Processor
     compiled: bool = False
     draft: DraftHead | None = None
+    learned: Learned = field(default_factory=Learned)
 
     def __post_init__(self) -> None:
         ours, theirs = self.processor.image_processor.spatial_factor, self.model.model.vqmodel.spatial_scale_factor
@@ -89,7 +93,7 @@ class Emu3Pipeline(Asking):
         if not isinstance(name, str | Path) or not str(name):
             raise ValueError(f'name must be that of a checkpoint, such as "nano", or a folder, got {name!r:.80}')
         from emu3.checkpoints.load import load_model, load_processor, pick_device
-        from emu3.checkpoints.opened import holder
+        from emu3.checkpoints.opened import holder, read_learned
         from emu3.modeling.draft import load_draft
 
         device = pick_device(load.device, load.int8)
@@ -99,7 +103,7 @@ class Emu3Pipeline(Asking):
         processor = load_processor(folder)  # first, as it is small and tells whether it goes with the model
         model = load_model(folder, dtype=load.dtype, device=device, int8=load.int8, device_map=load.device_map)
         draft = load_draft(holder(folder, "draft"), model) if load.draft else None
-        return cls(model, processor, compiled=load.compiled, draft=draft)
+        return cls(model, processor, compiled=load.compiled, draft=draft, learned=read_learned(folder))
 
     @property
     def engine(self) -> Engine:
@@ -146,7 +150,9 @@ class Emu3Pipeline(Asking):
         """
         if pinned is not None and np.ndim(pinned) != 2:
             raise ValueError(f"pinned codes of a picture are (H, W), got {np.shape(pinned)}; see video for clips")
-        return Pictures(self._results(self.draw_requests(prompts, pinned=pinned, **options), on_event))
+        requests = self.draw_requests(prompts, pinned=pinned, **options)
+        self.learned.warn(prompts)
+        return Pictures(self._results(requests, on_event))
 
     @takes(Draw)
     def edit(
@@ -172,6 +178,7 @@ class Emu3Pipeline(Asking):
             ValueError: as `image`, or the number of pictures is not that of the prompts.
         """
         requests = self.edit_requests(pictures, prompts, picture_guidance=picture_guidance, **options)
+        self.learned.warn(prompts)
         return Pictures(self._results(requests, on_event))
 
     @takes(Draw)
@@ -203,6 +210,7 @@ class Emu3Pipeline(Asking):
             ValueError: as `image`; the mask has another size, or nothing is to be drawn.
         """
         requests = self.complete_requests(picture, prompts, mask=mask, below=below, **options)
+        self.learned.warn(prompts)
         return Pictures(self._results(requests, on_event))
 
     @takes(Draw)
@@ -229,9 +237,9 @@ class Emu3Pipeline(Asking):
         Raises:
             ValueError: as `image`, or frames, rate or start cannot be had.
         """
-        return Clips(
-            self._results(self.video_requests(prompts, frames=frames, fps=fps, start=start, **options), on_event)
-        )
+        requests = self.video_requests(prompts, frames=frames, fps=fps, start=start, **options)
+        self.learned.warn(prompts, frames)
+        return Clips(self._results(requests, on_event))
 
     def extend(self, clip: Any, prompt: str = "", *, frames: int = 16, **options: Any) -> Clip:
         """Go on with a clip, or animate a picture: the clip with `frames` more. Options as for `video`."""
@@ -287,6 +295,8 @@ class Emu3Pipeline(Asking):
         """
         options = {"max_new_tokens": self.engine.context} | options
         asked = self.answer_requests(messages, pictures, drawing=drawing or Draw(), **options)
+        if isinstance(messages, str):
+            self.learned.warn(messages)
         answers = self._results([self.encode(each) for each in asked], on_event)
         return answers if are_several(messages) else answers[0]
 
@@ -312,6 +322,7 @@ class Emu3Pipeline(Asking):
         )
         if is_words and pictures is None:
             requests = self.draw_requests(asked, **options)
+            self.learned.warn(asked)
         else:
             requests = [self.encode(each) for each in self.answer_requests(asked, pictures, **options)]
         requests = [replace(request, log_probabilities=log_probabilities) for request in requests]

@@ -36,13 +36,12 @@ from emu3.image_processing import (
     Emu3ImageProcessorKwargs,
     check_counts,
     flat_pictures,
-    generation_size,
     generation_sizes,
-    smart_resize,
 )
 from emu3.layout import Emu3Layout
 from emu3.options import check_folder_or_id
 from emu3.segments import Shape
+from emu3.sizes import generation_size, smart_resize
 from emu3.tokenization import CONTROL_TOKENS, Pieces, PlainText, encode_pieces, take_apart, write_pieces
 from emu3.vocabulary import Vocabulary
 

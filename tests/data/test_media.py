@@ -187,7 +187,7 @@ def test_broken_clips() -> None:
 
 def test_videos_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'emu3\[video\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[video\]'"):
         open_clip(Media("clip", b"nothing"), 4)
 
 

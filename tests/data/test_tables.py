@@ -167,5 +167,5 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("name", "spec"), [("pyarrow", "x.parquet"), ("datasets", "hub:me/cats")])
 def test_what_is_not_installed(name: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"pip install 'emu3\[train\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[train\]'"):
         open_source(spec)

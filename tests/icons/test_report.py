@@ -3,11 +3,13 @@ import pytest
 from PIL import Image
 
 from emu3.clips import Clip
-from emu3.icons.measures import judge_pictures
+from emu3.icons.measures import Run, judge_pictures
 from emu3.icons.prompts import evaluation_prompts
 from emu3.icons.report import Report, evaluate
 from emu3.icons.scenes import render
 from emu3.icons.score import Example, Figure, Line, Score, Section
+from emu3.icons.tale_measures import stories
+from emu3.pipeline import Emu3Pipeline
 from emu3.sheet import MARGIN, SIDE, contact_sheet
 
 
@@ -113,3 +115,15 @@ def test_what_is_not_there_is_refused(tmp_path) -> None:
         evaluate("nano", only=["films"])
     with pytest.raises(ValueError, match="holds neither pictures nor clips"):
         evaluate("nano", 1, only=["reconstruction"], media=tmp_path)
+
+
+def test_stories_are_drawn_as_asked(monkeypatch):
+    asked = []
+
+    def tell(self, talks, **options):
+        asked.append(options)
+        return [[] for _ in talks]
+
+    monkeypatch.setattr(Emu3Pipeline, "tell", tell)
+    stories(Run(Emu3Pipeline.from_pretrained("nano"), count=2, decoding="zipar"))
+    assert [each["drawing"].decoding for each in asked] == ["zipar"]

@@ -30,8 +30,8 @@ def test_it_is_served_by_its_name_with_the_words_of_its_base(serve, nano, folder
     pipeline = Emu3Pipeline.from_pretrained(folder)
     server = serve(pipeline=pipeline, name="chatty")
     assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["chatty"]
-    words = server.app.state.service.words
-    assert "cat" in words and words == serve().app.state.service.words
+    words = server.client.get("/api/model").json()["words"]
+    assert "cat" in words and words == serve().client.get("/api/model").json()["words"]
     asked = {"prompt": "a cat", "seed": 3, "size": "16x16", "response_format": "b64_json", "model": "chatty"}
     answer = server.post("/v1/images/generations", asked)
     assert answer.status_code == 200, answer.text
@@ -39,4 +39,4 @@ def test_it_is_served_by_its_name_with_the_words_of_its_base(serve, nano, folder
     expected, other = (each.image("a cat", seed=3, height=16, width=16)[0] for each in (pipeline, nano))
     assert picture.tobytes() == expected.tobytes() != other.tobytes()
     (folder / "words.txt").write_text("purple dog")
-    assert serve(pipeline=pipeline, name="chatty").app.state.service.words == ["purple", "dog"]
+    assert Emu3Pipeline.from_pretrained(folder).learned.words == ("purple", "dog")

@@ -1,5 +1,7 @@
 """Training language models on shards: from scratch, all weights of a checkpoint, adapters."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.checkpoints.opened import read_learned
 from emu3.configuration import Emu3TextConfig
 from emu3.data.samples import Part, Sample
 from emu3.data.shards import ShardInfo, write_shard
@@ -161,7 +164,10 @@ def test_from_scratch(pets, tiny_checkpoint, tmp_path):
 
 def test_all_weights_of_a_checkpoint(pets, tiny_checkpoint, tmp_path):
     (tmp_path / "run").mkdir()
-    finetune(FinetuneRecipe(**settings(pets), checkpoint=str(tiny_checkpoint)), tmp_path / "run")
+    knows = shutil.copytree(tiny_checkpoint, tmp_path / "knows")
+    (knows / "words.txt").write_text("cat a")
+    finetune(FinetuneRecipe(**settings(pets), checkpoint=str(knows)), tmp_path / "run")
+    assert read_learned(tmp_path / "run").words == ("cat", "a", "red", "big", "dog")
     assert losses(tmp_path / "run", "draw")[-1] < 0.75 * losses(tmp_path / "run", "draw")[0]
     before, after = load_model(tiny_checkpoint), load_model(tmp_path / "run")
     changed = {name for name, each in after.state_dict().items() if not torch.equal(each, before.state_dict()[name])}
@@ -190,4 +196,4 @@ def test_adapters(pets, tiny_checkpoint, tmp_path):
     by_peft = PeftModel.from_pretrained(load_model(tiny_checkpoint), tmp_path).merge_and_unload()
     for name, weight in by_peft.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight)
-    assert not [path for path in tmp_path.iterdir() if path.name == "README.md"]
+    assert not {"README.md", "words.txt"} & {path.name for path in tmp_path.iterdir()}

@@ -10,12 +10,16 @@ from typing import Any
 from emu3.checkpoints.adapters import EMBEDDING, HEAD, Adapter, base_of, is_adapter, missing_targets, read_adapter
 from emu3.checkpoints.files import TensorHeader, read_headers
 from emu3.checkpoints.settings import read_config
+from emu3.learned import Learned
 from emu3.modeling.legacy import documented_name, legacy_name
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Files beside the weights and config.json; of an adapter, those that it may have in place of its base's.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*", "draft/*.safetensors")
 _NO_COMPANIONS = ("config.json", "model.safetensors.index.json")
+WORDS = "words.txt"
+"""The file of the words that a checkpoint has learned, if it has such a list."""
+
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 _PROCESSOR_FILES = (*_PROCESSOR, "*token*.json", "*.jinja", "vocab*", "merges.txt")
 
@@ -138,6 +142,13 @@ def holder(folder: Path, *names: str) -> Path:
     return base_of(folder)
 
 
+def read_learned(folder: Path) -> Learned:
+    """What a checkpoint says that it has learned: in words.txt, and under "clips" in config.json."""
+    file = holder(folder, WORDS) / WORDS
+    words = file.read_text(encoding="utf-8").split() if file.is_file() else []
+    return Learned(tuple(words), tuple((read_settings(folder).get("clips") or {}).get("lengths") or ()))
+
+
 def processor_folder(folder: Path) -> Path:
     """The folder of a checkpoint's processor and tokenizer. A tokenizer alone, beside an adapter, is a copy."""
     return holder(folder, *_PROCESSOR)
@@ -148,7 +159,7 @@ def companions(folder: Path) -> Iterator[tuple[Path, Path]]:
     sources = [(folder, _COMPANIONS)]
     if is_adapter(folder):
         own = _PROCESSOR_FILES if processor_folder(folder) == folder else ()
-        sources = [(base_of(folder), _COMPANIONS), (folder, ("words.txt", "LICENSE*", "draft/*.safetensors", *own))]
+        sources = [(base_of(folder), _COMPANIONS), (folder, (WORDS, "LICENSE*", "draft/*.safetensors", *own))]
     found: dict[Path, Path] = {}
     for source, patterns in sources:
         for pattern in patterns:

@@ -148,12 +148,12 @@ WHOLE: Mapping[str, Kind] = _COMMON | {
     "abilities": _list_of(_one_of(*ABILITIES), 1, len(ABILITIES)) | _NULL,
     # How pictures are drawn unless a request says otherwise.
     "drawing": _object(_GUIDANCE),
-    # How clips are opened, see `emu3.layout.ClipText`, how the vision tokenizer is to see them, and what they are like
-    # unless a request says otherwise.
+    # How clips are opened, see `emu3.layout.ClipText`, how the vision tokenizer is to see them, which lengths in frames
+    # were learned, and what clips are like unless a request says otherwise.
     "clips": _object(
         _GUIDANCE
         | {"text": _NAME | _NULL, "fps": _real(1e-3, 1e4) | _NULL, "frames": _SIZE | _NULL}
-        | {"independent_groups": _FLAG | _NULL}
+        | {"independent_groups": _FLAG | _NULL, "lengths": _list_of(_SIZE, 0, 1000) | _NULL}
     ),
 }
 """config.json."""

@@ -4,7 +4,6 @@ Commands import what they need when they run. So `emu3 --help` answers at once, 
 without waiting for torch to load. The options of drawing, answering and loading are those of `emu3.options`.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import typer
 
 from emu3 import __version__
 from emu3.cli import checkpoints, data, generate, measure, tokenize, training
+from emu3.quiet import quiet_imports
 
 app = typer.Typer(
     help="Pictures from words, and words from pictures.",
@@ -54,13 +54,11 @@ def _version_option(version: Annotated[bool, typer.Option("--version", help="Pri
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2."""
-    # Where torchao is installed, transformers imports it, and it warns of missing GPU parts that no command needs.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():  # a log needs no progress bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(args=arguments)
+        with quiet_imports():
+            app(args=arguments)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None

@@ -16,6 +16,7 @@ import typer
 from emu3.options import Load, check_ability, only_for_cpus
 
 if TYPE_CHECKING:
+    from emu3.cli.ahead import Settings
     from emu3.pipeline import Emu3Pipeline
 
 _CHECKPOINT = "Checkpoint: nano (shipped), a folder (also of an adapter), or a hub id owner/name."
@@ -81,6 +82,13 @@ def _may_have_gpu() -> bool:
     return sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
 
 
+def settings_of(model: str, load: Load) -> "Settings":
+    """What a checkpoint's settings tell before it is loaded."""
+    from emu3.cli.ahead import Settings
+
+    return Settings.of(model, load)
+
+
 def load_pipeline(model: str, load: Load, *abilities: str) -> "Emu3Pipeline":
     """The pipeline of a checkpoint that passes `check_checkpoint`."""
     check_checkpoint(model, load, *abilities)
@@ -97,9 +105,7 @@ def load_pipeline(model: str, load: Load, *abilities: str) -> "Emu3Pipeline":
 def need_packages(doing: str, extra: str, *packages: str) -> None:
     """ValueError, with what to install, where a package of an extra is missing."""
     if any(find_spec(package) is None for package in packages):
-        raise ValueError(
-            f"{doing} needs more packages: pip install 'emu3[{extra}]', or in a clone pip install -e '.[{extra}]'"
-        )
+        raise ValueError(f"{doing} needs more packages: pip install -e '.[{extra}]' in the clone")
 
 
 @contextmanager
@@ -116,6 +122,11 @@ def progress(description: str, in_bytes: bool = False) -> Iterator[Callable[[int
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, in_all: bar.update(task, completed=done, total=in_all)
+
+
+def note(text: str) -> None:
+    """Tell something beside the result, on stderr."""
+    typer.echo(f"note: {text}", err=True)
 
 
 def print_out(value: Any) -> None:

@@ -90,6 +90,26 @@ def _why_not_written(path: Path) -> str | None:
     return None if os.access(there, os.W_OK) else f"{str(there)!r} may not be written to"
 
 
+def check_is_no_file(name: str, words: str) -> None:
+    """ValueError for words that are the name of a picture or clip."""
+    from emu3.data.media import CLIPS, PICTURES
+
+    suffix = Path(words).suffix.lower()
+    if os.path.isfile(words) or (suffix in PICTURES | CLIPS and len(words.split()) == 1):
+        raise ValueError(
+            f"the {name} {words!r:.200} is the name of a file; give more files by --beside, and the {name} in quotes"
+        )
+
+
+def read_still(name: str) -> Image.Image:
+    """The picture to change. ValueError where there is none, it is a clip, or cannot be read."""
+    from emu3.data.media import media_of
+
+    if os.path.isfile(name) and media_of(name).kind == "clip":
+        raise ValueError(f"{name!r} is a clip, and only pictures are edited; `emu3 video --start` goes on with a clip")
+    return read_picture(name)
+
+
 def read_picture(name: str) -> Image.Image:
     """The picture to look at. ValueError where there is none, or it cannot be read."""
     from PIL import Image

@@ -1,6 +1,7 @@
 """Commands that run a checkpoint: `emu3 image`, `edit`, `video`, `chat`, `serve`."""
 
 import secrets
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -14,20 +15,24 @@ from emu3.cli.common import (
     ModelOption,
     load_pipeline,
     need_packages,
+    note,
     print_out,
     progress,
+    settings_of,
     takes_options,
 )
 from emu3.cli.files import (
     check_folder,
+    check_is_no_file,
     output_paths,
     read_media,
-    read_picture,
     read_start,
+    read_still,
     write_clip,
     write_picture,
     write_text,
 )
+from emu3.learned import NotLearned
 from emu3.options import Answer, Draw, Load, Serve, check_words
 from emu3.suffixes import ANIMATIONS, CLIPS
 
@@ -53,11 +58,12 @@ def image(
     as_json: JsonOption = False,
 ) -> None:
     """Draw pictures from words. The settings are kept in each PNG, under the text key "emu3"."""
-    for prompt in prompts:
-        check_words("prompt", prompt)
-    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
-        typer.echo(f"{len(prompts)} prompts of one word each; quote the words of one picture", err=True)
+    _check_prompts(prompts)
     paths = output_paths(output, len(prompts))
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    for each in settings.learned.notes(prompts):
+        note(each)
     pipeline = load_pipeline(model, load, "draw")
     draw = _with_seed(pipeline, draw)
     requests = pipeline.draw_requests(prompts, **asdict(draw))
@@ -89,20 +95,32 @@ def edit(
     With --mask or --below, only a part is drawn, and the rest keeps its tokens.
     """
     check_words("prompt", prompt)
+    check_is_no_file("prompt", prompt)
     completes = mask is not None or below > 0
     if completes and beside:
         raise ValueError("--beside is for a picture that is drawn anew as a whole; leave it out, or --mask and --below")
     (path,) = output_paths(output, 1)
     names = [picture, *(beside or [])]
-    opened = [read_picture(name) for name in names]
-    hole = None if mask is None else read_picture(mask)
+    opened = [read_still(name) for name in names]
+    hole = None if mask is None else read_still(mask)
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    if completes:
+        settings.check_part(opened[0], hole, below)
+    for each in settings.learned.notes(prompt):
+        note(each)
+    resized = [change for each in zip(names, opened, strict=True) if (change := settings.resized(*each))]
+    for change in resized:
+        (width, height), (new_width, new_height) = change["from"], change["to"]
+        note(f"{change['picture']} is resized from {width}x{height} to {new_width}x{new_height} pixels, as it is read")
     pipeline = load_pipeline(model, load, "draw" if completes else "edit")
     draw = _with_seed(pipeline, draw)
     if completes:
         requests = pipeline.complete_requests(opened[0], [prompt], mask=hole, below=below, **asdict(draw))
     else:
         requests = pipeline.edit_requests([opened], [prompt], **asdict(draw))
-    record = {"prompt": prompt, "pictures": names} | ({"mask": mask, "below": below} if completes else {})
+    record: dict[str, Any] = {"prompt": prompt, "pictures": names, "resized": resized}
+    record |= {"mask": mask, "below": below} if completes else {}
     print_out(_make(pipeline, requests, [path], [record], model, load, draw, as_json))
 
 
@@ -129,17 +147,28 @@ def video(
     as_json: JsonOption = False,
 ) -> None:
     """Film clips from words; with --start, go on with a clip or animate a picture."""
-    for prompt in prompts:
-        check_words("prompt", prompt)
+    _check_prompts(prompts)
     paths = output_paths(output, len(prompts), CLIPS)
     if paths[0].suffix.lower() not in ANIMATIONS:
         need_packages(f"writing {paths[0].suffix[1:]}", "video", "av")
     begin = None if start is None else read_start(start)
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    settings.check_frames(frames)
+    for each in settings.learned.notes(prompts, frames):
+        note(each)
     pipeline = load_pipeline(model, load, "film")
     draw = _with_seed(pipeline, draw, film=True)
     requests = pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **asdict(draw))
     records = [{"prompt": prompt, "start": start} for prompt in prompts]
     print_out(_make(pipeline, requests, paths, records, model, load, draw, as_json))
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    for prompt in prompts:
+        check_words("prompt", prompt)
+    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
+        note(f"{len(prompts)} prompts of one word each; if they are one prompt, put it in quotes")
 
 
 def _with_seed(pipeline: "Emu3Pipeline", draw: Draw, film: bool = False) -> Draw:
@@ -217,6 +246,7 @@ def chat(
     """Ask about a picture or clip, or about several: emu3 chat before.png "What changed?" --beside after.png."""
     if question is not None:
         check_words("question", question)
+        check_is_no_file("question", question)
     names = [picture, *(beside or [])]
     opened = [read_media(name) for name in names]
     if question is None:
@@ -239,9 +269,12 @@ def tell(
     """Tell a story with pictures in it: emu3 tell "Tell a story about a red dog." """
     check_words("prompt", prompt)
     check_folder(output)
+    for each in settings_of(model, load).learned.notes(prompt):
+        note(each)
     pipeline = load_pipeline(model, load, "tell")
     answer = replace(answer, seed=secrets.randbelow(2**31) if answer.seed is None else answer.seed)
-    told = pipeline.tell(prompt, **asdict(answer))
+    with warnings.catch_warnings(action="ignore", category=NotLearned):  # noted already
+        told = pipeline.tell(prompt, **asdict(answer))
     lines: list[str] = []
     count = 0
     for part in told:
@@ -265,7 +298,7 @@ def serve(serve: Serve, load: Load, model: ModelArgument = "nano") -> None:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"serving needs more packages: pip install 'emu3[serve]' ({error})") from error
+        raise ValueError(f"serving needs more packages: pip install -e '.[serve]' in the clone ({error})") from error
     pipeline = load_pipeline(model, load)
     from emu3.serving.server import run
 

@@ -15,6 +15,7 @@ from emu3.cli.common import (
     need_packages,
     print_out,
     progress,
+    settings_of,
     takes_options,
 )
 from emu3.cli.files import check_folder
@@ -92,6 +93,9 @@ def samples(
     if asked.ability == "film":
         need_packages("writing mp4", "video", "av")
     check_checkpoint(model, load, asked.ability)
+    settings = settings_of(model, load)
+    settings.check_size(draw)
+    settings.check_frames(frames)
     from emu3.evaluation.samples import write_samples
 
     numbers: dict[str, Any] = {"per_prompt": per_prompt, "limit": limit, "frames": frames, "fps": fps, "batch": batch}
@@ -161,6 +165,7 @@ def bench(
         raise ValueError(f"--sweep {sweep} draws one number of pictures at once; give --pictures one number")
     for name in decoding.split(","):
         Draw(decoding=name, height=height, width=width)  # refuses wrong ones
+    settings_of(model, load).check_size(Draw(height=height, width=width))
     pipeline = load_pipeline(model, load, "draw")
     from emu3.evaluation.speed import Case, cases_of, measure
 

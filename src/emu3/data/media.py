@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from emu3.clips import Clip, frames_of_animation, frames_of_video, opened_video, stack_frames
 from emu3.data.samples import Media
+from emu3.pictures import picture_formats
 from emu3.suffixes import ANIMATIONS, VIDEOS
 
 PICTURES = frozenset(
@@ -82,7 +82,7 @@ def media_of(file: bytes | str, name: str = "") -> Media:
                 return Media("clip", file)
             if start[:3] == b"GIF" or start[8:12] == b"WEBP":
                 opened.seek(0)
-                with Image.open(opened, formats=_formats()) as picture:
+                with Image.open(opened, formats=picture_formats()) as picture:
                     return Media("clip" if getattr(picture, "is_animated", False) else "picture", file)
     except Exception:  # from the file system or a decoder: it shows itself when it is opened
         pass
@@ -120,8 +120,8 @@ def picture_size(media: Media) -> tuple[int, int]:
 def open_clip(media: Media, max_frames: int) -> Clip:
     """The first frames of a clip, at most `max_frames`; a picture is a clip of one frame.
 
-    Animations are read by Pillow, everything else by PyAV (`pip install 'emu3[video]'`). Raises ValueError with the
-    reason for a file that is no clip, is damaged, or has frames of several sizes.
+    Animations are read by Pillow, everything else by PyAV (`pip install -e '.[video]'` in a clone). Raises ValueError
+    with the reason for a file that is no clip, is damaged, or has frames of several sizes.
     """
     if _is_for_pillow(media):
         with _opened(media) as picture:
@@ -136,7 +136,7 @@ def open_clip(media: Media, max_frames: int) -> Clip:
 def _opened(media: Media) -> Iterator[Image.Image]:
     """The picture, whose pixels are not read yet. Any error inside becomes a ValueError."""
     try:
-        with open_file(media.file) as opened, Image.open(opened, formats=_formats()) as picture:
+        with open_file(media.file) as opened, Image.open(opened, formats=picture_formats()) as picture:
             if min(picture.size) < 1:
                 raise ValueError(f"{picture.height}x{picture.width} pixels, which is empty")
             yield picture
@@ -194,11 +194,3 @@ def _opened_file(media: Media) -> Iterator[BinaryIO]:
         raise ValueError(_why(error)) from error
     except Exception as error:
         raise ValueError(f"cannot read the clip: {_why(error)}") from error
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read. Some of its others start programs, such as EPS."""
-    Image.init()
-    wanted = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF")
-    return tuple(name for name in wanted if name in Image.OPEN)

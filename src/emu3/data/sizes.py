@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from emu3.image_processing import MAX_ASPECT_RATIO, generation_size, smart_resize
+from emu3.sizes import MAX_ASPECT_RATIO, generation_size, smart_resize
 
 RATIOS = ("1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "3:1")
 """Width to height; each also the other way round."""

@@ -103,7 +103,9 @@ class DatasetSource:
         try:
             import datasets
         except ImportError as error:
-            raise ValueError("data sets are read by the library datasets: pip install 'emu3[train]'") from error
+            raise ValueError(
+                "data sets are read by the library datasets: pip install -e '.[train]' in the clone"
+            ) from error
         if spec.startswith(HUB):
             from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -183,7 +185,7 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("Parquet files are read by pyarrow: pip install 'emu3[train]'") from error
+        raise ValueError("Parquet files are read by pyarrow: pip install -e '.[train]' in the clone") from error
     return pyarrow.parquet
 
 

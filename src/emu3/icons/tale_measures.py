@@ -18,6 +18,7 @@ from emu3.icons.motion import Clip as Moves
 from emu3.icons.scenes import Split, render
 from emu3.icons.score import Example, Figure, Line, Score, Section
 from emu3.icons.stories import LEAST, judge_story, sample_story, sentence_of
+from emu3.options import Draw
 from emu3.training.codes import to_pixels
 from emu3.training.reconstruction import psnr
 
@@ -99,7 +100,7 @@ def stories(run: Run) -> Section:
     rng = np.random.default_rng([run.seed, 31])
     asked = [sample_story(rng, _split(index)) for index in range(run.count)]
     talks = [[{"role": "user", "content": story.prompt}] for story in asked]
-    told = run.pipeline.tell(talks, seed=run.seed)
+    told = run.pipeline.tell(talks, seed=run.seed, drawing=Draw(decoding=run.decoding))
     right, truth = [], []
     for story, parts in zip(asked, told, strict=True):
         pairs = list(zip(parts[::2], parts[1::2], strict=False))

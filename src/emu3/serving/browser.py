@@ -71,7 +71,7 @@ async def model(request: Request) -> dict[str, Any]:
         "height": grid and grid.height,
         "decodings": list(DECODINGS),
         "options": {name: options[name] for name in SHOWN},
-        "words": service.words,
+        "words": service.pipeline.learned.words,
         "clips": _clips(service, grid) if grid is not None and service.can("film") else None,
     }
 

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import Request
@@ -21,7 +20,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from emu3 import __version__
 from emu3.asked import Asked, shape_of
-from emu3.checkpoints.opened import holder
 from emu3.clips import Clip
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar, PinnedGrid
@@ -66,8 +64,6 @@ class Service:
         self.films = Films(self.worker)
         self.fetcher = Fetcher(serve.names("picture_host")) if serve.picture_host else None
         self.began = int(time.time())
-        words = holder(Path(pipeline.model.name_or_path), "words.txt") / "words.txt"
-        self.words = words.read_text().split() if words.is_file() else []
         self._prepared = 0  # or about to be
         # One thread, because tokenizers may not be used by several.
         self._preparing = ThreadPoolExecutor(1, "emu3-prepare")

@@ -23,7 +23,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, modules: Sequence[st
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("adapters need PEFT; pip install 'emu3[train]'") from error
+        raise ValueError("adapters need PEFT; pip install -e '.[train]' in the clone") from error
     targets = rf".*text_model\.layers\..*\.({'|'.join(modules)})"
     config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout, target_modules=targets)
     model.requires_grad_(False)

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from emu3.checkpoints.load import load_model, load_processor
+from emu3.checkpoints.opened import WORDS
 from emu3.training.recipe import Checked
-from emu3.training.results import WORDS, save_checkpoint
+from emu3.training.results import save_checkpoint
 from emu3.training.state import require_output
 
 
@@ -17,7 +18,7 @@ class AssembleRecipe(Checked):
 
     Attributes:
         language: folder that the language model's recipe left.
-        words: a text file of words that the checkpoint knows, which a page offers to complete.
+        words: a text file of words that the checkpoint knows, which a page offers to complete; others get a note.
     """
 
     language: Path

@@ -6,7 +6,7 @@ is constant, and over the last part it falls linearly to zero, so that a run can
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from emu3.data.shards import Shard, open_shards
 from emu3.data.tokenize import tokenizer_hash
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.layout import ClipText
+from emu3.learned import words_in
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.modeling.vision import Emu3VQVAE
 from emu3.options import ABILITIES, GUIDANCE, Draw
@@ -40,7 +41,7 @@ from emu3.training.machine import computes_in
 from emu3.training.objective import NextTokenLoss, Rows
 from emu3.training.packing import NEVER, MixedSource, Schedule
 from emu3.training.recipe import Arguments, Checked, RunSettings
-from emu3.training.results import configured_dtype, save_adapter, save_checkpoint, stored_dtype
+from emu3.training.results import add_words, configured_dtype, save_adapter, save_checkpoint, stored_dtype
 from emu3.training.sequences import SequenceBuilder, Weights
 from emu3.training.state import require_output, saved_states
 from emu3.vocabulary import Vocabulary
@@ -89,12 +90,13 @@ class ClipSettings(DrawingSettings):
     """What clips are like, unless a request says otherwise: their frames, how many of them a second, their guidance.
 
     What is not given of the guidance is that of pictures. `independent_groups` is true where the data were tokenized
-    so, see `emu3.data.tokenize.Tokenizer`.
+    so, see `emu3.data.tokenize.Tokenizer`. `lengths` are all numbers of frames that the data have.
     """
 
     frames: int | None = None
     fps: float | None = None
     independent_groups: bool | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +260,15 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> None:
     model, processor = load_model(source, dtype=torch.float32), load_processor(source)
     if recipe.abilities is not None:
         model.config.abilities = list(recipe.abilities)
-    train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
-    save_checkpoint(model, processor, folder, stored_dtype(source), beside=source, computed=configured_dtype(source))
+    shards = open_mixture(recipe, model.model.vqmodel)
+    train(recipe, folder, model, processor, shards)
+    if (clips := getattr(model.config, "clips", None) or {}).get("lengths"):
+        factor = model.model.vqmodel.config.temporal_downsample_factor
+        shapes = [shape for each in shards for shard in each for shape in shard.shapes]
+        more = {factor * shape.frames for shape in shapes if shape.frames > 1}
+        model.config.clips = clips | {"lengths": sorted({*clips["lengths"], *more})}
+    save_checkpoint(model, processor, folder, stored_dtype(source), computed=configured_dtype(source))
+    add_words(source, folder, words_drawn(shards))
 
 
 def lora(recipe: LoraRecipe, folder: Path) -> None:
@@ -269,8 +278,10 @@ def lora(recipe: LoraRecipe, folder: Path) -> None:
     model, processor = load_model(source, dtype=dtype), load_processor(source)
     torch.manual_seed(recipe.seed)
     adapted = add_adapters(model, recipe.rank, recipe.alpha, recipe.modules, recipe.dropout)
-    train(recipe, folder, model, processor, open_mixture(recipe, model.model.vqmodel))
+    shards = open_mixture(recipe, model.model.vqmodel)
+    train(recipe, folder, model, processor, shards)
     save_adapter(adapted, recipe.checkpoint, folder)
+    add_words(source, folder, words_drawn(shards))
 
 
 def train(
@@ -348,14 +359,24 @@ def _draws(sample: Sample) -> bool:
 def captions(shards: Sequence[Sequence[Shard]], count: int = 8) -> list[str]:
     """The first different prompts of drawings."""
     found: dict[str, None] = {}
+    for prompt in _prompts(shards):
+        found[prompt] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def words_drawn(shards: Sequence[Sequence[Shard]]) -> Iterator[str]:
+    """The words of all prompts of drawings, as often as they are there."""
+    return (word for prompt in _prompts(shards) for word in words_in(prompt))
+
+
+def _prompts(shards: Sequence[Sequence[Shard]]) -> Iterator[str]:
     for shard in (shard for each in shards for shard in each):
         for sample in shard.outlines():
-            if len(found) == count:
-                return list(found)
             words = [part.content.text for part in sample.parts if isinstance(part.content, Text)]
-            if words and any(part.role == "draw" for part in sample.parts):
-                found[" ".join(words)] = None
-    return list(found)
+            if words and _draws(sample):
+                yield " ".join(words)
 
 
 def _text_tokenizer(

@@ -215,7 +215,7 @@ def start_accelerator(settings: RunSettings, folder: Path) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ValueError("training needs accelerate; pip install 'emu3[train]'") from error
+        raise ValueError("training needs accelerate; pip install -e '.[train]' in the clone") from error
     return Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(settings.trackers) or None, project_dir=str(folder)
     )

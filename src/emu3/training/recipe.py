@@ -161,7 +161,7 @@ def build(recipe: type[Recipe], content: Mapping[str, Any]) -> Recipe:
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
-        raise ValueError("recipes need pydantic; pip install 'emu3[train]'") from error
+        raise ValueError("recipes need pydantic; pip install -e '.[train]' in the clone") from error
     try:
         # As JSON, strictly: a list becomes a tuple and a text a path, but "3" is no number.
         return TypeAdapter(recipe).validate_json(json.dumps(content, default=str), strict=True)

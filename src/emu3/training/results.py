@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from emu3.checkpoints.opened import open_checkpoint, own_dtype
+from emu3.checkpoints.opened import WORDS, open_checkpoint, own_dtype, read_learned
 from emu3.configuration import Emu3TextConfig, Emu3VQVAEConfig
 from emu3.modeling.multimodal import Emu3ForConditionalGeneration
 from emu3.processing import Emu3Processor
 
-WORDS = "words.txt"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -68,6 +68,13 @@ def save_checkpoint(
     processor.save_pretrained(folder)
     if beside is not None and (beside / WORDS).is_file() and beside != folder:
         shutil.copy(beside / WORDS, folder / WORDS)
+
+
+def add_words(source: Path, folder: Path, words: Iterable[str]) -> None:
+    """Writes the list of words of the checkpoint that this one came from, and more behind them; nothing without one."""
+    known = dict.fromkeys(read_learned(source).words)
+    if known and is_first_process():
+        (folder / WORDS).write_text("\n".join(known | dict.fromkeys(words)) + "\n", encoding="utf-8")
 
 
 def save_adapter(adapted: Any, base: str, folder: Path) -> None:

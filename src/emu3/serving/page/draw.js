@@ -23,7 +23,7 @@ export class Draw {
     this.canRead = model.abilities.includes("read");
     this.canEdit = model.abilities.includes("edit");
     this.canDraw = model.abilities.includes("draw");
-    this.words = new Set(model.words ?? []);
+    this.words = new Set((model.words ?? []).map((word) => word.toLowerCase()));
     this.name = model.name;
     this.pictures = [];
     this.frame = new Frame("Your picture appears here", { "data-testid": "picture", id: "picture" });
