@@ -25,6 +25,11 @@ _BYTE = 255
 _LONGEST_PATH = 4096
 
 
+def data_url(content: bytes, kind: str) -> str:
+    """The data URL of a file; `kind` as HTTP names it, such as "image/png"."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def open_picture(source: str) -> Image.Image:
     """Open a picture: from an http(s) address, a file, or base64, with or without "data:image/...;base64," before it.
 

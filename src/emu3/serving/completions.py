@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
-from emu3.asked import Asked
 from emu3.generation.events import Failed, Tokens
+from emu3.generation.request import Request as EngineRequest
 from emu3.options import GUIDANCE
 from emu3.results import Result
 from emu3.serving.conversation import image_part, wish_of
@@ -83,7 +83,7 @@ async def _reply(request: Request, service: Service, fields: Any) -> _Reply:
 class _Said:
     """A text as the answer."""
 
-    def __init__(self, service: Service, asked: list[Asked]) -> None:
+    def __init__(self, service: Service, asked: list[EngineRequest]) -> None:
         self.asked = asked
         self._text = GrowingText(service.pipeline.text)
 
@@ -102,7 +102,7 @@ class _Said:
 
     def usage(self, result: Result) -> dict[str, int]:
         """Tokens that went in and came out."""
-        return _usage(len(self.asked[0].request.prompt_ids), len(result.ids))
+        return _usage(len(self.asked[0].prompt_ids), len(result.ids))
 
 
 class _Drawn:
@@ -135,7 +135,7 @@ class _Filmed(_Drawn):
 class _Told:
     """A text with pictures as the answer: each says with `after` how many characters of the text are before it."""
 
-    def __init__(self, asked: list[Asked]) -> None:
+    def __init__(self, asked: list[EngineRequest]) -> None:
         self.asked = asked
         self._said = self._shown = 0
         self._broken = False  # a picture came, so what is said next is another paragraph
@@ -162,7 +162,7 @@ class _Told:
 
     def usage(self, result: Result) -> dict[str, int]:
         """Tokens that went in and came out."""
-        return _usage(len(self.asked[0].request.prompt_ids), len(result.ids))
+        return _usage(len(self.asked[0].prompt_ids), len(result.ids))
 
 
 _Reply = _Said | _Drawn | _Told

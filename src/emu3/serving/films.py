@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from emu3.asked import Asked
 from emu3.clips import Clip
 from emu3.generation.events import Failed, Started, Tokens
+from emu3.generation.request import Request
 from emu3.results import Result
 from emu3.serving.jobs import Job, QueueFull
 from emu3.serving.worker import Worker
@@ -104,7 +104,7 @@ class Films:
         self._films[film.id] = film
         self._forget()
 
-    def make(self, asked: Asked, about: dict[str, Any]) -> Film:
+    def make(self, asked: Request, about: dict[str, Any]) -> Film:
         """Begin one.
 
         Raises:

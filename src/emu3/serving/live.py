@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncGenerator
-from functools import partial
 from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
@@ -102,14 +101,11 @@ async def draw(request: Request, body: DrawRequest) -> Response:  # type: ignore
 async def edit(request: Request, body: EditRequest) -> Response:  # type: ignore[valid-type]
     """Draw a picture anew as the words say; with a mask, only what it leaves transparent."""
     service, wanted = service_of(request), cast(Any, body)
-    picture = await service.prepare(request, read_picture, wanted.picture, service.fetcher, "picture")
-    options = given(wanted, *SHOWN)
-    if wanted.mask is None:
-        pictures = await service.edit(request, [picture], wanted.prompt, 1, None, options)
-    else:
-        mask = await service.prepare(request, read_picture, wanted.mask, service.fetcher, "mask")
-        ask = partial(service.pipeline.complete_requests, picture, mask=mask)
-        pictures = await service.draw(request, wanted.prompt, 1, None, options, ask=ask)
+    picture = await service.see(request, read_picture, wanted.picture, service.fetcher, "picture")
+    mask = None
+    if wanted.mask is not None:
+        mask = await service.see(request, read_picture, wanted.mask, service.fetcher, "mask")
+    pictures = await service.edit(request, [picture], wanted.prompt, 1, None, given(wanted, *SHOWN), mask)
     return _stream(pictures, wanted.previews)
 
 
@@ -119,7 +115,7 @@ async def film(request: Request, body: FilmRequest) -> Response:  # type: ignore
     service, wanted = service_of(request), cast(Any, body)
     start = None
     if wanted.start is not None:
-        start = await service.prepare(request, read_film, wanted.start, service.fetcher, "start")
+        start = await service.see(request, read_film, wanted.start, service.fetcher, "start")
     made = await service.film(
         request, wanted.prompt, None, given(wanted, *SHOWN), frames=wanted.frames, fps=wanted.fps, start=start
     )

@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.types import Message, Receive, Scope, Send
 
 from emu3 import __version__
-from emu3.asked import Asked, shape_of
+from emu3.asked import shape_of
 from emu3.checkpoints.opened import holder
 from emu3.clips import Clip
 from emu3.generation.events import Failed
@@ -28,8 +28,8 @@ from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Request as EngineRequest
 from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, check_number, make
 from emu3.results import Result
-from emu3.segments import Shape
-from emu3.serving.conversation import read_messages
+from emu3.segments import Shape, Visual
+from emu3.serving.conversation import read_messages, shows
 from emu3.serving.errors import Refused
 from emu3.serving.films import Films, file_of
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
@@ -45,11 +45,11 @@ logger = logging.getLogger("emu3")
 
 Value = TypeVar("Value")
 
-# Longer pictures are asked for as this long ones.
 MOST_FPS = 500.0
 """Of clips: more, an animation cannot have."""
+# Longer pictures are asked for as this long ones.
 _MOST_RATIO = 100
-# Requests that may wait for tokenizer and pictures.
+# Requests that may wait for the tokenizer, and as many for pictures to be read.
 _MOST_PREPARED = 64
 # A client that reads nothing for so long is given up.
 _SEND_SECONDS = 30.0
@@ -57,8 +57,29 @@ _SEND_SECONDS = 30.0
 _MANY_PIXELS = 2**16
 
 
+class _Turns:
+    """A thread that does what requests need, one after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self._here = 0  # that wait, or whose turn it is
+
+    async def take(self, request: Request, run: Callable[[], Value]) -> Value:
+        if self._here >= _MOST_PREPARED:
+            raise QueueFull(1)
+        self._here += 1
+        try:
+            return await unless_gone(request, asyncio.get_running_loop().run_in_executor(self._thread, run))
+        finally:
+            self._here -= 1
+
+
 class Service:
-    """What the routes share: a worker, and one thread that reads what clients send."""
+    """What the routes share: a worker, and the threads that prepare what clients send.
+
+    A tokenizer may not be used by several threads, so one has it. Another reads and encodes pictures and clips, which
+    may take long: who sends words alone does not wait for it.
+    """
 
     def __init__(self, pipeline: Emu3Pipeline, name: str, serve: Serve) -> None:
         self.pipeline, self.name, self.serve = pipeline, name, serve
@@ -68,27 +89,21 @@ class Service:
         self.began = int(time.time())
         words = holder(Path(pipeline.model.name_or_path), "words.txt") / "words.txt"
         self.words = words.read_text().split() if words.is_file() else []
-        self._prepared = 0  # or about to be
-        # One thread, because tokenizers may not be used by several.
-        self._preparing = ThreadPoolExecutor(1, "emu3-prepare")
+        self._words, self._pictures = _Turns("emu3-words"), _Turns("emu3-pictures")
 
     async def prepare(
         self, request: Request, function: Callable[..., Value], *arguments: Any, **keywords: Any
     ) -> Value:
-        """Run something that tokenizes or reads pictures, unless the client leaves before its turn.
+        """Run something that tokenizes, unless the client leaves before its turn.
 
         Raises:
             QueueFull: many wait already.
         """
-        if self._prepared >= _MOST_PREPARED:
-            raise QueueFull(1)
-        self._prepared += 1
-        try:
-            run = partial(function, *arguments, **keywords)
-            future = asyncio.get_running_loop().run_in_executor(self._preparing, run)
-            return await unless_gone(request, future)
-        finally:
-            self._prepared -= 1
+        return await self._words.take(request, partial(function, *arguments, **keywords))
+
+    async def see(self, request: Request, function: Callable[..., Value], *arguments: Any, **keywords: Any) -> Value:
+        """Run something that reads or encodes pictures or clips. As `prepare`."""
+        return await self._pictures.take(request, partial(function, *arguments, **keywords))
 
     async def draw(
         self,
@@ -122,12 +137,24 @@ class Service:
         options |= {name: getattr(settled, name) for name in GUIDANCE}
         ask = ask or partial(self.pipeline.draw_requests, pinned=pinned)
         requests = await self.prepare(request, ask, [prompt] * count, **options)
-        return Pictures(self, prompt, [Asked(request) for request in requests], options)
+        return Pictures(self, prompt, requests, options)
 
     async def edit(
-        self, request: Request, pictures: list[Image.Image], prompt: str, count: int, size: str | None, options: Any
+        self,
+        request: Request,
+        pictures: list[Image.Image],
+        prompt: str,
+        count: int,
+        size: str | None,
+        options: Any,
+        mask: Image.Image | None = None,
     ) -> Pictures:
-        """As `draw`, from pictures."""
+        """As `draw`, from pictures; with a mask, only what it leaves transparent is drawn anew."""
+        if mask is not None:
+            if len(pictures) > 1 or size not in (None, "", "auto"):
+                raise Refused(400, "a mask goes with one picture, and keeps its size", "mask")
+            codes_HW = await self.see(request, self.pipeline.codes_to_complete, pictures[0], mask=mask)
+            return await self.draw(request, prompt, count, None, options, codes_HW)
         if not self.can("edit"):
             raise Refused(
                 400,
@@ -135,7 +162,8 @@ class Service:
                 "draws new ones",
                 code="unsupported",
             )
-        ask = partial(self.pipeline.edit_requests, [pictures] * count)
+        given = [await self.see(request, self.pipeline.encode_visual, each) for each in pictures]
+        ask = partial(self.pipeline.edit_requests, [given] * count)
         edited = await self.draw(request, prompt, count, size, options, ask=ask)
         return replace(edited, more={"from_pictures": len(pictures)})
 
@@ -157,7 +185,8 @@ class Service:
             raise Refused(400, f"this checkpoint makes no clips{instead}", code="unsupported")
         rate = fps or (start.frames_per_second if start is not None and len(start) > 1 else None)
         rate = check_number("fps", rate or self.pipeline.layout.clips.fps, 1e-3, MOST_FPS)
-        ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, start=start)
+        begin = None if start is None else await self.see(request, self.pipeline.encode_start, start, rate)
+        ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, begin=begin)
         film = await self.draw(request, prompt, 1, size, options, ask=ask, film=True)
         return replace(film, more={"frames": film.grid.frames * self.pipeline.temporal_factor, "fps": rate})
 
@@ -168,11 +197,10 @@ class Service:
         frames: int | None,
         fps: float,
         seconds: float | None,
-        start: Clip | None,
+        begin: Visual | None,
         **options: Any,
     ) -> list[EngineRequest]:
         pipeline = self.pipeline
-        begin = None if start is None else pipeline.encode_start(start, fps)
         if frames is None and seconds is not None:
             shape = begin.shape if begin is not None else shape_of(make(Draw, options), pipeline.processor)
             codes = max(2, round(seconds * fps / pipeline.temporal_factor))
@@ -184,13 +212,22 @@ class Service:
 
     async def answer(
         self, request: Request, messages: Sequence[Any], options: dict[str, Any], tell: bool = False
-    ) -> list[Asked]:
+    ) -> list[EngineRequest]:
         """What to ask for an answer to messages; with `tell` one that may have pictures in it."""
-        talk = await self.prepare(request, read_messages, messages, self.fetcher)
+        self.pipeline.require("read")
+        read = self.see if shows(messages) else self.prepare
+        talk = await read(request, self._read_messages, messages)
         more: dict[str, Any] = {}
         if tell:
             more, options = {"drawing": Draw()}, {"max_new_tokens": self.pipeline.engine.context} | options
-        return await self.prepare(request, self.pipeline.answer_requests, talk, **more, **options)
+        (asked,) = await self.prepare(request, self.pipeline.answer_requests, talk, **more, **options)
+        return [await self.see(request, self.pipeline.encode, asked) if asked.pictures else asked.request]
+
+    def _read_messages(self, messages: Sequence[Any]) -> list[dict[str, Any]]:
+        talk = read_messages(messages, self.fetcher)
+        for part in (part for message in talk for part in message["content"] if part["type"] == "video"):
+            part["video"] = self.pipeline.encode_start(part["video"], self.pipeline.layout.clips.fps)
+        return talk
 
     def _size(self, size: str | None) -> dict[str, Any]:
         """Options for a size: its ratio, and its area up to the one that the checkpoint was trained on."""
@@ -214,7 +251,7 @@ class Service:
             return False
         return True
 
-    async def results(self, request: Request, asked: Sequence[Asked]) -> list[Result]:
+    async def results(self, request: Request, asked: Sequence[EngineRequest]) -> list[Result]:
         """Run requests to their end, unless the client leaves."""
         job = self.worker.open(asked, live=False)
         try:
@@ -233,7 +270,9 @@ class Service:
                 found[heard.request] = heard
         return [found[place] for place in range(len(job.asked))]
 
-    def stream(self, asked: Sequence[Asked], previews: int, write: Callable[[Job], AsyncIterator[bytes]]) -> Response:
+    def stream(
+        self, asked: Sequence[EngineRequest], previews: int, write: Callable[[Job], AsyncIterator[bytes]]
+    ) -> Response:
         """Server-sent events of requests. Where the client leaves, they are given up."""
         return _Stream(self.worker, self.worker.open(asked, live=True, previews=previews), write)
 
@@ -247,14 +286,14 @@ class Pictures:
 
     service: Service
     prompt: str
-    asked: list[Asked]
+    asked: list[EngineRequest]
     options: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grid(self) -> GridGrammar:
         """Of each."""
-        return cast(GridGrammar, self.asked[0].request.grammar)
+        return cast(GridGrammar, self.asked[0].grammar)
 
     @property
     def width(self) -> int:
@@ -269,7 +308,7 @@ class Pictures:
     @property
     def usage(self) -> dict[str, Any]:
         """Tokens that went in and came out. The negative prompt counts."""
-        text = sum(len(prompt) for asked in self.asked for prompt in asked.request.prompts)
+        text = sum(len(prompt) for asked in self.asked for prompt in asked.prompts)
         image = self.grid.length * len(self.asked)
         return {
             "input_tokens": text,

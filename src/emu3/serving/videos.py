@@ -53,7 +53,7 @@ async def _read(request: Request, service: Service) -> tuple[Any, Clip | None]:
             file = form.get(where)
             if file is not None and not isinstance(file, str):
                 content = await content_of(file, where)
-                return fields, await service.prepare(request, open_film, content, where)
+                return fields, await service.see(request, open_film, content, where)
             address = file or form.get(f"{where}[image_url]")
     if isinstance(address, dict):
         if not address.get("image_url"):
@@ -61,7 +61,7 @@ async def _read(request: Request, service: Service) -> tuple[Any, Clip | None]:
         address = address["image_url"]
     if address in (None, ""):
         return fields, None
-    return fields, await service.prepare(request, read_film, address, service.fetcher, where)
+    return fields, await service.see(request, read_film, address, service.fetcher, where)
 
 
 def about_of(film: Pictures, model: str | None = None) -> dict[str, Any]:
