@@ -7,7 +7,6 @@ Letters: C, H, T, W, see CONTRIBUTING.md.
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from emu3.options import check_number
-from emu3.pictures import read_pixels, to_channels_last
+from emu3.pictures import data_url, read_pixels, to_channels_last
 
 MAX_FRAMES = 1024
 """Of a clip that is read, unless another number is asked for. What a file has beyond them is left out."""
@@ -129,8 +128,8 @@ class Clip:
         self.save(file, "webp")
         scale = max(1, 192 // max(self.frames_THWC.shape[1:3]))
         width = scale * self.frames_THWC.shape[2]
-        data = base64.b64encode(file.getvalue()).decode()
-        return f'<img src="data:image/webp;base64,{data}" width="{width}" style="image-rendering: pixelated">'
+        url = data_url(file.getvalue(), "image/webp")
+        return f'<img src="{url}" width="{width}" style="image-rendering: pixelated">'
 
 
 def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None = None) -> Clip:

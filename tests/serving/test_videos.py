@@ -3,6 +3,7 @@
 import base64
 import io
 import sys
+import threading
 import time
 
 import av
@@ -13,7 +14,7 @@ from PIL import Image
 
 from emu3 import Emu3Pipeline
 from emu3.clips import Clip, read_clip
-from emu3.serving import films
+from emu3.serving import films, live, pictures, videos
 from emu3.testing import write_tiny_checkpoint
 
 DOG = "a clip of a red dog moving left"
@@ -157,3 +158,31 @@ def test_what_is_kept_is_bounded(monkeypatch):
     assert list(store) == made[4:]
     monkeypatch.setattr(films, "_KEPT_SECONDS", -2)
     assert list(store) == []
+
+
+def test_files_are_written_where_nobody_waits_for_them(server, monkeypatch):
+    wrote = []
+
+    def noted(function):
+        def note(*arguments, **keywords):
+            wrote.append(threading.current_thread())
+            return function(*arguments, **keywords)
+
+        return note
+
+    monkeypatch.setattr(pictures, "_MANY_PIXELS", 0)
+    monkeypatch.setattr(Image.Image, "save", noted(Image.Image.save))
+    for module in (videos, live):
+        monkeypatch.setattr(module, "sheet_of", noted(films.sheet_of))
+    film = finished(server, server.post("/v1/videos", {"prompt": DOG, "frames": 8}).json())
+    for query in ({"variant": "thumbnail"}, {"variant": "spritesheet"}, {"format": "gif"}):
+        content(server, film, **query)
+    server.events("/api/film", {"prompt": DOG, "frames": 8, "previews": 1})
+    story = [{"role": "user", "content": "Tell a story about a red dog."}]
+    for path, body in (
+        ("/v1/images/generations", {"prompt": "a photo of a red dog"}),
+        ("/v1/chat/completions", {"messages": story}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": f"film {DOG}"}]}),
+    ):
+        assert server.post(path, body).status_code == 200
+    assert len(wrote) > 12 and server.thread not in wrote

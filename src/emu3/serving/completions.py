@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -17,8 +18,9 @@ from emu3.options import GUIDANCE
 from emu3.results import Result
 from emu3.serving.conversation import image_part, wish_of
 from emu3.serving.errors import error_body, sse
+from emu3.serving.films import clip_url
 from emu3.serving.jobs import Heard, Job, Part
-from emu3.serving.pictures import to_base64
+from emu3.serving.pictures import picture_url
 from emu3.serving.schema import ChatRequest, given
 from emu3.serving.service import Pictures, Service, service_of
 from emu3.serving.telling import GrowingText
@@ -129,7 +131,7 @@ class _Filmed(_Drawn):
 
     async def content(self, result: Result) -> dict[str, Any]:
         """Of the whole message."""
-        return {"images": [image_part(await self._pictures.clip_url(result.output))]}
+        return {"images": [image_part(await asyncio.to_thread(clip_url, result.output))]}
 
 
 class _Told:
@@ -142,23 +144,22 @@ class _Told:
 
     async def content(self, result: Result) -> dict[str, Any]:
         """Of the whole message."""
-        parts = [self._part(each) for each in result.output]
+        parts = [await self._part(each) for each in result.output]
         texts = [part["content"] for part in parts if "content" in part]
         return {"content": "".join(texts), "images": [each for part in parts for each in part.get("images", ())]}
 
     async def delta(self, heard: Heard) -> dict[str, Any]:
         """What an event adds to the message."""
-        return self._part(heard.content) if isinstance(heard, Part) else {}
+        return await self._part(heard.content) if isinstance(heard, Part) else {}
 
-    def _part(self, part: str | Image.Image) -> dict[str, Any]:
+    async def _part(self, part: str | Image.Image) -> dict[str, Any]:
         if isinstance(part, str):
             text = f"\n\n{part}" if self._broken and self._said else part
             self._said, self._broken = self._said + len(text), False
             return {"content": text}
-        url = f"data:image/png;base64,{to_base64(part, 'png', None, None)}"
         place = {"index": self._shown, "after": self._said}
         self._shown, self._broken = self._shown + 1, True
-        return {"images": [image_part(url) | place]}
+        return {"images": [image_part(await picture_url(part)) | place]}
 
     def usage(self, result: Result) -> dict[str, int]:
         """Tokens that went in and came out."""

@@ -17,6 +17,7 @@ from PIL import Image
 from emu3.clips import Clip
 from emu3.generation.events import Failed, Started, Tokens
 from emu3.generation.request import Request
+from emu3.pictures import data_url
 from emu3.results import Result
 from emu3.serving.jobs import Job, QueueFull
 from emu3.serving.worker import Worker
@@ -165,6 +166,11 @@ def file_of(clip: Clip, format_: str) -> bytes:
     return out.getvalue()
 
 
+def clip_url(clip: Clip) -> str:
+    """A clip as a data URL, an animated WebP."""
+    return data_url(file_of(clip, "webp"), MEDIA["webp"])
+
+
 def sheet_of(clip: Clip) -> tuple[Image.Image, int]:
     """All frames as one picture, in rows and without gaps; and how many are in a row."""
     count, height, width, _ = clip.frames_THWC.shape
@@ -173,13 +179,6 @@ def sheet_of(clip: Clip) -> tuple[Image.Image, int]:
     sheet = np.zeros((rows, columns, height, width, 3), np.uint8)
     sheet.reshape(-1, height, width, 3)[:count] = clip.frames_THWC
     return Image.fromarray(sheet.swapaxes(1, 2).reshape(rows * height, columns * width, 3)), columns
-
-
-def picture_file(picture: Image.Image, format_: str) -> bytes:
-    """The file of a picture."""
-    out = io.BytesIO()
-    picture.save(out, format_)
-    return out.getvalue()
 
 
 def page_of(films: Sequence[Film], after: str | None, limit: int, order: str) -> tuple[list[Film], bool]:

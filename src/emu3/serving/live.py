@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, TypeVar, cast
 
@@ -16,11 +15,12 @@ from pydantic import Field
 from emu3.clips import Clip
 from emu3.generation.events import Failed, Started, Stepped, Tokens
 from emu3.options import GUIDANCE, Answer, Draw
+from emu3.pictures import data_url
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
-from emu3.serving.films import Film, picture_file, sheet_of
+from emu3.serving.films import Film, clip_url, sheet_of
 from emu3.serving.jobs import Job, Part, Preview
-from emu3.serving.pictures import read_film, read_picture, to_base64
+from emu3.serving.pictures import picture_file, picture_url, read_film, read_picture
 from emu3.serving.schema import (
     MOST_CHARACTERS,
     MOST_CLIP,
@@ -160,15 +160,17 @@ async def _made_picture(pictures: Pictures, result: Result) -> dict[str, Any]:
 
 
 async def _made_clip(pictures: Pictures, result: Result) -> dict[str, Any]:
-    """The clip as a file, and all its frames as one picture, from which the page plays it."""
     clip = cast(Clip, result.output)
     kept = Film(about_of(pictures))
     kept.end(clip)
     pictures.service.films.keep(kept)
+    return {"id": kept.id, **await asyncio.to_thread(_playable, clip)}
+
+
+def _playable(clip: Clip) -> dict[str, Any]:
+    """A clip as a file, and all its frames as one picture, from which the page plays it."""
     sheet, columns = sheet_of(clip)
-    content = await asyncio.to_thread(picture_file, sheet, "png")
-    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return {"id": kept.id, "sheet": url, "columns": columns, "url": await pictures.clip_url(clip)}
+    return {"sheet": data_url(picture_file(sheet), "image/png"), "columns": columns, "url": clip_url(clip)}
 
 
 class _Progress:
@@ -221,11 +223,11 @@ async def tell(request: Request, body: TellRequest) -> Response:  # type: ignore
         async for heard in service.worker.listen(job):
             match heard:
                 case Preview():
-                    yield sse({"url": await _url(heard.picture)}, "preview")
+                    yield sse({"url": await picture_url(heard.picture)}, "preview")
                 case Part(content=str()):
                     yield sse({"text": heard.content}, "text")
                 case Part():
-                    yield sse({"url": await _url(cast(Image.Image, heard.content))}, "picture")
+                    yield sse({"url": await picture_url(cast(Image.Image, heard.content))}, "picture")
                 case Result():
                     yield sse({"reason": heard.reason, "seconds": round(job.seconds[0], 4)}, "done")
                 case Failed():
@@ -233,11 +235,6 @@ async def tell(request: Request, body: TellRequest) -> Response:  # type: ignore
                     return
 
     return service.stream(asked, wanted.previews or 0, write)
-
-
-async def _url(picture: Image.Image) -> str:
-    content = await asyncio.to_thread(to_base64, picture, "png", None, None)
-    return f"data:image/png;base64,{content}"
 
 
 def codes_of(rows: list[list[int]]) -> Any:

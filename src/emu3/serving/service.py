@@ -31,9 +31,9 @@ from emu3.results import Result
 from emu3.segments import Shape, Visual
 from emu3.serving.conversation import read_messages, shows
 from emu3.serving.errors import Refused
-from emu3.serving.films import Films, file_of
+from emu3.serving.films import Films
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
-from emu3.serving.pictures import to_base64
+from emu3.serving.pictures import aside, picture_file, picture_url
 from emu3.serving.remote import Fetcher
 from emu3.serving.schema import MOST_CHARACTERS
 from emu3.serving.worker import Worker
@@ -53,8 +53,6 @@ _MOST_RATIO = 100
 _MOST_PREPARED = 64
 # A client that reads nothing for so long is given up.
 _SEND_SECONDS = 30.0
-# Pictures of more pixels are written in another thread, so that nobody waits for it.
-_MANY_PIXELS = 2**16
 
 
 class _Turns:
@@ -330,23 +328,18 @@ class Pictures:
         own |= self.more | ({"kept_tokens": kept} if kept else {})
         return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **draw, **own}
 
-    async def clip_url(self, clip: Clip) -> str:
-        """A clip as a data URL, an animated WebP."""
-        content = await asyncio.to_thread(file_of, clip, "webp")
-        return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
-
     async def url(self, place: int, picture: Image.Image) -> str:
-        """A picture as a data URL, a PNG."""
-        return f"data:image/png;base64,{await self.encode(place, picture)}"
+        """A picture as a data URL, a PNG with its settings."""
+        return await picture_url(picture, self.record(place))
 
     async def encode(
         self, place: int, picture: Image.Image, format_: str = "png", compression: int | None = None
     ) -> str:
         """The file of a picture in base64, with its settings where the format keeps them."""
-        write = partial(to_base64, picture, format_, compression, self.record(place))
-        if picture.width * picture.height <= _MANY_PIXELS:
-            return write()
-        return await asyncio.to_thread(write)
+        record = self.record(place)
+        return await aside(
+            picture, lambda: base64.b64encode(picture_file(picture, format_, compression, record)).decode()
+        )
 
 
 def service_of(request: Request) -> Service:

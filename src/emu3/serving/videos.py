@@ -8,12 +8,13 @@ from typing import Any, Literal, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
+from PIL import Image
 
 from emu3.clips import Clip
 from emu3.serving.errors import Refused
-from emu3.serving.films import MEDIA, Film, file_of, page_of, picture_file, sheet_of
+from emu3.serving.films import MEDIA, Film, file_of, page_of, sheet_of
 from emu3.serving.forms import checked, content_of
-from emu3.serving.pictures import open_film, read_film
+from emu3.serving.pictures import open_film, picture_file, read_film
 from emu3.serving.schema import DRAWN, VideosRequest, given
 from emu3.serving.service import Pictures, Service, service_of
 
@@ -124,9 +125,11 @@ async def content(
         message = f"the clip failed: {film.error}" if film.finished else "the clip is not finished; ask for it later"
         raise Refused(400, message, code="generation_failed" if film.finished else "not_finished")
     if variant == "thumbnail":
-        return Response(await asyncio.to_thread(picture_file, clip.pictures[0], "webp"), media_type="image/webp")
+        first = Image.fromarray(clip.frames_THWC[0])
+        return Response(await asyncio.to_thread(picture_file, first, "webp", 80), media_type="image/webp")
     if variant == "spritesheet":
-        return Response(await asyncio.to_thread(picture_file, sheet_of(clip)[0], "jpeg"), media_type="image/jpeg")
+        made = await asyncio.to_thread(lambda: picture_file(sheet_of(clip)[0], "jpeg", 75))
+        return Response(made, media_type="image/jpeg")
     try:
         made = await asyncio.to_thread(file_of, clip, format)
     except ValueError as error:
