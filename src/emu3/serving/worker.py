@@ -371,7 +371,7 @@ class Worker:
             return None
         ids: Mapping[int, int] = running.ids
         if running.telling is not None:
-            grid, ids = running.telling.grammar.grid, dict(enumerate(running.telling.drawn))
+            grid, ids = running.telling.grammar.grid, running.telling.drawn
         if not isinstance(grid, GridGrammar):
             return None
         rows = grid.frames * grid.height
