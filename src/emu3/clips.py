@@ -98,7 +98,10 @@ class Clip:
         options: dict[str, Any] = {"lossless": True} if format == "webp" else {"disposal": 1}
         ends = [unit * round(1000 * number / rate / unit) for number in range(len(self) + 1)]
         times = [end - start for start, end in pairwise(ends)]
-        first.save(file, format, save_all=True, append_images=rest, duration=times, loop=0, **options)
+        try:
+            first.save(file, format, save_all=True, append_images=rest, duration=times, loop=0, **options)
+        except OverflowError:  # frames that are alike are one, and shown for as long as all of them
+            raise ValueError(f"{format} has no frame that is shown so long; write another format") from None
 
     def _write_video(self, file: BinaryIO, format: str) -> None:
         av = _pyav()

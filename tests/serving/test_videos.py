@@ -1,6 +1,5 @@
 """Clips: asked for by OpenAI's own client, looked after, fetched in each format, and given up."""
 
-import base64
 import io
 import sys
 import threading
@@ -14,6 +13,7 @@ from PIL import Image
 
 from emu3 import Emu3Pipeline
 from emu3.clips import Clip, read_clip
+from emu3.pictures import data_url
 from emu3.serving import films, live, pictures, videos
 from emu3.testing import write_tiny_checkpoint
 
@@ -96,7 +96,7 @@ def test_clips_go_on_and_are_had_as_gif(server, nano):
 def webp(clip):
     file = io.BytesIO()
     clip.save(file, "webp")
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_url(file.getvalue(), "image/webp")
 
 
 def test_the_list_has_pages(server, nano):
@@ -186,3 +186,84 @@ def test_files_are_written_where_nobody_waits_for_them(server, monkeypatch):
     ):
         assert server.post(path, body).status_code == 200
     assert len(wrote) > 12 and server.thread not in wrote
+
+
+@pytest.mark.parametrize(
+    ("body", "size", "frames", "fps"),
+    [
+        ({"size": "16x64"}, "16x64", 12, 8),
+        ({"size": "1x1"}, "4x4", 12, 8),
+        ({"size": "300x1", "frames": 8}, "400x4", 8, 8),
+        ({"seconds": 3600}, "48x48", 24, 8),  # what fits
+        ({"seconds": "0.001"}, "48x48", 8, 8),  # the fewest that move
+        ({"seconds": 1, "fps": 12}, "48x48", 12, 12),
+        ({"frames": 24, "seconds": 1}, "48x48", 24, 8),
+        ({"frames": 8, "fps": 500}, "48x48", 8, 500),
+        ({"frames": 8, "fps": 0.001}, "48x48", 8, 0.001),
+    ],
+)
+def test_how_large_and_long_and_fast(server, body, size, frames, fps):
+    film = finished(server, server.post("/v1/videos", {"prompt": DOG, "seed": 1, **body}).json())
+    assert (film["status"], film["size"], film["frames"], film["fps"]) == ("completed", size, frames, fps)
+    assert film["seconds"] == f"{frames / fps:g}"
+    made = read_clip(content(server, film, format="webp")[0])
+    assert made.frames_THWC.shape[1:3] == tuple(map(int, size.split("x")))[::-1] and len(made) == frames
+    gif = server.client.get(f"/v1/videos/{film['id']}/content", params={"format": "gif"})
+    assert gif.status_code == (200 if 0.01 < fps < 50 else 400)
+    assert gif.status_code == 200 or gif.json()["error"]["param"] == "format"
+
+
+def begin(frames, rate):
+    file = io.BytesIO()
+    Clip(np.random.default_rng(0).integers(0, 256, (frames, 48, 48, 3), dtype=np.uint8), rate).save(file, "mp4")
+    return data_url(file.getvalue(), "video/mp4")
+
+
+@pytest.mark.parametrize(
+    ("body", "start", "param", "words"),
+    [
+        ({"size": "0x5"}, None, "size", "WIDTHxHEIGHT"),
+        ({"seconds": 0}, None, "seconds", "greater than 0"),
+        ({"seconds": 3601}, None, "seconds", "3600"),
+        ({"seconds": "nan"}, None, "seconds", "3600"),
+        ({"fps": 501}, None, "fps", "500"),
+        ({"fps": 0.0001}, None, "fps", "0.001"),
+        ({"frames": 7}, None, "frames", "nearest: 4 or 8"),
+        ({"frames": 4}, None, "frames", "ask for 8"),
+        ({"frames": 28}, None, None, "fewer frames"),
+        ({"frames": 16}, (8, 600), "fps", "has 600 frames a second; give fps, at most 500"),
+        ({"frames": 8}, (8, 8), "frames", "has 8 already"),
+        ({"seconds": 0.5}, (8, 8), "seconds", "8 frames to begin with, and 0.5 s are 8 at most"),
+        ({"seconds": 9}, (24, 8), "seconds", "give a shorter one"),
+    ],
+)
+def test_what_no_clip_can_be(server, body, start, param, words):
+    body = {"prompt": DOG, **body} | ({"input_reference": begin(*start)} if start else {})
+    answer = server.post("/v1/videos", body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param) and words in error["message"], error
+
+
+def test_so_many_are_made_and_kept(server, monkeypatch):
+    store = server.app.state.service.films
+    for film in store:
+        server.client.delete(f"/v1/videos/{film.id}")
+    body = {"prompt": DOG, "frames": 8, "size": "4x4"}
+    monkeypatch.setattr(films, "_MOST_UNFINISHED", 2)
+    step, engine = server.worker.engine.step, server.worker.engine
+    engine.step = lambda: (time.sleep(0.2), step())[1]
+    try:
+        first, second = (server.post("/v1/videos", body).json() for _ in range(2))
+        full = server.post("/v1/videos", body)
+        assert (full.status_code, full.json()["error"]["code"], full.headers["retry-after"]) == (429, "queue_full", "1")
+        server.client.delete(f"/v1/videos/{first['id']}")
+        third = server.post("/v1/videos", body).json()  # there is room again
+    finally:
+        del engine.step
+    ids = [finished(server, each)["id"] for each in (second, third)]
+    assert [film.id for film in store] == ids
+    for limit, most in (("_MOST_FINISHED", 2), ("_MOST_BYTES", 2 * 8 * 4 * 4 * 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(films, limit, most)
+            ids.append(finished(server, server.post("/v1/videos", body).json())["id"])
+            assert server.is_idle() and [film.id for film in store] == ids[-2:]

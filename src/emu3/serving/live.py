@@ -23,11 +23,12 @@ from emu3.serving.jobs import Job, Part, Preview
 from emu3.serving.pictures import picture_file, picture_url, read_film, read_picture
 from emu3.serving.schema import (
     MOST_CHARACTERS,
-    MOST_CLIP,
     MOST_MESSAGES,
     MOST_PICTURES,
     MOST_SIDE,
     Body,
+    Fps,
+    Frames,
     given,
     option_fields,
 )
@@ -63,8 +64,8 @@ class _Draw(Words):
 
 class _Film(Words):
     previews: Annotated[int, Field(ge=0, le=_MOST_PREVIEWS_OF_CLIP)] | None = None
-    frames: Annotated[int, Field(ge=1, le=MOST_CLIP)] | None = None
-    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    frames: Frames | None = None
+    fps: Fps | None = None
     start: str | None = None
 
 

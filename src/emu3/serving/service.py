@@ -26,7 +26,7 @@ from emu3.clips import Clip
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Request as EngineRequest
-from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, check_number, make
+from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, make
 from emu3.results import Result
 from emu3.segments import Shape, Visual
 from emu3.serving.conversation import read_messages, shows
@@ -35,7 +35,7 @@ from emu3.serving.films import Films
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
 from emu3.serving.pictures import aside, picture_file, picture_url
 from emu3.serving.remote import Fetcher
-from emu3.serving.schema import MOST_CHARACTERS
+from emu3.serving.schema import MOST_CHARACTERS, MOST_FPS
 from emu3.serving.worker import Worker
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ logger = logging.getLogger("emu3")
 
 Value = TypeVar("Value")
 
-MOST_FPS = 500.0
-"""Of clips: more, an animation cannot have."""
 # Longer pictures are asked for as this long ones.
 _MOST_RATIO = 100
 # Requests that may wait for the tokenizer, and as many for pictures to be read.
@@ -182,7 +180,9 @@ class Service:
             instead = "; /v1/images/generations draws pictures" if self.can("draw") else ""
             raise Refused(400, f"this checkpoint makes no clips{instead}", code="unsupported")
         rate = fps or (start.frames_per_second if start is not None and len(start) > 1 else None)
-        rate = check_number("fps", rate or self.pipeline.layout.clips.fps, 1e-3, MOST_FPS)
+        rate = rate or self.pipeline.layout.clips.fps
+        if rate > MOST_FPS:
+            raise Refused(400, f"the clip has {rate:g} frames a second; give fps, at most {MOST_FPS}", "fps")
         begin = None if start is None else await self.see(request, self.pipeline.encode_start, start, rate)
         ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, begin=begin)
         film = await self.draw(request, prompt, 1, size, options, ask=ask, film=True)
@@ -205,7 +205,16 @@ class Service:
             shape = Shape(shape.height, shape.width, codes, fps)
             words = (*prompts, options.get("negative_prompt") or "")
             room = pipeline.engine.context - max(len(pipeline.layout.prompt(each, shape)) for each in words) - 2
-            frames = pipeline.temporal_factor * max(2, min(codes, room // pipeline.layout.grammar(shape).frame_length))
+            codes = max(2, min(codes, room // pipeline.layout.grammar(shape).frame_length))
+            if begin is not None and begin.shape.frames >= codes:
+                have, most = (pipeline.temporal_factor * each for each in (begin.shape.frames, codes))
+                raise Refused(
+                    400,
+                    f"the clip has {have} frames to begin with, and {seconds:g} s are {most} at most, as far as they "
+                    "fit; give a shorter one, or more seconds",
+                    "seconds",
+                )
+            frames = pipeline.temporal_factor * codes
         return pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **options)
 
     async def answer(
@@ -233,7 +242,9 @@ class Service:
             return {}
         width, height = map(int, size.split("x"))
         width, height = min(width, _MOST_RATIO * height), min(height, _MOST_RATIO * width)
-        area = min(max(width * height, self.factor**2), self.pipeline.processor.image_area)
+        # A side has a token at least.
+        least = self.factor**2 * -(-max(width, height) // min(width, height))
+        area = min(max(width * height, least), self.pipeline.processor.image_area)
         return {"ratio": f"{width}:{height}", "image_area": area}
 
     @property

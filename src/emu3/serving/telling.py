@@ -9,7 +9,6 @@ from emu3.generation.grammar import MixedGrammar
 from emu3.layout import Emu3Layout
 from emu3.segments import Text, Visual
 
-
 # What bytes decode to that are no character; as the first of one do, of which at most three come before its last.
 _UNREADABLE, _MOST_MISSING = "\ufffd", 3
 
