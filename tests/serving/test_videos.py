@@ -9,11 +9,14 @@ import av
 import numpy as np
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
+from openai.types import Video
 from PIL import Image
 
 from emu3 import Emu3Pipeline
 from emu3.clips import Clip, read_clip
 from emu3.pictures import data_url
+from emu3.results import Result
+from emu3.segments import Visual
 from emu3.serving import films, live, pictures, videos
 from emu3.testing import write_tiny_checkpoint
 
@@ -79,6 +82,63 @@ def test_openai_begins_with_a_picture(client, nano):
     assert np.array_equal(found.frames_THWC, expected.frames_THWC)
     with pytest.raises(BadRequestError, match="no picture"):
         client.videos.create(prompt=DOG, input_reference=("a.png", b"\x89PNG\r\n\x1a\nno"))
+
+
+def test_openai_films_again_and_goes_on(client, server, nano):
+    """From the first picture of a clip, and behind its last; as fast, and with its settings where none are given."""
+    own = {"frames": 8, "fps": 4, "seed": 3, "temperature": 0.7, "decoding": "raster"}
+    film = client.videos.create_and_poll(prompt=DOG, model="sora-2", poll_interval_ms=100, extra_body=own)
+    with pytest.raises(BadRequestError, match="not finished"):
+        client.videos.remix(client.videos.create(prompt=DOG, extra_body=own).id, prompt=DOG)
+    (first,) = nano.results(nano.video_requests(DOG, **own))
+
+    def file_of(name):
+        return client.videos.download_content(name, extra_query={"format": "webp"}).read()
+
+    def frames(made):
+        made = client.videos.poll(made.id, poll_interval_ms=100)
+        assert made.status == "completed", made.error
+        return made, read_clip(file_of(made.id)).frames_THWC
+
+    def extend(name):  # the client's own method takes files only
+        body = {"prompt": other, "seconds": "2", "video": {"id": name}}
+        return client.post("/videos/extensions", body=body, cast_to=Video)
+
+    other = "a clip of a red dog moving up"
+    made, found = frames(client.videos.remix(film.id, prompt=other))
+    assert (made.remixed_from_video_id, made.prompt, made.model, made.seed) == (film.id, other, "sora-2", 3)
+    expected = nano.video(other, start=first.output.pictures[0], **own)[0]
+    assert np.array_equal(found, expected.frames_THWC)
+    assert client.videos.remix(film.id, prompt=other, extra_body={"seed": 9}).seed == 9
+    made, found = frames(extend(film.id))
+    assert (made.seconds, made.frames, made.fps, made.seed, made.remixed_from_video_id) == ("4", 16, 4, 3, None)
+    more = nano.video_requests(other, start=Visual(first.codes_THW), **own | {"frames": 16})
+    assert np.array_equal(found, nano.results(more)[0].output.frames_THWC)  # its own codes, not those of its frames
+    file = file_of(film.id)
+    extra = {name: own[name] for name in ("seed", "temperature", "decoding")}
+    made, found = frames(client.videos.extend(prompt=other, seconds="2", video=("a.webp", file), extra_body=extra))
+    assert np.array_equal(found, nano.video(other, start=first.output, **own | {"frames": 16})[0].frames_THWC)
+    known = [each.id for each in client.videos.list(limit=2)]  # page after page
+    assert known[0] == made.id and film.id in known[3:]
+    with pytest.raises(BadRequestError, match="has 24 frames to begin with"):
+        client.videos.extend(prompt=other, seconds="4", video=("a.gif", gif_of(24)))
+    with pytest.raises(NotFoundError, match="no such clip"):
+        extend("video_1")
+    with pytest.raises(BadRequestError, match="a file in a form"):
+        extend(1)
+    form = {"prompt": other, "seconds": "2", "video[id]": film.id}
+    answer = server.client.post("/v1/videos/extensions", files={name: (None, text) for name, text in form.items()})
+    assert answer.json()["seconds"] == "4"
+    with pytest.raises(BadRequestError, match="remix films anew"):
+        client.videos.edit(prompt="make it blue", video=("a.webp", file))
+    with pytest.raises(BadRequestError, match="input_reference gives one"):
+        client.videos.create_character(name="dog", video=("a.webp", file))
+
+
+def gif_of(frames):
+    file = io.BytesIO()
+    Clip(np.random.default_rng(0).integers(0, 256, (frames, 48, 48, 3), dtype=np.uint8), 8).save(file, "gif")
+    return file.getvalue()
 
 
 def test_clips_go_on_and_are_had_as_gif(server, nano):
@@ -151,7 +211,9 @@ def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(films, "_MOST_BYTES", 250)
     store, made = films.Films(None), [films.Film({}) for _ in range(5)]
     for film, side in zip(made, (1, 1, 1, 1, 8), strict=True):
-        film.end(Clip(np.zeros((1, side, side, 3), np.uint8)))
+        film.end(
+            Result(0, Clip(np.zeros((1, side, side, 3), np.uint8)), (), "stop", codes_THW=np.zeros((1, 1, 1), int))
+        )
         store.keep(film)
     assert list(store) == made[2:]
     made[4].clip = Clip(np.zeros((9, 8, 8, 3), np.uint8))  # alone too large: it is kept, and no other

@@ -162,8 +162,8 @@ async def _made_picture(pictures: Pictures, result: Result) -> dict[str, Any]:
 
 async def _made_clip(pictures: Pictures, result: Result) -> dict[str, Any]:
     clip = cast(Clip, result.output)
-    kept = Film(about_of(pictures))
-    kept.end(clip)
+    kept = Film(about_of(pictures), pictures.settings)
+    kept.end(result)
     pictures.service.films.keep(kept)
     return {"id": kept.id, **await asyncio.to_thread(_playable, clip)}
 

@@ -108,6 +108,23 @@ VideosRequest = option_fields("VideosRequest", _Videos, Draw, DRAWN)
 """Body of /v1/videos."""
 
 
+class _Remix(Body):
+    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS, description="What happens.")
+
+
+RemixRequest = option_fields("RemixRequest", _Remix, Draw, DRAWN)
+"""Body of /v1/videos/ID/remix."""
+
+
+class _Extension(_Remix):
+    seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = Field(description="That are added, as many as fit.")
+    video: dict[str, Any] | None = Field(default=None, description='The clip, as {"id": ID}; in a form also a file.')
+
+
+ExtensionRequest = option_fields("ExtensionRequest", _Extension, Draw, DRAWN)
+"""Body of /v1/videos/extensions."""
+
+
 class _Chat(Body):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     model: str | None = Field(default=None, description="Any name is accepted.")

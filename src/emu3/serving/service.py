@@ -173,13 +173,13 @@ class Service:
         frames: int | None = None,
         fps: float | None = None,
         seconds: float | None = None,
-        start: Clip | None = None,
+        start: Clip | Visual | None = None,
     ) -> Pictures:
         """As `draw`, one clip. Where it has seconds and no frames, so many as fit, at most."""
         if not self.can("film"):
             instead = "; /v1/images/generations draws pictures" if self.can("draw") else ""
             raise Refused(400, f"this checkpoint makes no clips{instead}", code="unsupported")
-        rate = fps or (start.frames_per_second if start is not None and len(start) > 1 else None)
+        rate = fps or (start.frames_per_second if isinstance(start, Clip) and len(start) > 1 else None)
         rate = rate or self.pipeline.layout.clips.fps
         if rate > MOST_FPS:
             raise Refused(400, f"the clip has {rate:g} frames a second; give fps, at most {MOST_FPS}", "fps")
@@ -331,13 +331,17 @@ class Pictures:
         """The seed of a picture."""
         return cast(int, self.options["seed"]) + place
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options that draw another one alike, of whatever size."""
+        return {name: value for name, value in self.options.items() if name not in ("ratio", "image_area")}
+
     def record(self, place: int) -> dict[str, Any]:
         """What draws a picture again, for its file; with a note where it does not, because something was given."""
-        draw = {name: value for name, value in self.options.items() if name not in ("ratio", "image_area", "seed")}
         own = {"seed": self.seed(place), "height": self.height, "width": self.width}
         kept = len(self.grid.pinned) if isinstance(self.grid, PinnedGrid) else 0
         own |= self.more | ({"kept_tokens": kept} if kept else {})
-        return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **draw, **own}
+        return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **self.settings, **own}
 
     async def url(self, place: int, picture: Image.Image) -> str:
         """A picture as a data URL, a PNG with its settings."""
