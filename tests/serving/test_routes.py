@@ -167,7 +167,7 @@ def test_unknown_fields_are_ignored_and_null_is_absent(server, nano):
         ("images/generations", {"prompt": CAR, "output_format": "gif"}, "output_format", "png"),
         ("images/generations", {"prompt": "a " * 3000}, None, "do not fit the model's context of 1024"),
         ("videos", {}, "prompt", "required"),
-        ("videos", {"prompt": CAR, "frames": 6}, None, "multiple of 4 frames, got 6; nearest: 4 or 8"),
+        ("videos", {"prompt": CAR, "frames": 6}, "frames", "multiple of 4 frames, got 6; nearest: 4 or 8"),
         ("videos", {"prompt": CAR, "frames": 4}, None, "ask for 8"),
         ("videos", {"prompt": CAR, "frames": 400}, None, "ask for fewer frames"),
         ("videos", {"prompt": CAR, "seconds": "long"}, "seconds", "number"),
