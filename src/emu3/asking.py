@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from emu3.asked import Asked, check_prompts, clip_of, conversations_of, seeds_of, shape_of
@@ -208,13 +209,17 @@ class Asking(ABC):
     ) -> list[Request]:
         """What `complete` asks the engine for. Arguments and errors as there."""
         check_prompts(prompts)
+        return self.draw_requests(prompts, pinned=self.codes_to_complete(picture, mask=mask, below=below), **options)
+
+    def codes_to_complete(self, picture: Any, *, mask: Any = None, below: int = 0) -> NDArray[np.int64]:
+        """Codes (H, W) of a picture, and -1 where `complete` draws. Arguments and errors as there."""
         codes_HW = self.encode_visual(picture).codes_THW[0].astype(np.int64)
         factor = int(self.processor.image_processor.spatial_factor)
         size = upright_size(picture) if isinstance(picture, Image.Image) else None
         drawn_HW = tokens_to_draw(Shape(*codes_HW.shape), factor, size, mask, below)
         codes_HW = np.pad(codes_HW, ((0, len(drawn_HW) - len(codes_HW)), (0, 0)))
         codes_HW[drawn_HW] = -1
-        return self.draw_requests(prompts, pinned=codes_HW, **options)
+        return codes_HW
 
     def given_for(self, pictures: Any, prompts: str | Sequence[str]) -> list[list[Visual]]:
         """For each prompt the codes of its pictures; see `edit`."""

@@ -7,7 +7,6 @@ Letters: C, H, T, W, see CONTRIBUTING.md.
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from emu3.options import check_number
-from emu3.pictures import picture_formats, read_pixels, to_channels_last
+from emu3.pictures import data_url, picture_formats, read_pixels, to_channels_last
 from emu3.suffixes import ANIMATIONS, CLIPS
 
 MAX_FRAMES = 1024
@@ -99,7 +98,10 @@ class Clip:
         options: dict[str, Any] = {"lossless": True} if format == "webp" else {"disposal": 1}
         ends = [unit * round(1000 * number / rate / unit) for number in range(len(self) + 1)]
         times = [end - start for start, end in pairwise(ends)]
-        first.save(file, format, save_all=True, append_images=rest, duration=times, loop=0, **options)
+        try:
+            first.save(file, format, save_all=True, append_images=rest, duration=times, loop=0, **options)
+        except OverflowError:  # frames that are alike are one, and shown for as long as all of them
+            raise ValueError(f"{format} has no frame that is shown so long; write another format") from None
 
     def _write_video(self, file: BinaryIO, format: str) -> None:
         av = _pyav()
@@ -129,8 +131,8 @@ class Clip:
         self.save(file, "webp")
         scale = max(1, 192 // max(self.frames_THWC.shape[1:3]))
         width = scale * self.frames_THWC.shape[2]
-        data = base64.b64encode(file.getvalue()).decode()
-        return f'<img src="data:image/webp;base64,{data}" width="{width}" style="image-rendering: pixelated">'
+        url = data_url(file.getvalue(), "image/webp")
+        return f'<img src="{url}" width="{width}" style="image-rendering: pixelated">'
 
 
 def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None = None, evenly: bool = False) -> Clip:

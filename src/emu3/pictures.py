@@ -34,6 +34,17 @@ def picture_formats() -> tuple[str, ...]:
     return tuple(name for name in wanted if name in Image.OPEN)
 
 
+def data_url(content: bytes, kind: str) -> str:
+    """The data URL of a file; `kind` as HTTP names it, such as "image/png"."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of base64, or of a data URL. ValueError where it is neither."""
+    content = text.partition(",")[2] if text[:5].lower() == "data:" else text
+    return base64.b64decode("".join(content.split()), validate=True)
+
+
 def open_picture(source: str) -> Image.Image:
     """Open a picture: from an http(s) address, a file, or base64, with or without "data:image/...;base64," before it.
 
@@ -48,8 +59,7 @@ def open_picture(source: str) -> Image.Image:
             return Image.open(io.BytesIO(response.content))
         if len(source) < _LONGEST_PATH and Path(source).is_file():
             return Image.open(source)
-        content = source.split(",", 1)[-1] if source.startswith("data:image/") else source
-        return Image.open(io.BytesIO(base64.b64decode("".join(content.split()), validate=True)))
+        return Image.open(io.BytesIO(from_base64(source)))
     except binascii.Error as error:
         raise ValueError(
             f"{source!r:.80} is no picture: neither an http(s) address, nor a file here, nor base64; check the spelling"

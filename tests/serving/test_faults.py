@@ -1,5 +1,6 @@
 """Clients that leave, a full queue, decoding that fails, a server that is stopped: nothing is left behind."""
 
+import io
 import json
 import random
 import re
@@ -14,8 +15,10 @@ from contextlib import contextmanager, suppress
 
 import httpx2 as httpx
 import pytest
+from PIL import Image
 
 from emu3.generation.decoders.raster import RasterDecoder
+from emu3.pictures import data_url
 
 CAR = "a photo of a red car"
 DRAW = "/v1/images/generations"
@@ -285,6 +288,45 @@ def test_work_for_clients_that_left_before_its_turn_is_not_done(server, nano, mo
         list(pool.map(lambda _: post_and_leave(server, {"prompt": CAR}, 0.05), range(10)))
     assert server.post(DRAW, {"prompt": "a photo of a dog"}).status_code == 200
     assert len(prepared) < 6
+    assert server.is_idle()
+
+
+@pytest.mark.parametrize(
+    ("encodes", "path", "body"),
+    [
+        ("encode_visual", "/api/edit", {"prompt": "make the car blue", "picture": None}),
+        ("encode_visual", "/api/edit", {"prompt": CAR, "picture": None, "mask": None}),
+        ("encode_start", "/api/film", {"prompt": "a clip of a red dog moving left", "start": None}),
+        ("encode", "/v1/chat/completions", {"messages": "image"}),
+        ("encode_start", "/v1/chat/completions", {"messages": "video"}),
+    ],
+)
+def test_who_sends_words_does_not_wait_for_pictures_of_others(server, nano, monkeypatch, encodes, path, body):
+    begun, go_on, encode = threading.Event(), threading.Event(), getattr(nano, encodes)
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(30)
+        return encode(*arguments)
+
+    monkeypatch.setitem(nano.__dict__, encodes, slow)
+    file = io.BytesIO()
+    Image.new("RGBA", (48, 48)).save(file, "PNG")
+    url = data_url(file.getvalue(), "image/png")
+    if kind := body.get("messages"):
+        content = [{"type": "text", "text": "What is it?"}, {"type": f"{kind}_url", f"{kind}_url": {"url": url}}]
+        body = {"messages": [{"role": "user", "content": content}]}
+    body = {name: url if value is None else value for name, value in body.items()}
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(server.post, path, body)
+        assert begun.wait(30)
+        asked = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is a cat?"}]}]}
+        for others, words in ((DRAW, {"prompt": CAR}), ("/v1/chat/completions", asked)):
+            assert server.post(others, words).status_code == 200
+        assert not waits.done()
+        go_on.set()
+        answer = waits.result()
+    assert answer.status_code == 200 and "error" not in answer.text[:200]
     assert server.is_idle()
 
 

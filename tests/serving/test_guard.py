@@ -508,3 +508,18 @@ def test_a_text_that_grows_is_the_text(nano):
         parts = [growing.push(ids[start : start + size]) for start in range(0, len(ids), size)]
         assert not any("\ufffd" in part for part in parts)
         assert "".join([*parts, growing.finish()]) == text.strip()
+
+
+def test_bytes_that_are_no_text_are_read_once():
+    """Not again with each that follows. A character in pieces among them is told once it is whole."""
+    read = []
+
+    def text_of(ids):
+        read.append(len(ids))
+        return bytes(ids).decode("utf-8", "replace")
+
+    growing = GrowingText(text_of)
+    assert [growing.push([each]) for each in b"a\xe2\x82\xac\xff"] == ["a", "", "", "€", ""]
+    assert growing.push(b"b\xf0\x9f") == "\ufffdb" and growing.push(b"\x98\x80") == "😀"
+    assert "".join(growing.push([0xFF]) for _ in range(400)) + growing.finish() == 400 * "\ufffd"
+    assert max(read) <= 5

@@ -379,3 +379,38 @@ def test_what_a_checkpoint_cannot_is_not_offered(browser, serve, tmp_path):
     page.keyboard.press("ArrowRight")
     expect(page.locator("#panel-gallery")).to_be_visible()
     page.context.close()
+
+
+def test_clips_are_kept_in_the_gallery(page, nano, tmp_path):
+    film(page)
+    page.reload()
+    is_ready(page)
+    page.get_by_test_id("tab-gallery").click()
+    item = page.get_by_test_id("gallery-item")
+    expect(item).to_have_count(1)
+    expect(item).to_contain_text("Clip. Seed 3")
+    still = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 48, 48).data]"
+    expected = nano.video(DOG, seed=3, frames=12, decoding="raster")[0].frames_THWC
+    expect(item.locator("canvas")).to_have_attribute("width", "48")
+    pixels = np.array(item.locator("canvas").evaluate(still), np.uint8).reshape(48, 48, 4)
+    assert (pixels[..., :3] == expected[0]).all()
+    item.click()
+    # It plays until it is stopped.
+    viewer = page.get_by_test_id("viewer")
+    expect(viewer.locator("img")).to_be_visible()
+    expect(viewer.get_by_role("button", name="Edit it")).to_have_count(0)
+    expect(viewer).to_contain_text("Frames a second")
+    viewer.get_by_test_id("turn").click()
+    expect(viewer.locator("img")).to_be_hidden()
+    expect(viewer.locator("canvas")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_test_id("gallery-download").click()
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    assert path.suffix == ".webp" and (read_clip(path).frames_THWC == expected).all()
+    page.get_by_test_id("use-settings").click()
+    expect(page.get_by_test_id("kind-clip")).to_be_checked()
+    for name, value in (("frames", "12"), ("seed", "3"), ("prompt", DOG)):
+        expect(page.get_by_test_id(name)).to_have_value(value)
+    page.get_by_test_id("tab-gallery").click()
+    item.click()

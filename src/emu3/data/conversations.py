@@ -12,11 +12,10 @@ stands for the next of the images.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import itertools
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from emu3.chat import picture_of, read_conversation
@@ -24,6 +23,7 @@ from emu3.data.captions import check_text, parse_json
 from emu3.data.files import digest_of, expand, find_inside, name_of, names_of
 from emu3.data.media import is_address, media_of, open_file
 from emu3.data.samples import Broken, Media, Part, Role, Sample
+from emu3.pictures import from_base64
 from emu3.segments import Text
 
 PIECE = 1000
@@ -237,17 +237,15 @@ def read_media(value: Any, folders: Sequence[str]) -> Media:
         case _:
             raise ValueError(f"{value!a:.80} is no picture; give a path, a data URL or base64")
     if path.startswith("data:"):
-        return media_of(_from_base64(path.partition(",")[2], path))
+        return media_of(_from_base64(path))
     if is_address(path):
         raise ValueError(f"{path!a:.80} is an address, and nothing is fetched; download it and give its path")
     file = find_inside(folders, path)
-    return media_of(_from_base64(path, path)) if file is None else media_of(file)
+    return media_of(_from_base64(path)) if file is None else media_of(file)
 
 
-def _from_base64(text: str, shown: str) -> bytes:
-    try:
-        if content := base64.b64decode("".join(text.split()), validate=True):
+def _from_base64(text: str) -> bytes:
+    with suppress(ValueError):
+        if content := from_base64(text):
             return content
-    except (binascii.Error, ValueError):
-        pass
-    raise ValueError(f"{shown!a:.80} is no picture: there is no such file, and it is not base64")
+    raise ValueError(f"{text!a:.80} is no picture: there is no such file, and it is not base64")

@@ -1,6 +1,5 @@
 """`emu3 eval`: everything that a checkpoint can do, measured; as a table, as JSON, and as a page for people."""
 
-import base64
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from emu3.icons.measures import Run
 from emu3.icons.parts import PARTS, abilities_for
 from emu3.icons.score import Example, Section
 from emu3.options import parse_decoding
+from emu3.pictures import data_url
 from emu3.pipeline import Emu3Pipeline
 from emu3.whole import write_whole
 
@@ -165,4 +165,4 @@ def _address(media: Image.Image | Clip) -> str:
     file = io.BytesIO()
     kind = "webp" if isinstance(media, Clip) else "png"
     media.save(file, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_url(file.getvalue(), f"image/{kind}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -11,14 +12,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
-from emu3.asked import Asked
 from emu3.generation.events import Failed, Tokens
+from emu3.generation.request import Request as EngineRequest
 from emu3.options import GUIDANCE
 from emu3.results import Result
 from emu3.serving.conversation import image_part, wish_of
 from emu3.serving.errors import error_body, sse
+from emu3.serving.films import clip_url
 from emu3.serving.jobs import Heard, Job, Part
-from emu3.serving.pictures import to_base64
+from emu3.serving.pictures import picture_url
 from emu3.serving.schema import ChatRequest, given
 from emu3.serving.service import Pictures, Service, service_of
 from emu3.serving.telling import GrowingText
@@ -83,7 +85,7 @@ async def _reply(request: Request, service: Service, fields: Any) -> _Reply:
 class _Said:
     """A text as the answer."""
 
-    def __init__(self, service: Service, asked: list[Asked]) -> None:
+    def __init__(self, service: Service, asked: list[EngineRequest]) -> None:
         self.asked = asked
         self._text = GrowingText(service.pipeline.text)
 
@@ -102,7 +104,7 @@ class _Said:
 
     def usage(self, result: Result) -> dict[str, int]:
         """Tokens that went in and came out."""
-        return _usage(len(self.asked[0].request.prompt_ids), len(result.ids))
+        return _usage(len(self.asked[0].prompt_ids), len(result.ids))
 
 
 class _Drawn:
@@ -129,40 +131,39 @@ class _Filmed(_Drawn):
 
     async def content(self, result: Result) -> dict[str, Any]:
         """Of the whole message."""
-        return {"images": [image_part(await self._pictures.clip_url(result.output))]}
+        return {"images": [image_part(await asyncio.to_thread(clip_url, result.output))]}
 
 
 class _Told:
     """A text with pictures as the answer: each says with `after` how many characters of the text are before it."""
 
-    def __init__(self, asked: list[Asked]) -> None:
+    def __init__(self, asked: list[EngineRequest]) -> None:
         self.asked = asked
         self._said = self._shown = 0
         self._broken = False  # a picture came, so what is said next is another paragraph
 
     async def content(self, result: Result) -> dict[str, Any]:
         """Of the whole message."""
-        parts = [self._part(each) for each in result.output]
+        parts = [await self._part(each) for each in result.output]
         texts = [part["content"] for part in parts if "content" in part]
         return {"content": "".join(texts), "images": [each for part in parts for each in part.get("images", ())]}
 
     async def delta(self, heard: Heard) -> dict[str, Any]:
         """What an event adds to the message."""
-        return self._part(heard.content) if isinstance(heard, Part) else {}
+        return await self._part(heard.content) if isinstance(heard, Part) else {}
 
-    def _part(self, part: str | Image.Image) -> dict[str, Any]:
+    async def _part(self, part: str | Image.Image) -> dict[str, Any]:
         if isinstance(part, str):
             text = f"\n\n{part}" if self._broken and self._said else part
             self._said, self._broken = self._said + len(text), False
             return {"content": text}
-        url = f"data:image/png;base64,{to_base64(part, 'png', None, None)}"
         place = {"index": self._shown, "after": self._said}
         self._shown, self._broken = self._shown + 1, True
-        return {"images": [image_part(url) | place]}
+        return {"images": [image_part(await picture_url(part)) | place]}
 
     def usage(self, result: Result) -> dict[str, int]:
         """Tokens that went in and came out."""
-        return _usage(len(self.asked[0].request.prompt_ids), len(result.ids))
+        return _usage(len(self.asked[0].prompt_ids), len(result.ids))
 
 
 _Reply = _Said | _Drawn | _Told

@@ -64,6 +64,13 @@ def read_messages(messages: Sequence[Any], fetcher: Fetcher | None) -> list[dict
     return [{"role": "system", "content": _joined(system)}, *rest] if system else rest
 
 
+def shows(messages: Sequence[Any]) -> bool:
+    """Whether messages have more than texts, so that reading them may take long."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") not in ("text", "input_text") for part in parts)
+
+
 def _joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Texts as one, a paragraph each."""
     text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")

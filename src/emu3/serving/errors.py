@@ -26,7 +26,7 @@ _KINDS = {
     503: "server_error",
 }
 _DRAIN_SECONDS = 10
-_OPTIONS = {each.name for kind in (Draw, Answer) for each in fields(kind)}
+_OPTIONS = {each.name for kind in (Draw, Answer) for each in fields(kind)} | {"frames", "fps"}
 
 
 class Refused(Exception):

@@ -9,15 +9,17 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
 
-from emu3.asked import Asked
 from emu3.clips import Clip
 from emu3.generation.events import Failed, Started, Tokens
+from emu3.generation.request import Request
+from emu3.pictures import data_url
 from emu3.results import Result
+from emu3.segments import Visual
 from emu3.serving.jobs import Job, QueueFull
 from emu3.serving.worker import Worker
 
@@ -36,10 +38,12 @@ class Film:
 
     Attributes:
         about: what a client is told of it beyond its state: prompt, model, size, seconds ...
+        settings: options with which it is drawn.
         done: tokens that are decided, of `length`.
     """
 
     about: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: f"video_{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
@@ -48,6 +52,7 @@ class Film:
     completed: int | None = None
     error: str | None = None
     clip: Clip | None = None
+    codes: Visual | None = None  # of the clip: exactly, while its frames are what they came to
     job: Job | None = None
 
     @property
@@ -76,10 +81,12 @@ class Film:
             **self.about,
         }
 
-    def end(self, clip: Clip | None, error: str | None = None) -> None:
+    def end(self, result: Result | None, error: str | None = None) -> None:
         """It is made, or failed."""
-        self.clip, self.error, self.completed = clip, error, int(time.time())
-        self.status = "failed" if clip is None else "completed"
+        self.error, self.completed = error, int(time.time())
+        self.status = "failed" if result is None else "completed"
+        if result is not None:
+            self.clip, self.codes = cast(Clip, result.output), Visual(cast(Any, result.codes_THW))
 
 
 class Films:
@@ -104,8 +111,8 @@ class Films:
         self._films[film.id] = film
         self._forget()
 
-    def make(self, asked: Asked, about: dict[str, Any]) -> Film:
-        """Begin one.
+    def make(self, asked: Request, about: dict[str, Any], settings: dict[str, Any]) -> Film:
+        """Begin one. See `Film`.
 
         Raises:
             QueueFull, Draining: not now.
@@ -114,7 +121,7 @@ class Films:
         if sum(not film.finished for film in self._films.values()) >= _MOST_UNFINISHED:
             raise QueueFull(1)
         job = self._worker.open([asked], live=True)
-        film = Film(about, job=job)
+        film = Film(about, settings, job=job)
         task = asyncio.get_running_loop().create_task(self._follow(film, job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -137,7 +144,7 @@ class Films:
                     case Tokens():
                         film.done += len(heard.ids)
                     case Result():
-                        film.end(heard.output)
+                        film.end(heard)
                     case Failed():
                         film.end(None, heard.error)
         finally:
@@ -165,6 +172,11 @@ def file_of(clip: Clip, format_: str) -> bytes:
     return out.getvalue()
 
 
+def clip_url(clip: Clip) -> str:
+    """A clip as a data URL, an animated WebP."""
+    return data_url(file_of(clip, "webp"), MEDIA["webp"])
+
+
 def sheet_of(clip: Clip) -> tuple[Image.Image, int]:
     """All frames as one picture, in rows and without gaps; and how many are in a row."""
     count, height, width, _ = clip.frames_THWC.shape
@@ -173,13 +185,6 @@ def sheet_of(clip: Clip) -> tuple[Image.Image, int]:
     sheet = np.zeros((rows, columns, height, width, 3), np.uint8)
     sheet.reshape(-1, height, width, 3)[:count] = clip.frames_THWC
     return Image.fromarray(sheet.swapaxes(1, 2).reshape(rows * height, columns * width, 3)), columns
-
-
-def picture_file(picture: Image.Image, format_: str) -> bytes:
-    """The file of a picture."""
-    out = io.BytesIO()
-    picture.save(out, format_)
-    return out.getvalue()
 
 
 def page_of(films: Sequence[Film], after: str | None, limit: int, order: str) -> tuple[list[Film], bool]:

@@ -35,7 +35,8 @@ _MAX_DEPTH = 64
 _MOST_VALUES = 200_000
 # Of a body, except where pictures come with it.
 _MOST_BYTES_OF_WORDS = 4_000_000
-_WITH_FORM = ("/v1/images/edits", "/v1/videos")
+_OF_CLIPS = ("/v1/videos", "/v1/videos/extensions", "/v1/videos/edits", "/v1/videos/characters")
+_WITH_FORM = ("/v1/images/edits", *_OF_CLIPS)
 _WITH_PICTURES = ("/v1/chat/completions", "/api/edit", "/api/film", "/api/tell", *_WITH_FORM)
 _SECURITY = {
     "x-content-type-options": "nosniff",

@@ -48,17 +48,12 @@ async def edit(request: Request) -> Response:
         mask: list[Image.Image] = []
         for name, found, into in (("image", files, opened), ("mask", masks, mask)):
             for file in found:
-                into.append(await service.prepare(request, open_picture, await content_of(file, name), name))
+                into.append(await service.see(request, open_picture, await content_of(file, name), name))
     if not opened:
         raise Refused(400, "an edit needs a picture, as the file image", "image")
     count, options = fields.n or 1, given(fields, *DRAWN)
-    if mask:
-        if len(opened) > 1 or fields.size not in (None, "", "auto"):
-            raise Refused(400, "a mask goes with one picture, and keeps its size", "mask")
-        ask = partial(service.pipeline.complete_requests, opened[0], mask=mask[0])
-        pictures = await service.draw(request, fields.prompt, count, fields.size, options, ask=ask)
-    else:
-        pictures = await service.edit(request, opened, fields.prompt, count, fields.size, options)
+    hole = mask[0] if mask else None
+    pictures = await service.edit(request, opened, fields.prompt, count, fields.size, options, hole)
     return await _answer(request, pictures, fields, "image_edit")
 
 

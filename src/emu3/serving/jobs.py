@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from emu3.asked import Asked
 from emu3.generation.events import Failed, Finished, FrameDone, RowDone, Started, Stepped, Tokens
+from emu3.generation.request import Request
 from emu3.results import Result
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Job:
         closed: nobody listens any more.
     """
 
-    asked: Sequence[Asked]
+    asked: Sequence[Request]
     live: bool
     previews: int
     loop: asyncio.AbstractEventLoop

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import AsyncGenerator
-from functools import partial
 from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
@@ -17,18 +15,20 @@ from pydantic import Field
 from emu3.clips import Clip
 from emu3.generation.events import Failed, Started, Stepped, Tokens
 from emu3.options import GUIDANCE, Answer, Draw
+from emu3.pictures import data_url
 from emu3.results import Result
 from emu3.serving.errors import Refused, error_body, sse
-from emu3.serving.films import Film, picture_file, sheet_of
+from emu3.serving.films import Film, clip_url, sheet_of
 from emu3.serving.jobs import Job, Part, Preview
-from emu3.serving.pictures import read_film, read_picture, to_base64
+from emu3.serving.pictures import picture_file, picture_url, read_film, read_picture
 from emu3.serving.schema import (
     MOST_CHARACTERS,
-    MOST_CLIP,
     MOST_MESSAGES,
     MOST_PICTURES,
     MOST_SIDE,
     Body,
+    Fps,
+    Frames,
     given,
     option_fields,
 )
@@ -64,8 +64,8 @@ class _Draw(Words):
 
 class _Film(Words):
     previews: Annotated[int, Field(ge=0, le=_MOST_PREVIEWS_OF_CLIP)] | None = None
-    frames: Annotated[int, Field(ge=1, le=MOST_CLIP)] | None = None
-    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    frames: Frames | None = None
+    fps: Fps | None = None
     start: str | None = None
 
 
@@ -102,14 +102,11 @@ async def draw(request: Request, body: DrawRequest) -> Response:  # type: ignore
 async def edit(request: Request, body: EditRequest) -> Response:  # type: ignore[valid-type]
     """Draw a picture anew as the words say; with a mask, only what it leaves transparent."""
     service, wanted = service_of(request), cast(Any, body)
-    picture = await service.prepare(request, read_picture, wanted.picture, service.fetcher, "picture")
-    options = given(wanted, *SHOWN)
-    if wanted.mask is None:
-        pictures = await service.edit(request, [picture], wanted.prompt, 1, None, options)
-    else:
-        mask = await service.prepare(request, read_picture, wanted.mask, service.fetcher, "mask")
-        ask = partial(service.pipeline.complete_requests, picture, mask=mask)
-        pictures = await service.draw(request, wanted.prompt, 1, None, options, ask=ask)
+    picture = await service.see(request, read_picture, wanted.picture, service.fetcher, "picture")
+    mask = None
+    if wanted.mask is not None:
+        mask = await service.see(request, read_picture, wanted.mask, service.fetcher, "mask")
+    pictures = await service.edit(request, [picture], wanted.prompt, 1, None, given(wanted, *SHOWN), mask)
     return _stream(pictures, wanted.previews)
 
 
@@ -119,7 +116,7 @@ async def film(request: Request, body: FilmRequest) -> Response:  # type: ignore
     service, wanted = service_of(request), cast(Any, body)
     start = None
     if wanted.start is not None:
-        start = await service.prepare(request, read_film, wanted.start, service.fetcher, "start")
+        start = await service.see(request, read_film, wanted.start, service.fetcher, "start")
     made = await service.film(
         request, wanted.prompt, None, given(wanted, *SHOWN), frames=wanted.frames, fps=wanted.fps, start=start
     )
@@ -164,15 +161,17 @@ async def _made_picture(pictures: Pictures, result: Result) -> dict[str, Any]:
 
 
 async def _made_clip(pictures: Pictures, result: Result) -> dict[str, Any]:
-    """The clip as a file, and all its frames as one picture, from which the page plays it."""
     clip = cast(Clip, result.output)
-    kept = Film(about_of(pictures))
-    kept.end(clip)
+    kept = Film(about_of(pictures), pictures.settings)
+    kept.end(result)
     pictures.service.films.keep(kept)
+    return {"id": kept.id, **await asyncio.to_thread(_playable, clip)}
+
+
+def _playable(clip: Clip) -> dict[str, Any]:
+    """A clip as a file, and all its frames as one picture, from which the page plays it."""
     sheet, columns = sheet_of(clip)
-    content = await asyncio.to_thread(picture_file, sheet, "png")
-    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return {"id": kept.id, "sheet": url, "columns": columns, "url": await pictures.clip_url(clip)}
+    return {"sheet": data_url(picture_file(sheet), "image/png"), "columns": columns, "url": clip_url(clip)}
 
 
 class _Progress:
@@ -225,11 +224,11 @@ async def tell(request: Request, body: TellRequest) -> Response:  # type: ignore
         async for heard in service.worker.listen(job):
             match heard:
                 case Preview():
-                    yield sse({"url": await _url(heard.picture)}, "preview")
+                    yield sse({"url": await picture_url(heard.picture)}, "preview")
                 case Part(content=str()):
                     yield sse({"text": heard.content}, "text")
                 case Part():
-                    yield sse({"url": await _url(cast(Image.Image, heard.content))}, "picture")
+                    yield sse({"url": await picture_url(cast(Image.Image, heard.content))}, "picture")
                 case Result():
                     yield sse({"reason": heard.reason, "seconds": round(job.seconds[0], 4)}, "done")
                 case Failed():
@@ -237,11 +236,6 @@ async def tell(request: Request, body: TellRequest) -> Response:  # type: ignore
                     return
 
     return service.stream(asked, wanted.previews or 0, write)
-
-
-async def _url(picture: Image.Image) -> str:
-    content = await asyncio.to_thread(to_base64, picture, "png", None, None)
-    return f"data:image/png;base64,{content}"
 
 
 def codes_of(rows: list[list[int]]) -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+import asyncio
 import io
 import json
 import re
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from PIL import Image, PngImagePlugin
 
 from emu3.clips import Clip, is_animation, read_clip
+from emu3.pictures import data_url, from_base64
 from emu3.serving.errors import Refused
 from emu3.serving.remote import Fetcher
 
@@ -26,6 +26,10 @@ MOST_PIXELS = 50_000_000
 MOST_FRAMES = 1024
 """Of a clip; what it has beyond them is left out."""
 
+Value = TypeVar("Value")
+
+# A picture of fewer pixels is written at once.
+_MANY_PIXELS = 2**16
 # A progressive JPEG is decoded once for each scan; cameras write about ten.
 _MOST_SCANS = 100
 _SCAN = b"\xff\xda"
@@ -51,14 +55,14 @@ def read_film(address: object, fetcher: Fetcher | None, param: str) -> Clip:
 
 
 def _content(
-    address: object, fetcher: Fetcher | None, param: str, what: str, data_url: re.Pattern[str], forms: str
+    address: object, fetcher: Fetcher | None, param: str, what: str, known: re.Pattern[str], forms: str
 ) -> bytes:
     if not isinstance(address, str):
         raise Refused(400, f"a {what} is given as a data URL, a string", param)
-    if match := data_url.match(address):
+    if known.match(address):
         try:
-            return base64.b64decode(address[match.end() :].strip(), validate=True)
-        except (binascii.Error, ValueError):
+            return from_base64(address)
+        except ValueError:
             raise Refused(400, "the data URL does not hold base64", param) from None
     if address.lower().startswith(("http://", "https://")) and fetcher is not None:
         return fetcher.fetch(address, param)
@@ -98,8 +102,23 @@ def open_picture(content: bytes, param: str) -> Image.Image:
     return picture
 
 
-def to_base64(picture: Image.Image, format_: str, compression: int | None, record: Mapping[str, Any] | None) -> str:
-    """The file of a picture in base64.
+async def picture_url(picture: Image.Image, record: Mapping[str, Any] | None = None) -> str:
+    """A picture as a data URL, a PNG."""
+    return await aside(picture, lambda: data_url(picture_file(picture, record=record), "image/png"))
+
+
+async def aside(picture: Image.Image, write: Callable[[], Value]) -> Value:
+    """What is written of a picture; of a large one in another thread, so that nobody waits for it."""
+    return write() if picture.width * picture.height <= _MANY_PIXELS else await asyncio.to_thread(write)
+
+
+def picture_file(
+    picture: Image.Image,
+    format_: str = "png",
+    compression: int | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The file of a picture.
 
     Args:
         picture: RGB.
@@ -117,4 +136,4 @@ def to_base64(picture: Image.Image, format_: str, compression: int | None, recor
         options |= {"lossless": True} if compression in (None, 100) else {"quality": compression}
     out = io.BytesIO()
     picture.save(out, format_, **options)
-    return base64.b64encode(out.getvalue()).decode()
+    return out.getvalue()

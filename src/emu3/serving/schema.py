@@ -22,7 +22,11 @@ MOST_SECONDS = 3600
 """Of a clip."""
 MOST_CLIP = 65_536
 """Frames of a clip."""
+MOST_FPS = 500
+"""Frames a second of a clip: more, an animation cannot have."""
 
+Frames = Annotated[int, Field(ge=1, le=MOST_CLIP)]
+Fps = Annotated[float, Field(ge=1e-3, le=MOST_FPS)]
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Format = Literal["png", "jpeg", "webp"]
 
@@ -93,8 +97,8 @@ class _Videos(Body):
     seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] | None = Field(
         default=None, description="As many as fit are made, at most. Default: the checkpoint's own."
     )
-    frames: Annotated[int, Field(ge=1, le=MOST_CLIP)] | None = Field(default=None, description="In place of seconds.")
-    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    frames: Frames | None = Field(default=None, description="In place of seconds.")
+    fps: Fps | None = None
     input_reference: str | dict[str, Any] | None = Field(
         default=None, description="A picture or clip that it begins with: a data URL."
     )
@@ -102,6 +106,23 @@ class _Videos(Body):
 
 VideosRequest = option_fields("VideosRequest", _Videos, Draw, DRAWN)
 """Body of /v1/videos."""
+
+
+class _Remix(Body):
+    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS, description="What happens.")
+
+
+RemixRequest = option_fields("RemixRequest", _Remix, Draw, DRAWN)
+"""Body of /v1/videos/ID/remix."""
+
+
+class _Extension(_Remix):
+    seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = Field(description="That are added, as many as fit.")
+    video: dict[str, Any] | None = Field(default=None, description='The clip, as {"id": ID}; in a form also a file.')
+
+
+ExtensionRequest = option_fields("ExtensionRequest", _Extension, Draw, DRAWN)
+"""Body of /v1/videos/extensions."""
 
 
 class _Chat(Body):

@@ -19,21 +19,21 @@ from PIL import Image
 from starlette.types import Message, Receive, Scope, Send
 
 from emu3 import __version__
-from emu3.asked import Asked, shape_of
+from emu3.asked import shape_of
 from emu3.clips import Clip
 from emu3.generation.events import Failed
 from emu3.generation.grammar import GridGrammar, PinnedGrid
 from emu3.generation.request import Request as EngineRequest
-from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, check_number, make
+from emu3.options import GUIDANCE, MOST_SEED, Draw, Serve, make
 from emu3.results import Result
-from emu3.segments import Shape
-from emu3.serving.conversation import read_messages
+from emu3.segments import Shape, Visual
+from emu3.serving.conversation import read_messages, shows
 from emu3.serving.errors import Refused
-from emu3.serving.films import Films, file_of
+from emu3.serving.films import Films
 from emu3.serving.jobs import STOPPED, Draining, Job, QueueFull
-from emu3.serving.pictures import to_base64
+from emu3.serving.pictures import aside, picture_file, picture_url
 from emu3.serving.remote import Fetcher
-from emu3.serving.schema import MOST_CHARACTERS
+from emu3.serving.schema import MOST_CHARACTERS, MOST_FPS
 from emu3.serving.worker import Worker
 
 if TYPE_CHECKING:
@@ -44,19 +44,36 @@ logger = logging.getLogger("emu3")
 Value = TypeVar("Value")
 
 # Longer pictures are asked for as this long ones.
-MOST_FPS = 500.0
-"""Of clips: more, an animation cannot have."""
 _MOST_RATIO = 100
-# Requests that may wait for tokenizer and pictures.
+# Requests that may wait for the tokenizer, and as many for pictures to be read.
 _MOST_PREPARED = 64
 # A client that reads nothing for so long is given up.
 _SEND_SECONDS = 30.0
-# Pictures of more pixels are written in another thread, so that nobody waits for it.
-_MANY_PIXELS = 2**16
+
+
+class _Turns:
+    """A thread that does what requests need, one after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self._here = 0  # that wait, or whose turn it is
+
+    async def take(self, request: Request, run: Callable[[], Value]) -> Value:
+        if self._here >= _MOST_PREPARED:
+            raise QueueFull(1)
+        self._here += 1
+        try:
+            return await unless_gone(request, asyncio.get_running_loop().run_in_executor(self._thread, run))
+        finally:
+            self._here -= 1
 
 
 class Service:
-    """What the routes share: a worker, and one thread that reads what clients send."""
+    """What the routes share: a worker, and the threads that prepare what clients send.
+
+    A tokenizer may not be used by several threads, so one has it. Another reads and encodes pictures and clips, which
+    may take long: who sends words alone does not wait for it.
+    """
 
     def __init__(self, pipeline: Emu3Pipeline, name: str, serve: Serve) -> None:
         self.pipeline, self.name, self.serve = pipeline, name, serve
@@ -64,27 +81,21 @@ class Service:
         self.films = Films(self.worker)
         self.fetcher = Fetcher(serve.names("picture_host")) if serve.picture_host else None
         self.began = int(time.time())
-        self._prepared = 0  # or about to be
-        # One thread, because tokenizers may not be used by several.
-        self._preparing = ThreadPoolExecutor(1, "emu3-prepare")
+        self._words, self._pictures = _Turns("emu3-words"), _Turns("emu3-pictures")
 
     async def prepare(
         self, request: Request, function: Callable[..., Value], *arguments: Any, **keywords: Any
     ) -> Value:
-        """Run something that tokenizes or reads pictures, unless the client leaves before its turn.
+        """Run something that tokenizes, unless the client leaves before its turn.
 
         Raises:
             QueueFull: many wait already.
         """
-        if self._prepared >= _MOST_PREPARED:
-            raise QueueFull(1)
-        self._prepared += 1
-        try:
-            run = partial(function, *arguments, **keywords)
-            future = asyncio.get_running_loop().run_in_executor(self._preparing, run)
-            return await unless_gone(request, future)
-        finally:
-            self._prepared -= 1
+        return await self._words.take(request, partial(function, *arguments, **keywords))
+
+    async def see(self, request: Request, function: Callable[..., Value], *arguments: Any, **keywords: Any) -> Value:
+        """Run something that reads or encodes pictures or clips. As `prepare`."""
+        return await self._pictures.take(request, partial(function, *arguments, **keywords))
 
     async def draw(
         self,
@@ -118,12 +129,24 @@ class Service:
         options |= {name: getattr(settled, name) for name in GUIDANCE}
         ask = ask or partial(self.pipeline.draw_requests, pinned=pinned)
         requests = await self.prepare(request, ask, [prompt] * count, **options)
-        return Pictures(self, prompt, [Asked(request) for request in requests], options)
+        return Pictures(self, prompt, requests, options)
 
     async def edit(
-        self, request: Request, pictures: list[Image.Image], prompt: str, count: int, size: str | None, options: Any
+        self,
+        request: Request,
+        pictures: list[Image.Image],
+        prompt: str,
+        count: int,
+        size: str | None,
+        options: Any,
+        mask: Image.Image | None = None,
     ) -> Pictures:
-        """As `draw`, from pictures."""
+        """As `draw`, from pictures; with a mask, only what it leaves transparent is drawn anew."""
+        if mask is not None:
+            if len(pictures) > 1 or size not in (None, "", "auto"):
+                raise Refused(400, "a mask goes with one picture, and keeps its size", "mask")
+            codes_HW = await self.see(request, self.pipeline.codes_to_complete, pictures[0], mask=mask)
+            return await self.draw(request, prompt, count, None, options, codes_HW)
         if not self.can("edit"):
             raise Refused(
                 400,
@@ -131,7 +154,8 @@ class Service:
                 "draws new ones",
                 code="unsupported",
             )
-        ask = partial(self.pipeline.edit_requests, [pictures] * count)
+        given = [await self.see(request, self.pipeline.encode_visual, each) for each in pictures]
+        ask = partial(self.pipeline.edit_requests, [given] * count)
         edited = await self.draw(request, prompt, count, size, options, ask=ask)
         return replace(edited, more={"from_pictures": len(pictures)})
 
@@ -145,15 +169,18 @@ class Service:
         frames: int | None = None,
         fps: float | None = None,
         seconds: float | None = None,
-        start: Clip | None = None,
+        start: Clip | Visual | None = None,
     ) -> Pictures:
         """As `draw`, one clip. Where it has seconds and no frames, so many as fit, at most."""
         if not self.can("film"):
             instead = "; /v1/images/generations draws pictures" if self.can("draw") else ""
             raise Refused(400, f"this checkpoint makes no clips{instead}", code="unsupported")
-        rate = fps or (start.frames_per_second if start is not None and len(start) > 1 else None)
-        rate = check_number("fps", rate or self.pipeline.layout.clips.fps, 1e-3, MOST_FPS)
-        ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, start=start)
+        rate = fps or (start.frames_per_second if isinstance(start, Clip) and len(start) > 1 else None)
+        rate = rate or self.pipeline.layout.clips.fps
+        if rate > MOST_FPS:
+            raise Refused(400, f"the clip has {rate:g} frames a second; give fps, at most {MOST_FPS}", "fps")
+        begin = None if start is None else await self.see(request, self.pipeline.encode_start, start, rate)
+        ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, begin=begin)
         film = await self.draw(request, prompt, 1, size, options, ask=ask, film=True)
         return replace(film, more={"frames": film.grid.frames * self.pipeline.temporal_factor, "fps": rate})
 
@@ -164,29 +191,46 @@ class Service:
         frames: int | None,
         fps: float,
         seconds: float | None,
-        start: Clip | None,
+        begin: Visual | None,
         **options: Any,
     ) -> list[EngineRequest]:
         pipeline = self.pipeline
-        begin = None if start is None else pipeline.encode_start(start, fps)
         if frames is None and seconds is not None:
             shape = begin.shape if begin is not None else shape_of(make(Draw, options), pipeline.processor)
             codes = max(2, round(seconds * fps / pipeline.temporal_factor))
             shape = Shape(shape.height, shape.width, codes, fps)
             words = (*prompts, options.get("negative_prompt") or "")
             room = pipeline.engine.context - max(len(pipeline.layout.prompt(each, shape)) for each in words) - 2
-            frames = pipeline.temporal_factor * max(2, min(codes, room // pipeline.layout.grammar(shape).frame_length))
+            codes = max(2, min(codes, room // pipeline.layout.grammar(shape).frame_length))
+            if begin is not None and begin.shape.frames >= codes:
+                have, most = (pipeline.temporal_factor * each for each in (begin.shape.frames, codes))
+                raise Refused(
+                    400,
+                    f"the clip has {have} frames to begin with, and {seconds:g} s are {most} at most, as far as they "
+                    "fit; give a shorter one, or more seconds",
+                    "seconds",
+                )
+            frames = pipeline.temporal_factor * codes
         return pipeline.video_requests(prompts, frames=frames, fps=fps, start=begin, **options)
 
     async def answer(
         self, request: Request, messages: Sequence[Any], options: dict[str, Any], tell: bool = False
-    ) -> list[Asked]:
+    ) -> list[EngineRequest]:
         """What to ask for an answer to messages; with `tell` one that may have pictures in it."""
-        talk = await self.prepare(request, read_messages, messages, self.fetcher)
+        self.pipeline.require("read")
+        read = self.see if shows(messages) else self.prepare
+        talk = await read(request, self._read_messages, messages)
         more: dict[str, Any] = {}
         if tell:
             more, options = {"drawing": Draw()}, {"max_new_tokens": self.pipeline.engine.context} | options
-        return await self.prepare(request, self.pipeline.answer_requests, talk, **more, **options)
+        (asked,) = await self.prepare(request, self.pipeline.answer_requests, talk, **more, **options)
+        return [await self.see(request, self.pipeline.encode, asked) if asked.pictures else asked.request]
+
+    def _read_messages(self, messages: Sequence[Any]) -> list[dict[str, Any]]:
+        talk = read_messages(messages, self.fetcher)
+        for part in (part for message in talk for part in message["content"] if part["type"] == "video"):
+            part["video"] = self.pipeline.encode_start(part["video"], self.pipeline.layout.clips.fps)
+        return talk
 
     def _size(self, size: str | None) -> dict[str, Any]:
         """Options for a size: its ratio, and its area up to the one that the checkpoint was trained on."""
@@ -194,7 +238,9 @@ class Service:
             return {}
         width, height = map(int, size.split("x"))
         width, height = min(width, _MOST_RATIO * height), min(height, _MOST_RATIO * width)
-        area = min(max(width * height, self.factor**2), self.pipeline.processor.image_area)
+        # A side has a token at least.
+        least = self.factor**2 * -(-max(width, height) // min(width, height))
+        area = min(max(width * height, least), self.pipeline.processor.image_area)
         return {"ratio": f"{width}:{height}", "image_area": area}
 
     @property
@@ -210,7 +256,7 @@ class Service:
             return False
         return True
 
-    async def results(self, request: Request, asked: Sequence[Asked]) -> list[Result]:
+    async def results(self, request: Request, asked: Sequence[EngineRequest]) -> list[Result]:
         """Run requests to their end, unless the client leaves."""
         job = self.worker.open(asked, live=False)
         try:
@@ -229,7 +275,9 @@ class Service:
                 found[heard.request] = heard
         return [found[place] for place in range(len(job.asked))]
 
-    def stream(self, asked: Sequence[Asked], previews: int, write: Callable[[Job], AsyncIterator[bytes]]) -> Response:
+    def stream(
+        self, asked: Sequence[EngineRequest], previews: int, write: Callable[[Job], AsyncIterator[bytes]]
+    ) -> Response:
         """Server-sent events of requests. Where the client leaves, they are given up."""
         return _Stream(self.worker, self.worker.open(asked, live=True, previews=previews), write)
 
@@ -243,14 +291,14 @@ class Pictures:
 
     service: Service
     prompt: str
-    asked: list[Asked]
+    asked: list[EngineRequest]
     options: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grid(self) -> GridGrammar:
         """Of each."""
-        return cast(GridGrammar, self.asked[0].request.grammar)
+        return cast(GridGrammar, self.asked[0].grammar)
 
     @property
     def width(self) -> int:
@@ -265,7 +313,7 @@ class Pictures:
     @property
     def usage(self) -> dict[str, Any]:
         """Tokens that went in and came out. The negative prompt counts."""
-        text = sum(len(prompt) for asked in self.asked for prompt in asked.request.prompts)
+        text = sum(len(prompt) for asked in self.asked for prompt in asked.prompts)
         image = self.grid.length * len(self.asked)
         return {
             "input_tokens": text,
@@ -279,31 +327,30 @@ class Pictures:
         """The seed of a picture."""
         return cast(int, self.options["seed"]) + place
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options that draw another one alike, of whatever size."""
+        return {name: value for name, value in self.options.items() if name not in ("ratio", "image_area")}
+
     def record(self, place: int) -> dict[str, Any]:
         """What draws a picture again, for its file; with a note where it does not, because something was given."""
-        draw = {name: value for name, value in self.options.items() if name not in ("ratio", "image_area", "seed")}
         own = {"seed": self.seed(place), "height": self.height, "width": self.width}
         kept = len(self.grid.pinned) if isinstance(self.grid, PinnedGrid) else 0
         own |= self.more | ({"kept_tokens": kept} if kept else {})
-        return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **draw, **own}
-
-    async def clip_url(self, clip: Clip) -> str:
-        """A clip as a data URL, an animated WebP."""
-        content = await asyncio.to_thread(file_of, clip, "webp")
-        return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+        return {"prompt": self.prompt, "model": self.service.name, "version": __version__, **self.settings, **own}
 
     async def url(self, place: int, picture: Image.Image) -> str:
-        """A picture as a data URL, a PNG."""
-        return f"data:image/png;base64,{await self.encode(place, picture)}"
+        """A picture as a data URL, a PNG with its settings."""
+        return await picture_url(picture, self.record(place))
 
     async def encode(
         self, place: int, picture: Image.Image, format_: str = "png", compression: int | None = None
     ) -> str:
         """The file of a picture in base64, with its settings where the format keeps them."""
-        write = partial(to_base64, picture, format_, compression, self.record(place))
-        if picture.width * picture.height <= _MANY_PIXELS:
-            return write()
-        return await asyncio.to_thread(write)
+        record = self.record(place)
+        return await aside(
+            picture, lambda: base64.b64encode(picture_file(picture, format_, compression, record)).decode()
+        )
 
 
 def service_of(request: Request) -> Service:

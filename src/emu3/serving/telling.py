@@ -9,6 +9,9 @@ from emu3.generation.grammar import MixedGrammar
 from emu3.layout import Emu3Layout
 from emu3.segments import Text, Visual
 
+# What bytes decode to that are no character; as the first of one do, of which at most three come before its last.
+_UNREADABLE, _MOST_MISSING = "\ufffd", 3
+
 
 class GrowingText:
     """The text of an answer as its ids come, without spaces at its ends.
@@ -26,10 +29,12 @@ class GrowingText:
     def push(self, ids: Sequence[int]) -> str:
         """More ids: the text that they add. What may still change stays back."""
         self._ids += ids
-        text = self._read(self._ids)
-        if text.endswith("\ufffd"):  # as bytes of a character decode that is not complete yet
-            return ""
-        self._ids = []
+        text, end = self._read(self._ids), len(self._ids)
+        if text.endswith(_UNREADABLE):  # perhaps bytes of a character that is not complete yet
+            ends = range(end - 1, max(end - _MOST_MISSING, 0) - 1, -1)
+            parts = ((self._read(self._ids[:each]), each) for each in ends)
+            text, end = next((part for part in parts if not part[0].endswith(_UNREADABLE)), (text, end))
+        self._ids = self._ids[end:]
         return self._more(text)
 
     def finish(self) -> str:
@@ -47,11 +52,11 @@ class Telling:
     """The parts of an answer with pictures in it, as its ids come, in any order.
 
     Attributes:
-        drawn: ids of the picture under way, from its first visual token on; empty in a text.
+        drawn: position -> id of the picture under way, from its first visual token on; empty in a text.
     """
 
     def __init__(self, layout: Emu3Layout, grammar: MixedGrammar) -> None:
-        self.grammar, self.drawn = grammar, list[int]()
+        self.grammar, self.drawn = grammar, dict[int, int]()
         self._layout = layout
         self._ahead: dict[int, int] = {}  # position -> id, of those that came before their turn
         self._next = 0
@@ -75,13 +80,14 @@ class Telling:
         opening, eoi = self.grammar.opening, self._layout.vocabulary.eoi
         if not self._picture and id_ != opening[0]:
             return [text] if (text := self._text.push([id_])) else []
+        if len(self._picture) >= len(opening):
+            self.drawn[len(self.drawn)] = id_
         self._picture.append(id_)
-        self.drawn = self._picture[len(opening) :]
         if id_ != eoi:
             return []
         parts = self.finish()
         parts.append(cast(Visual, self._layout.read(self._picture)[0]))
-        self._picture, self.drawn, self._text = [], [], GrowingText(self._read)
+        self._picture, self.drawn, self._text = [], {}, GrowingText(self._read)
         return parts
 
     def _read(self, ids: Sequence[int]) -> str:

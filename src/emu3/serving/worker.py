@@ -2,11 +2,11 @@
 
     HTTP (asyncio, one thread)              worker (one thread, the engine)
 
-    open     counts tokens, or refuses ──►  encode pictures, `Engine.submit`
+    open     counts tokens, or refuses ──►  `Engine.submit`
     listen   ◄── one call for each step ──  `Engine.step`, decode what is finished, previews
     close    ────────────────────────────►  `Engine.cancel`, before the next step
 
-Clips, and pictures to edit, are encoded where tokens are counted, as their codes are part of the prompt.
+Pictures are encoded before, in a thread of their own: see `emu3.serving.service`.
 
 So requests of all callers run together. One waits for another only where the lanes or tokens of the engine are taken;
 some lanes are for answers, which do not wait for pictures.
@@ -28,9 +28,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from emu3.asked import Asked
 from emu3.generation.events import Event, Failed, Finished, RowDone, Started, Stepped, Tokens
 from emu3.generation.grammar import GridGrammar, MixedGrammar
+from emu3.generation.request import Request
 from emu3.results import Result
 from emu3.segments import Visual
 from emu3.serving.jobs import STOPPED, Draining, Heard, Job, Named, Part, Preview, QueueFull
@@ -150,7 +150,7 @@ class Worker:
         with self._lock:
             return next((n for n, (each, _) in enumerate(self._waiting) if each is job), None)
 
-    def open(self, asked: Sequence[Asked], live: bool = False, previews: int = 0) -> Job:
+    def open(self, asked: Sequence[Request], live: bool = False, previews: int = 0) -> Job:
         """Take requests on. Called from the event loop; `listen` and then `close` must follow.
 
         Raises:
@@ -159,7 +159,7 @@ class Worker:
         """
         if self.draining or not self.alive:
             raise Draining
-        sizes = [len(each.request.prompts) * each.request.reserved(self.engine.context) for each in asked]
+        sizes = [len(each.prompts) * each.reserved(self.engine.context) for each in asked]
         limit = self.engine.tokens
         if limit is not None and (largest := max(sizes)) > limit:
             raise ValueError(f"a request takes {largest} tokens of the cache, this server has {limit}; ask for less")
@@ -264,7 +264,7 @@ class Worker:
             return
         for place, asked in enumerate(job.asked):
             try:
-                number = self.engine.submit(self.pipeline.encode(asked))
+                number = self.engine.submit(asked)
             except Exception as error:
                 if not isinstance(error, ValueError):
                     logger.exception("a request could not be submitted")
@@ -273,8 +273,8 @@ class Worker:
             else:
                 job.numbers[number] = place
                 self._running[number] = running = _Running(job, place)
-                if job.live and isinstance(asked.request.grammar, MixedGrammar):
-                    running.telling = Telling(self.pipeline.layout, asked.request.grammar)
+                if job.live and isinstance(asked.grammar, MixedGrammar):
+                    running.telling = Telling(self.pipeline.layout, asked.grammar)
 
     def _end(self, job: Job) -> None:
         for number in job.numbers:
@@ -359,19 +359,19 @@ class Worker:
     def _result(self, running: _Running, event: Finished) -> Result | Failed:
         try:
             asked = running.job.asked[running.place]
-            return self.pipeline.result(replace(event, request=running.place), asked.request)
+            return self.pipeline.result(replace(event, request=running.place), asked)
         except Exception:
             logger.exception("a result could not be decoded")
             return Failed(running.place, "the server could not decode it")
 
     def _preview(self, running: _Running) -> Preview | None:
         """The next preview of a picture, if it is due and there is time for it."""
-        job, grid = running.job, running.job.asked[running.place].request.grammar
+        job, grid = running.job, running.job.asked[running.place].grammar
         if running.previews >= job.previews:
             return None
         ids: Mapping[int, int] = running.ids
         if running.telling is not None:
-            grid, ids = running.telling.grammar.grid, dict(enumerate(running.telling.drawn))
+            grid, ids = running.telling.grammar.grid, running.telling.drawn
         if not isinstance(grid, GridGrammar):
             return None
         rows = grid.frames * grid.height

@@ -1,11 +1,11 @@
 """What a run leaves for people: `curve.png`, and `report.html`, a page that stands alone."""
 
-import base64
 import json
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from emu3.pictures import data_url
 from emu3.training.state import read_log
 
 _SPEEDS = ("_per_second", "mfu", "gradient_norm")
@@ -64,8 +64,7 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
 
 
 def _picture(path: Path, name: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{escape(name)}" src="{data_url(path.read_bytes(), "image/png")}">'
 
 
 def _table(log: list[dict[str, Any]]) -> str:

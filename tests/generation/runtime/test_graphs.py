@@ -33,7 +33,8 @@ class Repeated:
         return graph
 
     @contextlib.contextmanager
-    def record(self, graph):
+    def record(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # or what other threads do on the GPU breaks it
         yield
         graph.recorded = self.arguments, self.result
 

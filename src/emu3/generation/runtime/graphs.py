@@ -79,6 +79,7 @@ class RecordedForward:
             self.forward(cache, ids_BS, slots_BS, turns_BS, None, end)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may use the GPU meanwhile: a server's that encodes pictures allocates memory.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             hidden_BSE = self.forward(cache, ids_BS, slots_BS, turns_BS, None, end)
         return Recording(graph, ids_BS, slots_BS, turns_BS, hidden_BSE)

@@ -243,7 +243,7 @@ export class Chat {
           this.input.focus();
         }),
         this.app.canEdit && !clip && button("Edit it", () => this.app.edit(url)),
-        !clip && button("Add to gallery", () => this.app.keepFile(url)),
+        button("Add to gallery", () => this.app.keepFile(url)),
       ),
     );
   }

@@ -81,6 +81,7 @@ export class Film {
       const previews = Math.min(body.frames, MOST_PREVIEWS);
       for await (const event of film({ ...body, previews }, options)) this.hear(event);
       if (clip.state !== "done") throw new Error("The clip was not finished.");
+      await this.app.keep(clip.url, clip.record);
       await this.player.load(clip);
       byId("clip-frame").max = clip.record.frames - 1;
       const text = `${clip.record.frames} frames in ${clip.seconds.toFixed(2)} s`;

@@ -1,4 +1,5 @@
 import { byId, button, el } from "./dom.js";
+import { animation, mayMove, poster } from "./player.js";
 import { download, fileName } from "./png.js";
 import { list, remove } from "./store.js";
 
@@ -8,6 +9,8 @@ const NAMES = {
   seed: "Seed",
   width: "Width",
   height: "Height",
+  frames: "Frames",
+  fps: "Frames a second",
   guidance_scale: "Guidance",
   guidance_floor: "Guidance floor",
   guidance_agreement: "Guidance agreement",
@@ -42,7 +45,15 @@ const picture = (item, alt) => {
   return image;
 };
 
-/** The pictures that this browser keeps. */
+const nameOf = ({ url, record }) => record.prompt ?? (mayMove(url) ? "A clip" : "A picture");
+
+/** A picture; or a clip that plays, and the button that stops it. */
+function shown(item) {
+  const name = nameOf(item);
+  return mayMove(item.url) ? animation(item.url, name) : { element: picture(item, name) };
+}
+
+/** The pictures and clips that this browser keeps. */
 export class Gallery {
   constructor(app) {
     this.app = app;
@@ -63,7 +74,7 @@ export class Gallery {
       this.items = await list();
     } catch {
       this.items = [];
-      byId("gallery-empty").textContent = "This browser does not let the page keep pictures.";
+      byId("gallery-empty").textContent = "This browser does not let the page keep anything.";
     }
     for (const id of this.chosen) if (!this.items.some((item) => item.id === id)) this.chosen.delete(id);
     byId("gallery-empty").hidden = this.items.length > 0;
@@ -73,8 +84,10 @@ export class Gallery {
   }
 
   item(item) {
-    const { prompt, seed } = item.record;
-    const name = prompt ?? "A picture";
+    const { seed } = item.record;
+    const name = nameOf(item);
+    const clip = mayMove(item.url);
+    const note = seed === undefined ? "No seed" : `Seed ${seed}`;
     const box = el("input", { type: "checkbox", "data-testid": "gallery-choose", "aria-label": `Compare: ${name}, seed ${seed ?? "unknown"}` });
     box.checked = this.chosen.has(item.id);
     box.addEventListener("change", () => {
@@ -83,7 +96,8 @@ export class Gallery {
       this.chosenChanged();
     });
     const open = button("", () => this.open(item), { class: "open", "data-testid": "gallery-item" });
-    open.append(picture(item, ""), el("span", { class: "name", text: name }), el("span", { class: "muted", text: seed === undefined ? "No seed" : `Seed ${seed}` }));
+    const still = clip ? poster(item.url) : picture(item, "");
+    open.append(still, el("span", { class: "name", text: name }), el("span", { class: "muted", text: clip ? `Clip. ${note}` : note }));
     return el("li", {}, open, el("label", { class: "choose check" }, box, "Compare"));
   }
 
@@ -108,19 +122,19 @@ export class Gallery {
       this.dialog.close();
       action();
     };
-    const actions = el("div", { class: "tools" });
+    const { element, turn } = shown(item);
+    const actions = el("div", { class: "tools" }, turn);
     if (record.prompt !== undefined) {
       actions.append(button("Use these settings again", leave(() => this.app.use(record)), { class: "primary", "data-testid": "use-settings" }));
     }
     const more = [
-      this.app.canEdit && button("Edit it", leave(() => this.app.edit(item.url))),
+      !turn && this.app.canEdit && button("Edit it", leave(() => this.app.edit(item.url))),
       button("Ask about it", leave(() => this.app.ask(item.url)), { "data-testid": "gallery-ask" }),
-      button("Download", () => download(item.url, fileName(record)), { "data-testid": "gallery-download" }),
+      button("Download", () => download(item.url, fileName(record, turn ? "webp" : "png")), { "data-testid": "gallery-download" }),
       button("Delete", leave(() => this.delete(item)), { class: "danger", "data-testid": "gallery-delete" }),
     ];
     actions.append(...more.filter(Boolean));
-    const name = record.prompt ?? "A picture";
-    this.view(name, false, el("div", { class: "view" }, picture(item, name), el("div", {}, details(record), actions)));
+    this.view(nameOf(item), false, el("div", { class: "view" }, element, el("div", {}, details(record), actions)));
   }
 
   async delete(item) {
@@ -138,9 +152,10 @@ export class Gallery {
     const items = this.items.filter((item) => this.chosen.has(item.id)).reverse();
     const names = new Set(items.flatMap((item) => Object.keys(item.record)));
     const differs = new Set([...names].filter((name) => new Set(items.map((item) => item.record[name])).size > 1));
-    const shown = items.map((item) =>
-      el("figure", { "data-testid": "compare-item" }, picture(item, item.record.prompt ?? "A picture"), el("figcaption", {}, details(item.record, differs))),
-    );
-    this.view(`${items.length} pictures`, true, el("div", { class: "compared" }, ...shown));
+    const figures = items.map((item) => {
+      const { element, turn } = shown(item);
+      return el("figure", { "data-testid": "compare-item" }, element, el("figcaption", {}, details(item.record, differs), turn));
+    });
+    this.view(`${items.length} side by side`, true, el("div", { class: "compared" }, ...figures));
   }
 }

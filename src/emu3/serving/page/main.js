@@ -59,7 +59,7 @@ function start(model) {
         await gallery.refresh();
         if (told) say("Added to the gallery.");
       } catch {
-        say("This browser did not keep the picture.", true);
+        say("This browser did not keep it.", true);
       }
     },
     async keepFile(url) {

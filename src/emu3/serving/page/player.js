@@ -46,15 +46,24 @@ export class Player {
 /** Whether a data URL may hold a clip. */
 export const mayMove = (url) => /^data:(image\/(webp|gif)|video\/)/.test(url);
 
-/** An animation that can be stopped: then its first frame is shown. */
-export function animation(url, alt) {
-  const image = el("img", { src: url, alt, class: "small" });
-  const canvas = el("canvas", { role: "img", "aria-label": alt, class: "small" });
+function firstFrame(image, props) {
+  const canvas = el("canvas", { class: "small", ...props });
   image.addEventListener("load", () => {
     Object.assign(canvas, { width: image.naturalWidth, height: image.naturalHeight });
     canvas.getContext("2d").drawImage(image, 0, 0);
+    for (const each of [image, canvas]) each.classList.toggle("small", image.naturalWidth < 256);
   });
-  const turn = button("", () => show(image.hidden));
+  return canvas;
+}
+
+/** The first frame of an animation, beside words that say what it is. */
+export const poster = (url) => firstFrame(el("img", { src: url }), { "aria-hidden": "true" });
+
+/** An animation that can be stopped: then its first frame is shown. */
+export function animation(url, alt) {
+  const image = el("img", { src: url, alt, class: "small" });
+  const canvas = firstFrame(image, { role: "img", "aria-label": alt });
+  const turn = button("", () => show(image.hidden), { "data-testid": "turn" });
   function show(playing) {
     image.hidden = !playing;
     canvas.hidden = playing;

@@ -22,7 +22,7 @@ async function store(mode) {
   return (await database()).transaction(STORE, mode).objectStore(STORE);
 }
 
-// The same picture, kept twice, is one.
+// The same picture or clip, kept twice, is one.
 function identity(url) {
   let hash = 0x811c9dc5;
   for (let place = 0; place < url.length; place += 1) hash = Math.imul(hash ^ url.charCodeAt(place), 0x01000193);
@@ -35,7 +35,7 @@ export async function keep(url, record) {
   return item;
 }
 
-/** All pictures, the newest first. */
+/** All that is kept, the newest first. */
 export async function list() {
   const items = await promise((await store("readonly")).getAll());
   return items.sort((a, b) => b.time - a.time);
