@@ -212,6 +212,7 @@ def test_giant_headers(server):
     assert server.client.get("/health").status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore::emu3.learned.NotLearned")
 def test_control_tokens_in_a_text_are_text(server, nano):
     """They draw what the same characters draw when they are plain text, and open no picture."""
     typed = "a photo of <image> a cat <|image start|>12*12<|image token|>"
