@@ -64,6 +64,12 @@ def test_frames_are_spread_over_the_clip(suffix, tmp_path):
     assert len(read_clip(source, 90, evenly=True)) == 60
 
 
+def test_clips_in_memory_are_looked_at_whole(monkeypatch):
+    monkeypatch.setattr(clips, "MAX_FRAMES", 8)
+    for source in (Clip(frames(60), 30.0), list(frames(60))):
+        assert read_clip(source, 4, evenly=True).frames_THWC[-1, 0, 0, 0] > 190
+
+
 @pytest.mark.parametrize(("total", "count"), [(1, 4), (4, 4), (9, 4), (100, 1), (1000, 7)])
 def test_spread_frames(total, count):
     kept, rate = clips.spread(iter(range(total)), 10.0, count)

@@ -22,6 +22,7 @@ KNOWN = Learned(("a", "photo", "of", "red", "dog"), (8, 12))
     [
         ("A photo of a red dog.", 8, []),
         (["a dog", "a red-hot zebra", "a Dog"], None, ["'red-hot', 'zebra', 'Dog'"]),
+        ("RED 'dog' - a cafe\u0301", None, ["'RED', 'caf\u00e9'"]),
         ("a dog", 20, ["clips of 20 frames, but of 8, 12"]),
         ("3 dog", 16, ["'3'", "16 frames"]),
         ("...", None, []),
@@ -51,7 +52,10 @@ def test_python_warns_the_line_that_asks():
         nano.image("a photo of a zebra", height=16, width=16, seed=0)
     assert [each.filename for each in warned] == [__file__]
     with pytest.warns(NotLearned, match="clips of 20 frames, but of 8, 12, 16"):
-        nano.video("a clip of a red dog growing", frames=20, height=16, width=16, seed=0)
+        made = nano.video("a clip of a red dog growing", frames=20, height=16, width=16, seed=0)[0]
+    with pytest.warns(NotLearned, match="clips of 24 frames") as warned:
+        nano.extend(made, "a clip of a red dog growing", frames=4, seed=0)
+    assert [each.filename for each in warned] == [__file__]
 
 
 def test_the_command_line_tells_before_it_draws(tmp_path, capsys):

@@ -144,15 +144,16 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None 
             picture in any of these forms is a clip of one frame.
         max_frames: what it has beyond them is left out.
         max_pixels: of all frames of a file together. Default: `MAX_PIXELS`.
-        evenly: whether the frames are spread over the whole clip instead, however long a video is. The clip then has as
-            many a second as that comes to.
+        evenly: whether the frames are spread over the whole clip instead, however long a video is; of an animation,
+            over its first `MAX_FRAMES`. The clip then has as many a second as that comes to.
 
     Raises:
         ValueError: it is none of these, has no frames or frames of several sizes, or is too large; a file is damaged.
     """
     most = max(max_frames, MAX_FRAMES) if evenly else max_frames
+    here = None if evenly else max_frames  # of what is in memory
     if isinstance(source, Clip):
-        frames, rate = list(source.frames_THWC[:most]), source.frames_per_second
+        frames, rate = list(source.frames_THWC[:here]), source.frames_per_second
     elif isinstance(source, Image.Image):
         frames, rate = frames_of_animation(source, most, max_pixels)
     elif isinstance(source, bytes | str | os.PathLike):
@@ -165,14 +166,17 @@ def read_clip(source: Any, max_frames: int = MAX_FRAMES, max_pixels: int | None 
                 f"{source!r:.80}, a {type(source).__name__}, is no clip; give a list of frames, an array (T, H, W, C), "
                 "or a file's path"
             )
-        frames, rate = [_as_bytes(frame) for frame in source[:most]], None
+        several = source[:here]
+        if evenly:
+            several, _ = spread(several, None, max_frames)
+        frames, rate = [_as_bytes(frame) for frame in several], None
     if evenly:
         frames, rate = spread(frames, rate, max_frames)
     return Clip(stack_frames(frames), rate)
 
 
 def spread(frames: Iterable[_Frame], rate: float | None, count: int) -> tuple[list[_Frame], float | None]:
-    """At most `count` of many frames, evenly spaced, and their rate. Never are more than four times as many kept."""
+    """At most `count` of many frames, evenly spaced, and their rate. Keeps at most four times `count` in memory."""
     kept: list[_Frame] = []
     total, step = 0, 1
     for frame in frames:

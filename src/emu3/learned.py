@@ -7,11 +7,12 @@ it knows.
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WORD = re.compile(r"[\w'-]+")
+_WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
 class NotLearned(UserWarning):
@@ -20,7 +21,7 @@ class NotLearned(UserWarning):
 
 def words_in(text: str) -> list[str]:
     """The words of a text, as they are written, without its punctuation."""
-    return _WORD.findall(text)
+    return _WORD.findall(unicodedata.normalize("NFC", text))
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Learned:
         """Sentences on what of prompts, and of a clip's length, is not learned. The first word may be capitalised."""
         known, unknown = set(self.words), dict[str, None]()
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            first, *rest = words_in(prompt) or [""]
-            first = first if first in known else first[:1].lower() + first[1:]
-            unknown |= {word: None for word in (first, *rest) if word and word not in known}
+            for number, word in enumerate(words_in(prompt)):
+                if word not in known and (number or word[:1].lower() + word[1:] not in known):
+                    unknown[word] = None
         notes = []
         if known and unknown:
             notes.append(
-                f"this checkpoint has not learned {', '.join(map(repr, unknown))}, and makes something else of it; "
-                "docs/draw.md tells what nano knows"
+                f"this checkpoint has not learned {', '.join(map(repr, unknown))}, and makes something else of it; its "
+                "words.txt lists the words that it knows"
             )
         if self.lengths and frames is not None and frames not in self.lengths:
             notes.append(

@@ -246,8 +246,10 @@ class Emu3Pipeline(Asking):
         more = self.temporal_factor * tokens_of("frames", check_whole("frames", frames), self.temporal_factor, "frames")
         start = self.encode_start(clip, options.pop("fps", None))
         have = self.temporal_factor * start.shape.frames
-        words = check_text("prompt", prompt)
-        return self.video(words, frames=have + more, fps=start.frames_per_second, start=start, **options)[0]
+        words, on_event = check_text("prompt", prompt), options.pop("on_event", None)
+        requests = self.video_requests(words, frames=have + more, fps=start.frames_per_second, start=start, **options)
+        self.learned.warn(words, have + more)
+        return Clips(self._results(requests, on_event))[0]
 
     @takes(Answer)
     def chat(

@@ -86,9 +86,11 @@ def test_openai_begins_with_a_picture(client, nano):
 
 
 def test_openai_films_again_and_goes_on(client, server, nano):
-    """From the first picture of a clip, and behind its last; as fast, and with its settings where none are given."""
+    """From a clip's first frames, and behind its last; as large and fast, with its settings where none are given."""
     own = {"frames": 8, "fps": 4, "seed": 3, "temperature": 0.7, "decoding": "raster"}
     film = client.videos.create_and_poll(prompt=DOG, model="sora-2", poll_interval_ms=100, extra_body=own)
+    small = client.videos.create_and_poll(prompt=DOG, size="64x16", poll_interval_ms=100, extra_body={"frames": 8})
+    assert client.videos.remix(small.id, prompt=DOG).size == small.size != film.size
     with pytest.raises(BadRequestError, match="not finished"):
         client.videos.remix(client.videos.create(prompt=DOG, extra_body=own).id, prompt=DOG)
     (first,) = nano.results(nano.video_requests(DOG, **own))
@@ -101,15 +103,15 @@ def test_openai_films_again_and_goes_on(client, server, nano):
         assert made.status == "completed", made.error
         return made, read_clip(file_of(made.id)).frames_THWC
 
-    def extend(name):  # the client's own method takes files only
-        body = {"prompt": other, "seconds": "2", "video": {"id": name}}
+    def extend(name, seconds="2"):  # the client's own method takes files only
+        body = {"prompt": other, "seconds": seconds, "video": {"id": name}}
         return client.post("/videos/extensions", body=body, cast_to=Video)
 
     other = "a clip of a red dog moving up"
     made, found = frames(client.videos.remix(film.id, prompt=other))
     assert (made.remixed_from_video_id, made.prompt, made.model, made.seed) == (film.id, other, "sora-2", 3)
-    expected = nano.video(other, start=first.output.pictures[0], **own)[0]
-    assert np.array_equal(found, expected.frames_THWC)
+    start = Visual(first.codes_THW[:1])
+    assert np.array_equal(found, nano.results(nano.video_requests(other, start=start, **own))[0].output.frames_THWC)
     assert client.videos.remix(film.id, prompt=other, extra_body={"seed": 9}).seed == 9
     made, found = frames(extend(film.id))
     assert (made.seconds, made.frames, made.fps, made.seed, made.remixed_from_video_id) == ("4", 16, 4, 3, None)
@@ -121,6 +123,7 @@ def test_openai_films_again_and_goes_on(client, server, nano):
     assert np.array_equal(found, nano.video(other, start=first.output, **own | {"frames": 16})[0].frames_THWC)
     known = [each.id for each in client.videos.list(limit=2)]  # page after page
     assert known[0] == made.id and film.id in known[3:]
+    assert extend(film.id, "0.1").frames == 12  # four frames at least
     with pytest.raises(BadRequestError, match="has 24 frames to begin with"):
         client.videos.extend(prompt=other, seconds="4", video=("a.gif", gif_of(24)))
     with pytest.raises(NotFoundError, match="no such clip"):
@@ -132,7 +135,7 @@ def test_openai_films_again_and_goes_on(client, server, nano):
     assert answer.json()["seconds"] == "4"
     with pytest.raises(BadRequestError, match="remix films anew"):
         client.videos.edit(prompt="make it blue", video=("a.webp", file))
-    with pytest.raises(BadRequestError, match="input_reference gives one"):
+    with pytest.raises(BadRequestError, match="input_reference gives a picture"):
         client.videos.create_character(name="dog", video=("a.webp", file))
 
 
@@ -296,7 +299,7 @@ def begin(frames, rate):
         ({"frames": 28}, None, None, "fewer frames"),
         ({"frames": 16}, (8, 600), "fps", "has 600 frames a second; give fps, at most 500"),
         ({"frames": 8}, (8, 8), "frames", "has 8 already"),
-        ({"seconds": 0.5}, (8, 8), "seconds", "8 frames to begin with, and 0.5 s are 8 at most"),
+        ({"seconds": 0.5}, (8, 8), "seconds", "8 frames to begin with, and of what is asked for 8 fit"),
         ({"seconds": 9}, (24, 8), "seconds", "give a shorter one"),
     ],
 )

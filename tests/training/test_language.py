@@ -140,6 +140,20 @@ def test_captions_are_what_is_drawn_to_watch(pets, tiny_checkpoint):
     assert captions(shards) == ["a red cat", "a big dog"]
 
 
+def test_groups_of_frames_are_as_the_checkpoint_says(tiny_checkpoint, tmp_path):
+    model = load_model(tiny_checkpoint)
+    size, own = model.config.vq_config.codebook_size, tokenizer_hash(model.model.vqmodel)
+    clip = Sample("a", (Part("prompt", Text("a dog")), Part("draw", Visual(np.zeros((2, 3, 3), int), 8.0))))
+    for settings in ("", "independent groups, x"):
+        path = tmp_path / (settings or "joint")
+        info = ShardInfo(tokenizer=own, codebook_size=size, settings=settings, source="a")
+        write_shard(path / "00000.parquet", info, [clip])
+        recipe = LanguageRecipe(data=(MixedShards(path=path),))
+        open_mixture(recipe, model.model.vqmodel, {"independent_groups": bool(settings)})
+        with pytest.raises(ValueError, match="set independent_groups to"):
+            open_mixture(recipe, model.model.vqmodel, {"independent_groups": not settings})
+
+
 def test_from_scratch(pets, tiny_checkpoint, tmp_path):
     load_model(tiny_checkpoint).model.vqmodel.save_pretrained(tmp_path / "vision")
     recipe = PretrainRecipe(

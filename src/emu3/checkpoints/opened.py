@@ -143,10 +143,14 @@ def holder(folder: Path, *names: str) -> Path:
 
 
 def read_learned(folder: Path) -> Learned:
-    """What a checkpoint says that it has learned: in words.txt, and under "clips" in config.json."""
+    """What a checkpoint says that it has learned: in words.txt, and under "clips" in config.json.
+
+    An adapter may have learned clips of other lengths than its base, whose config.json it has, so none are told.
+    """
     file = holder(folder, WORDS) / WORDS
     words = file.read_text(encoding="utf-8").split() if file.is_file() else []
-    return Learned(tuple(words), tuple((read_settings(folder).get("clips") or {}).get("lengths") or ()))
+    clips = {} if is_adapter(folder) else read_settings(folder).get("clips") or {}
+    return Learned(tuple(words), tuple(clips.get("lengths") or ()))
 
 
 def processor_folder(folder: Path) -> Path:

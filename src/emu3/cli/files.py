@@ -94,11 +94,8 @@ def check_is_no_file(name: str, words: str) -> None:
     """ValueError for words that are the name of a picture or clip."""
     from emu3.data.media import CLIPS, PICTURES
 
-    suffix = Path(words).suffix.lower()
-    if os.path.isfile(words) or (suffix in PICTURES | CLIPS and len(words.split()) == 1):
-        raise ValueError(
-            f"the {name} {words!r:.200} is the name of a file; give more files by --beside, and the {name} in quotes"
-        )
+    if Path(words).suffix.lower() in PICTURES | CLIPS and (len(words.split()) == 1 or os.path.isfile(words)):
+        raise ValueError(f"the {name} {words!r:.200} is the name of a file; give more files by --beside")
 
 
 def read_still(name: str) -> Image.Image:

@@ -37,6 +37,10 @@ BATCH_PIXELS = {"cpu": 40_000, "cuda": 2**20}
 """Pixels of the pictures that are encoded at once. A CPU gains nothing by more."""
 
 LARGEST_BATCH = 64
+
+INDEPENDENT = "independent groups"
+"""In the settings of shards whose groups of frames are encoded on their own."""
+
 MAX_FRAMES = 64
 """Of a clip; what comes later is left out."""
 
@@ -129,7 +133,7 @@ class Tokenizer:
         groups = ""
         if self.independent_groups:  # said only then, so that shards of others keep their settings
             whole["independent_groups"] = True
-            groups = "independent groups, "
+            groups = f"{INDEPENDENT}, "
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
         height, width = self.sizes.draw[0]
         return f"draw {height}x{width}, read {self.sizes.min_pixels}..{self.sizes.max_pixels} pixels, {groups}{digest}"

@@ -52,7 +52,7 @@ class Film:
     completed: int | None = None
     error: str | None = None
     clip: Clip | None = None
-    codes: Visual | None = None  # of the clip: exactly, while its frames are what they came to
+    codes: Visual | None = None  # the clip's own: its frames, encoded again, may come to others
     job: Job | None = None
 
     @property

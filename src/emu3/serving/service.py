@@ -94,7 +94,9 @@ class Service:
         return await self._words.take(request, partial(function, *arguments, **keywords))
 
     async def see(self, request: Request, function: Callable[..., Value], *arguments: Any, **keywords: Any) -> Value:
-        """Run something that reads or encodes pictures or clips. As `prepare`."""
+        """Run something that reads or encodes pictures or clips. As `prepare`; and `Draining` where none are taken."""
+        if self.worker.draining or not self.worker.alive:
+            raise Draining
         return await self._pictures.take(request, partial(function, *arguments, **keywords))
 
     async def draw(
@@ -179,7 +181,9 @@ class Service:
         rate = rate or self.pipeline.layout.clips.fps
         if rate > MOST_FPS:
             raise Refused(400, f"the clip has {rate:g} frames a second; give fps, at most {MOST_FPS}", "fps")
-        begin = None if start is None else await self.see(request, self.pipeline.encode_start, start, rate)
+        begin = start if isinstance(start, Visual) else None
+        if isinstance(start, Clip):
+            begin = await self.see(request, self.pipeline.encode_start, start, rate)
         ask = partial(self._film_requests, frames=frames, fps=rate, seconds=seconds, begin=begin)
         film = await self.draw(request, prompt, 1, size, options, ask=ask, film=True)
         return replace(film, more={"frames": film.grid.frames * self.pipeline.temporal_factor, "fps": rate})
@@ -206,8 +210,8 @@ class Service:
                 have, most = (pipeline.temporal_factor * each for each in (begin.shape.frames, codes))
                 raise Refused(
                     400,
-                    f"the clip has {have} frames to begin with, and {seconds:g} s are {most} at most, as far as they "
-                    "fit; give a shorter one, or more seconds",
+                    f"the clip has {have} frames to begin with, and of what is asked for {most} fit in all; give a "
+                    "shorter one, or more seconds",
                     "seconds",
                 )
             frames = pipeline.temporal_factor * codes

@@ -11,11 +11,12 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 from emu3.clips import Clip
+from emu3.segments import Visual
 from emu3.serving.errors import Refused
 from emu3.serving.films import MEDIA, Film, file_of, page_of, sheet_of
 from emu3.serving.forms import checked, content_of
 from emu3.serving.pictures import open_film, picture_file, read_film
-from emu3.serving.schema import DRAWN, ExtensionRequest, RemixRequest, VideosRequest, given
+from emu3.serving.schema import DRAWN, MOST_FPS, ExtensionRequest, RemixRequest, VideosRequest, given
 from emu3.serving.service import Pictures, service_of
 
 router = APIRouter(tags=["clips"])
@@ -44,14 +45,21 @@ async def extend(request: Request) -> Response:
     fields, source = await _read(request, ExtensionRequest, "video")
     if isinstance(source, bytes):
         clip = await _open(request, source, "video")
-        fps = clip.frames_per_second or service_of(request).pipeline.layout.clips.fps
-        return await _begin(request, fields, start=clip, fps=fps, seconds=len(clip) / fps + fields.seconds)
+        rate = clip.frames_per_second or service_of(request).pipeline.layout.clips.fps
+        fps = min(rate, MOST_FPS)
+        seconds = len(clip) / rate + _added(request, fields.seconds, fps)
+        return await _begin(request, fields, start=clip, fps=fps, seconds=seconds)
     if not isinstance(source, dict) or not isinstance(source.get("id"), str):
         raise Refused(400, 'video is a clip to go on with: {"id": ID}, or a file in a form', "video")
     film, clip = _made(request, source["id"])
     fps = film.about["fps"]
-    seconds = len(clip) / fps + fields.seconds
+    seconds = len(clip) / fps + _added(request, fields.seconds, fps)
     return await _begin(request, fields, settings=film.settings, start=film.codes, fps=fps, seconds=seconds)
+
+
+def _added(request: Request, seconds: float, fps: float) -> float:
+    """Seconds of an extension: at least the frames that share a code."""
+    return max(seconds, service_of(request).pipeline.temporal_factor / fps)
 
 
 @router.post("/v1/videos/edits", include_in_schema=False)
@@ -60,19 +68,20 @@ async def unsupported() -> None:
     """What OpenAI's API has besides."""
     raise Refused(
         400,
-        "clips are not edited, and have no characters; /v1/videos/ID/remix films anew from the first picture of a "
-        "clip, and input_reference gives one",
+        "clips are not edited, and have no characters; /v1/videos/ID/remix films anew from the first frames of a "
+        "clip, and input_reference gives a picture to begin with",
         code="unsupported",
     )
 
 
 @router.post("/v1/videos/{name}/remix")
 async def remix(request: Request, name: str, body: RemixRequest) -> Response:  # type: ignore[valid-type]
-    """Film again, with other words, from the first picture of a clip, as long and fast, and with its settings."""
-    film, clip = _made(request, name)
+    """Film again, with other words, from a clip's first frames, which share a code; as large, long and fast."""
+    film, _ = _made(request, name)
     about = {"remixed_from_video_id": film.id, "model": film.about["model"]}
     length = {"frames": film.about["frames"], "fps": film.about["fps"]}
-    start = Clip(clip.frames_THWC[:1])
+    assert film.codes is not None
+    start = Visual(film.codes.codes_THW[:1], film.codes.frames_per_second)
     return await _begin(request, body, about, film.settings, start=start, **length)
 
 

@@ -6,7 +6,7 @@ is constant, and over the last part it falls linearly to zero, so that a run can
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from emu3.checkpoints.vision import load_vision_tokenizer
 from emu3.configuration import Emu3Config, Emu3TextConfig
 from emu3.data.samples import Sample
 from emu3.data.shards import Shard, open_shards
-from emu3.data.tokenize import tokenizer_hash
+from emu3.data.tokenize import INDEPENDENT, tokenizer_hash
 from emu3.image_processing import Emu3ImageProcessor
 from emu3.layout import ClipText
 from emu3.learned import words_in
@@ -226,7 +226,7 @@ def _check_abilities(names: Sequence[str] | None) -> None:
 def pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     """Trains by the recipe, from the last saved state if any; leaves a checkpoint in the folder."""
     vision = load_vision_tokenizer(require_output(recipe.vision))
-    shards = open_mixture(recipe, vision)
+    shards = open_mixture(recipe, vision, vars(recipe.clips))
     torch.manual_seed(recipe.seed)
     if saved_states(folder):  # its ids are those of the weights
         tokenizer = AutoTokenizer.from_pretrained(folder.resolve())
@@ -260,7 +260,7 @@ def finetune(recipe: FinetuneRecipe, folder: Path) -> None:
     model, processor = load_model(source, dtype=torch.float32), load_processor(source)
     if recipe.abilities is not None:
         model.config.abilities = list(recipe.abilities)
-    shards = open_mixture(recipe, model.model.vqmodel)
+    shards = open_mixture(recipe, model.model.vqmodel, getattr(model.config, "clips", None))
     train(recipe, folder, model, processor, shards)
     if (clips := getattr(model.config, "clips", None) or {}).get("lengths"):
         factor = model.model.vqmodel.config.temporal_downsample_factor
@@ -278,7 +278,7 @@ def lora(recipe: LoraRecipe, folder: Path) -> None:
     model, processor = load_model(source, dtype=dtype), load_processor(source)
     torch.manual_seed(recipe.seed)
     adapted = add_adapters(model, recipe.rank, recipe.alpha, recipe.modules, recipe.dropout)
-    shards = open_mixture(recipe, model.model.vqmodel)
+    shards = open_mixture(recipe, model.model.vqmodel, getattr(model.config, "clips", None))
     train(recipe, folder, model, processor, shards)
     save_adapter(adapted, recipe.checkpoint, folder)
     add_words(source, folder, words_drawn(shards))
@@ -310,10 +310,25 @@ def train(
     run_loop(recipe, folder, objective, optimizers, rates, rows, unit="tokens", hooks=hooks, changes=changes)
 
 
-def open_mixture(recipe: LanguageRecipe, tokenizer: Emu3VQVAE) -> list[list[Shard]]:
-    """The shards of each folder of the recipe. `ValueError` where one was made by another vision tokenizer."""
-    own = tokenizer_hash(tokenizer)
-    return [open_shards(each.path, own) for each in recipe.data]
+def open_mixture(
+    recipe: LanguageRecipe, tokenizer: Emu3VQVAE, clips: Mapping[str, Any] | None = None
+) -> list[list[Shard]]:
+    """The shards of each folder of the recipe.
+
+    `ValueError` where one was made by another vision tokenizer, or has clips whose groups of frames are not encoded as
+    the settings `clips` of the checkpoint say.
+    """
+    own, alone = tokenizer_hash(tokenizer), bool((clips or {}).get("independent_groups"))
+    mixture = [open_shards(each.path, own) for each in recipe.data]
+    for each, opened in zip(recipe.data, mixture, strict=True):
+        for shard in opened:
+            if (INDEPENDENT in shard.info.settings) != alone and any(shape.frames > 1 for shape in shard.shapes):
+                raise ValueError(
+                    f"{str(each.path)!r} has clips whose groups of frames are encoded "
+                    f"{'together' if alone else 'on their own'}; tokenize them anew, or set independent_groups to "
+                    f"{'false' if alone else 'true'} under clips, in the recipe or the checkpoint's config.json"
+                )
+    return mixture
 
 
 def make_rows(
