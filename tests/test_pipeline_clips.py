@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emu3.clips import Clip
+from emu3.clips import Clip, moves, read_clip
 from emu3.options import Draw
 from emu3.pipeline import Emu3Pipeline
 from emu3.results import Result
@@ -317,6 +317,30 @@ def test_a_picture_that_does_not_fit_is_not_begun(pipeline):
         parts = pipeline.tell("Tell a story.", seed=seed, max_new_tokens=25, temperature=1.0)
         assert not any("4*4" in part for part in parts if isinstance(part, str))
         assert "" not in parts
+
+
+def test_how_far_a_clip_goes_on(pipeline):
+    """As far as the longest that was learned; a group of frames at least; 16 where nothing is listed."""
+    own = Emu3Pipeline(copy.deepcopy(pipeline.model), pipeline.processor)
+    for clips, frames in (({}, 24), ({"lengths": [8, 12]}, 12), ({"lengths": [8]}, 12)):
+        own.model.config.clips = clips | {"frames": 8}
+        assert len(own.extend(Clip(noise(8, 16, 16), 24.0), "a cat", seed=0)) == frames
+        assert len(own.video("a cat", start=Clip(noise(8, 16, 16), 24.0), seed=0)[0]) == frames
+        assert len(own.video("a cat", start=noise(16, 16), seed=0)[0]) == 8
+
+
+def test_a_file_that_moves_is_a_clip(pipeline, tmp_path):
+    clip = Clip(noise(8, 16, 16), 20.0)
+    for name in ("a.gif", "a.webp", "a.mp4"):
+        clip.save(tmp_path / name)
+        asked = [("What is it?", [tmp_path / name]), ("What is it?", [read_clip(tmp_path / name)])]
+        named, given = (request.request.prompt_ids for request in pipeline.answer_requests(asked))
+        assert named == given
+        with pytest.raises(ValueError, match="only pictures are edited"):
+            pipeline.edit(tmp_path / name, "make it blue")
+    Image.fromarray(noise(16, 16)).save(tmp_path / "still.gif")
+    with Image.open(tmp_path / "a.gif") as opened, Image.open(tmp_path / "still.gif") as still:
+        assert moves(opened) and not moves(still) and not moves(tmp_path / "still.gif") and not moves("no.gif")
 
 
 def test_a_clip_in_a_conversation(pipeline):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emu3.chat import Message
-from emu3.clips import Clip
+from emu3.clips import Clip, moves
 from emu3.generation.request import Request
 from emu3.options import MOST_SEED, Draw, check_whole, check_words
 from emu3.segments import Shape
@@ -72,7 +72,7 @@ def _conversation(messages: Any) -> list[Message]:
 
 
 def clip_of(part: Any) -> Any:
-    """The clip of a part of a message, as `read_clip` takes it; None where it has none."""
+    """The clip of a part of a message, as `read_clip` takes it; None where it has none. A picture may be one, too."""
     if not isinstance(part, Mapping):
         return None
     if part.get("type") == "video":
@@ -80,7 +80,7 @@ def clip_of(part: Any) -> Any:
             raise ValueError(f"{part!r:.80} is no content; give {{'type': 'video', 'video': clip}}")
         return part["video"]
     image = part.get("image") if part.get("type") == "image" else None
-    return image if isinstance(image, Clip) else None
+    return image if isinstance(image, Clip) or moves(image) else None
 
 
 def shape_of(draw: Draw, processor: Emu3Processor) -> Shape:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from emu3.asked import Asked, check_prompts, clip_of, conversations_of, seeds_of, shape_of
 from emu3.chat import Message
-from emu3.clips import MAX_RATE, Clip, read_clip
+from emu3.clips import MAX_RATE, Clip, moves, read_clip
 from emu3.generation.decoders.named import decoder_named
 from emu3.generation.grammar import Grammar, PinnedGrid
 from emu3.generation.request import Guidance, Request
@@ -147,6 +147,16 @@ class Asking(ABC):
         found: Any = {name: _GUIDANCE[name] if own.get(name) is None else own[name] for name in missing}
         return replace(draw, **found)
 
+    def frames_after(self, have: int) -> int:
+        """How many frames go on from so many, unless others are asked for: up to the longest clip that was learned.
+
+        Where the checkpoint does not list what it has learned, 16.
+        """
+        lengths = (getattr(self.model.config, "clips", None) or {}).get("lengths")
+        if not lengths:
+            return -(-16 // self.temporal_factor) * self.temporal_factor
+        return max(max(lengths) - have, self.temporal_factor)
+
     @takes(Draw)
     def video_requests(
         self,
@@ -161,10 +171,14 @@ class Asking(ABC):
         self.require("film")
         own = getattr(self.model.config, "clips", None) or {}
         count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
+        frames_of_codes(count, self.temporal_factor)
         rate = None if fps is None else check_number("fps", fps, 1e-3, MAX_RATE)
-        codes = frames_of_codes(count, self.temporal_factor)
         draw = make(Draw, options)
         begin = None if start is None else self.encode_start(start, rate)
+        have = 0 if begin is None else begin.shape.frames * self.temporal_factor
+        if frames is None and have >= count:
+            count = have + self.frames_after(have)
+        codes = frames_of_codes(count, self.temporal_factor)
         rate = rate or (begin and begin.frames_per_second) or self.layout.clips.fps
         shape = shape_of(draw, self.processor)
         if begin is not None and draw.height is None and draw.image_area is None and draw.ratio is None:
@@ -178,8 +192,7 @@ class Asking(ABC):
                     f"the clip begins with {begin.shape.width}x{begin.shape.height} tokens, and "
                     f"{shape.width}x{shape.height} are asked for; leave the size out"
                 )
-            if begin.shape.frames >= codes:
-                have = begin.shape.frames * self.temporal_factor
+            if have >= count:
                 raise ValueError(f"frames is {count}, and the start has {have} already; ask for more")
             pinned = np.full((codes, shape.height, shape.width), -1)
             pinned[: begin.shape.frames] = begin.codes_THW
@@ -213,7 +226,7 @@ class Asking(ABC):
 
     def codes_to_complete(self, picture: Any, *, mask: Any = None, below: int = 0) -> NDArray[np.int64]:
         """Codes (H, W) of a picture, and -1 where `complete` draws. Arguments and errors as there."""
-        codes_HW = self.encode_visual(picture).codes_THW[0].astype(np.int64)
+        codes_HW = self._encode_still(picture).codes_THW[0].astype(np.int64)
         factor = int(self.processor.image_processor.spatial_factor)
         size = upright_size(picture) if isinstance(picture, Image.Image) else None
         drawn_HW = tokens_to_draw(Shape(*codes_HW.shape), factor, size, mask, below)
@@ -227,7 +240,7 @@ class Asking(ABC):
         if getattr(pictures, "ndim", None) == 4:
             pictures = list(pictures)
         if not isinstance(pictures, list | tuple):
-            return [[self.encode_visual(pictures)]] * count
+            return [[self._encode_still(pictures)]] * count
         if isinstance(prompts, str) and not any(isinstance(each, list | tuple) for each in pictures):
             pictures = [pictures]
         if len(pictures) != count or not count:
@@ -237,7 +250,12 @@ class Asking(ABC):
         lists = [each if isinstance(each, list | tuple) else [each] for each in pictures]
         if not all(lists):
             raise ValueError("a prompt has no picture; give at least one")
-        return [[self.encode_visual(picture) for picture in each] for each in lists]
+        return [[self._encode_still(picture) for picture in each] for each in lists]
+
+    def _encode_still(self, picture: Any) -> Visual:
+        if isinstance(picture, Clip) or moves(picture):
+            raise ValueError("only pictures are edited, and this is a clip; `extend` goes on with a clip")
+        return self.encode_visual(picture)
 
     def encode_start(self, source: Any, fps: float | None = None) -> Visual:
         """The codes of what a clip begins with, at a rate; `source` as `read_clip` takes it, or codes already."""

@@ -35,6 +35,7 @@ MAX_PIXELS = 2**29
 """Of all frames of a clip that is read together: 1.6 GB as bytes, 64 frames of 3840x2160."""
 
 _Frame = TypeVar("_Frame")
+_MOVING = ("GIF", "WEBP", "PNG")
 # Formats of files that hold their own pictures. Playlists, of which FFmpeg opens what they name, are not among them.
 _DEMUXERS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,m4v,h264,hevc,ivf"
 # What browsers take for a frame that is shown for no time.
@@ -234,6 +235,22 @@ def _read_file(
             raise ValueError(f"cannot read the clip, the file is damaged: {error}") from error
 
 
+def moves(source: Any) -> bool:
+    """Whether a file, by its name, or an open picture is a clip: a video, or an animation of several frames."""
+    if isinstance(source, Image.Image):
+        return bool(getattr(source, "is_animated", False)) and source.format in _MOVING
+    if not isinstance(source, str | os.PathLike) or not os.path.isfile(source):
+        return False
+    suffix = os.path.splitext(source)[1].lower()
+    if suffix not in ANIMATIONS:
+        return suffix in CLIPS
+    try:
+        with Image.open(source, formats=_MOVING) as picture:
+            return moves(picture)
+    except OSError:  # whoever reads it says what is wrong
+        return False
+
+
 def is_animation(start: bytes) -> bool:
     """Whether a file that begins so is for Pillow."""
     known = (b"GIF", b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")
@@ -247,8 +264,7 @@ def frames_of_animation(
 
     Frames may be shown for different times. Then all but the shortest come several times, so that all are as long.
     """
-    moves = getattr(picture, "is_animated", False) and picture.format in ("GIF", "WEBP", "PNG")
-    count = picture.n_frames if moves else 1  # type: ignore[attr-defined]  # of what moves
+    count = picture.n_frames if moves(picture) else 1  # type: ignore[attr-defined]  # of what moves
     check_pixels(picture.width * picture.height, min(count, max_frames), max_pixels)
     frames: list[NDArray[np.uint8]] = []
     times: list[float] = []

@@ -228,7 +228,8 @@ class Emu3Pipeline(Asking):
 
         Args:
             prompts: what happens; a string is one prompt.
-            frames: how many, a multiple of those that share a code. Default: the checkpoint's own, or 16.
+            frames: how many, a multiple of those that share a code. Default: the checkpoint's own, or 16; and more than
+                the start has.
             fps: frames a second. Default: those of the start, else the checkpoint's own, or 24.
             start: a picture or clip that each clip begins with; `read_clip` says in what form. It is brought to the
                 rate, encoded, and the rest is filmed behind it. Frames that fill no code are left out.
@@ -241,11 +242,16 @@ class Emu3Pipeline(Asking):
         self.learned.warn(prompts, frames)
         return Clips(self._results(requests, on_event))
 
-    def extend(self, clip: Any, prompt: str = "", *, frames: int = 16, **options: Any) -> Clip:
-        """Go on with a clip, or animate a picture: the clip with `frames` more. Options as for `video`."""
-        more = self.temporal_factor * tokens_of("frames", check_whole("frames", frames), self.temporal_factor, "frames")
+    def extend(self, clip: Any, prompt: str = "", *, frames: int | None = None, **options: Any) -> Clip:
+        """Go on with a clip, or animate a picture: the clip with `frames` more. Options as for `video`.
+
+        By default it becomes as long as the longest clip that the checkpoint has learned, or 16 frames longer.
+        """
+        if frames is not None:
+            tokens_of("frames", check_whole("frames", frames), self.temporal_factor, "frames")
         start = self.encode_start(clip, options.pop("fps", None))
         have = self.temporal_factor * start.shape.frames
+        more = self.frames_after(have) if frames is None else frames
         words, on_event = check_text("prompt", prompt), options.pop("on_event", None)
         requests = self.video_requests(words, frames=have + more, fps=start.frames_per_second, start=start, **options)
         self.learned.warn(words, have + more)

@@ -289,6 +289,8 @@ def tell(
     write_text(text, output / "story.md")
     story = {"prompt": prompt, "folder": str(output), "parts": lines, "model": model, **asdict(answer)}
     print_out(story if as_json else text)
+    if not as_json:
+        note(f"written to {output / 'story.md'}")
 
 
 @takes_options(serve=Serve, load=Load)

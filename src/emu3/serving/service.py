@@ -206,6 +206,9 @@ class Service:
             words = (*prompts, options.get("negative_prompt") or "")
             room = pipeline.engine.context - max(len(pipeline.layout.prompt(each, shape)) for each in words) - 2
             codes = max(2, min(codes, room // pipeline.layout.grammar(shape).frame_length))
+            learned = max(pipeline.learned.lengths, default=0) // pipeline.temporal_factor
+            if learned > (0 if begin is None else begin.shape.frames):
+                codes = min(codes, learned)
             if begin is not None and begin.shape.frames >= codes:
                 have, most = (pipeline.temporal_factor * each for each in (begin.shape.frames, codes))
                 raise Refused(
