@@ -171,7 +171,7 @@ class Asking(ABC):
         self.require("film")
         own = getattr(self.model.config, "clips", None) or {}
         count = check_whole("frames", own.get("frames") or 16 if frames is None else frames)
-        frames_of_codes(count, self.temporal_factor)
+        frames_of_codes(count, self.temporal_factor)  # refuses before a start is encoded
         rate = None if fps is None else check_number("fps", fps, 1e-3, MAX_RATE)
         draw = make(Draw, options)
         begin = None if start is None else self.encode_start(start, rate)
